@@ -1,0 +1,1 @@
+"""Literal benchmark commands; raw results are in results/."""

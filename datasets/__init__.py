@@ -1,0 +1,93 @@
+"""Data sets made long-tailed. ``DATASETS`` maps a --dataset name to what is known of it; :func:`load` splits it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from datasets.batches import Augment, Batches
+from datasets.longtail import IMB_TYPES, SUBSETS, choose_subset, class_sizes, hold_out
+from datasets.readers import DATASETS, DatasetSpec, ImageSet
+from utils.options import UsageError
+
+__all__ = ["DATASETS", "IMB_TYPES", "SUBSETS", "Augment", "Batches", "DatasetSpec", "ImageSet", "LongTailed", "load"]
+
+
+@dataclass(frozen=True)
+class LongTailed:
+    """A long-tailed training set with its balanced test set.
+
+    ``class_counts`` (C,) are those of the long-tailed set before a validation split is held out of it: they define
+    many/medium/few, so that the groups are the benchmark's whatever was held out.
+    """
+
+    spec: DatasetSpec
+    train: ImageSet
+    val: ImageSet | None
+    test: ImageSet
+    class_names: list[str]
+    class_counts: list[int]
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_counts)
+
+    @property
+    def channels(self) -> int:
+        return self.train.images.shape[1]
+
+    def describe(self) -> str:
+        """One line: images per split, classes, the largest and the smallest class."""
+        val = "" if self.val is None else f", {len(self.val)} held out for validation"
+        return (
+            f"{self.spec.name}: {len(self.train):,} training images{val}, {len(self.test):,} test images, "
+            f"{self.num_classes} classes of {max(self.class_counts)} to {min(self.class_counts)}"
+        )
+
+
+def load(
+    name: str,
+    data_dir: str,
+    *,
+    imb_type: str = "exp",
+    imb_ratio: float = 100,
+    subset: str = "first",
+    subset_seed: int = 0,
+    val_fraction: float = 0.0,
+    val_seed: int = 0,
+    val_indices: list[int] | None = None,
+) -> LongTailed:
+    """Reads a data set and makes its training set long-tailed; the test set stays as it is.
+
+    Args:
+        name: key of ``DATASETS``.
+        data_dir: folder that holds the data, or receives the download.
+        imb_type, imb_ratio: see :func:`datasets.longtail.class_sizes`.
+        subset, subset_seed: which images of a class, see :func:`datasets.longtail.choose_subset`.
+        val_fraction, val_seed: share of every class to hold out, see :func:`datasets.longtail.hold_out`; 0 for none.
+        val_indices: an earlier run's held-out images instead, as positions in the source file.
+
+    Raises:
+        UsageError: the data is not there and cannot be had, or a class would be left without an image.
+    """
+    spec = DATASETS[name]
+    full, test, class_names = spec.read(data_dir)
+    available = torch.bincount(full.labels, minlength=len(class_names)).tolist()
+    n_max = min(available)
+    counts = class_sizes(n_max, len(class_names), imb_ratio, imb_type)
+    if min(counts) < 1:
+        raise UsageError(f"--imb_ratio {imb_ratio} leaves a class of {name} with no image", f"1 to {n_max}")
+    chosen = choose_subset(full.labels, counts, subset, subset_seed)
+
+    if val_indices is not None:
+        held_out = torch.isin(full.indices[chosen], torch.tensor(val_indices, dtype=torch.int64))
+        if int(held_out.sum()) != len(val_indices):
+            raise UsageError(
+                "the checkpoint's validation images are not in this long-tailed set",
+                "the data set and subset that the checkpoint was trained on",
+            )
+    else:
+        held_out = hold_out(full.labels[chosen], val_fraction, val_seed)
+    val = full.take(chosen[held_out]) if held_out.any() else None
+    return LongTailed(spec, full.take(chosen[~held_out]), val, test, class_names, counts)

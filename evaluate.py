@@ -1,0 +1,120 @@
+"""Reports a checkpoint's accuracy on the untouched, balanced test set: overall, many/medium/few, per class.
+
+    python evaluate.py --imb_ratio 100 --cur_stage stage2
+    python evaluate.py --pretrained_pth FILE --json report.json --csv classes.csv
+
+The file says which data set and network it is of; a flag that contradicts it is an error.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import engine
+from stages import (
+    DataOptions,
+    check_data_flags,
+    eval_batches,
+    file_identity,
+    load_data,
+    open_checkpoint,
+    refuse_contradictions,
+    restore,
+    selection_words,
+)
+from utils.checkpoints import STAGES, Checkpoint, NoCheckpoint
+from utils.files import atomic, require_writable, sha256
+from utils.metrics import per_class_csv, per_class_rows, percent, table
+from utils.options import Choice, Flag, Text, command, option, parse_typed, resolve
+from utils.system import pick_device, provenance
+
+
+@dataclass(frozen=True)
+class Options(DataOptions):
+    """evaluate.py's own options; those of every command are in stages.py."""
+
+    cur_stage: str | None = option(None, Choice(STAGES), "which stage's file; without it, the latest there is")
+    pretrained_pth: str | None = option(None, Text(), "the checkpoint; without it, the one left by default")
+    flip_tta: bool | None = option(None, Flag(), "average the logits of an image and its mirror; None: as stored")
+    json: str | None = option(None, Text("a file to write"), "write the report as JSON")
+    csv: str | None = option(None, Text("a file to write"), "write the per-class table as CSV")
+
+
+def open_latest(typed: dict[str, Any]) -> Checkpoint:
+    """The file of --cur_stage; without it stage 2's default file or, where there is none, stage 1's."""
+    if "cur_stage" in typed or "pretrained_pth" in typed:
+        return open_checkpoint(typed, typed.get("cur_stage", "stage2"), Options)
+    try:
+        return open_checkpoint(typed, "stage2", Options)
+    except NoCheckpoint:
+        return open_checkpoint(typed, "stage1", Options)
+
+
+@command
+def main(argv: Sequence[str]) -> dict[str, Any]:
+    """Runs the command; returns what --json writes."""
+    began = time.perf_counter()
+    typed = parse_typed(Options, argv, "evaluate.py", __doc__)
+    file = open_latest(typed)
+    identity = file_identity(file)
+    stored = identity | ({"cur_stage": file.stage} if file.stage else {})
+    refuse_contradictions(typed, stored, str(file.path))
+    flip_tta = file.metrics.get("flip_tta", False)
+    options: Any = resolve(Options, typed, {str(file.path): stored | {"flip_tta": flip_tta}}).options
+    check_data_flags(options, typed)
+    for flag in ("json", "csv"):
+        if getattr(options, flag) is not None:
+            require_writable(f"--{flag}", Path(getattr(options, flag)).absolute().parent)
+
+    device = pick_device(options.device, options.gpu)
+    data = load_data(options)
+    model = restore(file, data).to(device)
+    report = engine.evaluate(model, eval_batches(data, data.test, device), data.class_counts, options.flip_tta)
+    rows = per_class_rows(report, data.class_names, data.class_counts)
+
+    print(f"{file.path}: {file.stage or 'bare state dict'}, {file.network}, seed {file.options.get('seed', 'unknown')}")
+    print(f"{data.describe()}, {options.imb_type} ratio {options.imb_ratio:g}, subset {options.subset}\n")
+    print(table(report) + "\n")
+    print(f"selection: {selection_words(file.metrics) if file.metrics else 'unknown'}")
+    print(f"flip averaging: {'on' if options.flip_tta else 'off'}")
+    if file.metrics and options.flip_tta == flip_tta:
+        same = report["per_class"] == file.metrics["per_class"]
+        verdict = "the same" if same else f"the file says {percent(file.metrics['top1'])}"
+        print(f"stored at training: {verdict}")
+
+    result = {
+        "checkpoint": str(file.path),
+        "sha256": sha256(file.path or ""),
+        "stage": file.stage,
+        **identity,
+        "dataset": options.dataset,
+        "imb_type": options.imb_type,
+        "imb_ratio": options.imb_ratio,
+        "seed": file.options.get("seed"),
+        "label_smooth": file.options.get("label_smooth"),
+        "select": file.metrics.get("select"),
+        "epoch": file.metrics.get("epoch"),
+        "flip_tta": options.flip_tta,
+        **{key: report[key] for key in ("top1", "top5", "class_mean", "groups")},
+        "class_counts": data.class_counts,
+        "class_names": data.class_names,
+        "per_class": rows,
+        "provenance": provenance("evaluate.py", argv, device, time.perf_counter() - began),
+    }
+    if options.json is not None:
+        with atomic(options.json) as path:
+            path.write_text(json.dumps(result, indent=1) + "\n")
+    if options.csv is not None:
+        with atomic(options.csv) as path:
+            path.write_text(per_class_csv(rows))
+    return result
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,324 @@
+"""What the three commands share: their common options, and how a stage begins, logs an epoch and ends."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+import datasets
+from datasets import DATASETS, IMB_TYPES, SUBSETS, Batches, ImageSet, LongTailed
+from engine import Selection, TrainStats, evaluate, is_due
+from models import BACKBONES, ResNet, build_model, recognise
+from utils import checkpoints
+from utils.checkpoints import STAGES, Checkpoint
+from utils.files import require_writable
+from utils.metrics import GROUPS, Report, per_class_csv, per_class_rows, percent
+from utils.options import (
+    Choice,
+    Flag,
+    Number,
+    Resolved,
+    Text,
+    UsageError,
+    check,
+    option,
+    published_values,
+    ratio_number,
+    resolve,
+    seed_number,
+)
+from utils.plots import learning_curves, per_class_accuracy
+from utils.run import Run
+from utils.system import draw_seed, pick_device, provenance
+
+T = TypeVar("T", bound="DataOptions")
+
+EVAL_BATCH = 250  # images per step of an evaluation; a constant, so that stored and later figures agree to the digit
+SELECT = ("last", "best_test", "best_val")
+IDENTITY = ("dataset", "imb_type", "imb_ratio", "subset", "subset_seed", "network")
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Data, network and device: options of every command."""
+
+    dataset: str = option("cifar100", Choice(DATASETS), "data set; it brings its recipe")
+    data_dir: str = option("data/", Text("a folder"), "where the data sets lie, or are downloaded to")
+    num_class: int | None = option(None, Number(int, 2), "number of classes; follows the data set and must agree")
+    imb_ratio: float = option(100, Number(ratio_number, 1), "images of the largest over the smallest class")
+    imb_type: str = option("exp", Choice(IMB_TYPES), "class sizes: exponential decay, or a step to half the classes")
+    subset: str = option(
+        "first",
+        Choice(SUBSETS),
+        "images of a class: the first in file order (LOS, weight balancing), or shuffled (LDAM-DRW's generator)",
+    )
+    subset_seed: int = option(0, Number(int, 0), "seed of --subset shuffled; 0 is LDAM-DRW's subset")
+    network: str = option("resnet34", Choice(BACKBONES), "backbone")
+    workers: int = option(
+        16,
+        Number(int, 0),
+        "processes that decode images, for data sets that are decoded; cifar10, cifar100 and digits are held in memory "
+        "and need none",
+    )
+    device: str = option("auto", Choice(("auto", "cpu", "cuda")), "auto: a GPU where there is one")
+    gpu: int | None = option(None, Number(int, 0), "number of the GPU")
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+@dataclass(frozen=True)
+class TrainOptions(DataOptions):
+    """What both training stages add."""
+
+    batch_size: int = option(64, Number(int, 1), "images per step")
+    momentum: float = option(0.9, Number(float, 0, 1), "SGD momentum")
+    nesterov: bool = option(False, Flag(), "Nesterov momentum")
+    protocol: str = option("honest", Choice(("honest", "published")), "how epochs are chosen and averaged")
+    select: str = option("last", Choice(SELECT), "which evaluated epoch is kept", published="best_test")
+    flip_tta: bool = option(False, Flag(), "average the logits of an image and its mirror", published=True)
+    eval_every: int = option(10, Number(int, 1), "epochs between evaluations; the last five always", published=1)
+    seed: int | None = option(None, Number(seed_number, 0, 2**31 - 1), "of everything random; None draws one")
+    out: str = option("output", Text("a folder"), "where run folders are made")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.nesterov and self.momentum == 0:
+            raise UsageError("--nesterov with --momentum 0", "a momentum above 0")
+        if self.seed is None:
+            object.__setattr__(self, "seed", draw_seed())
+
+
+def fill_options(cls: type[T], typed: Mapping[str, Any], stage: str, file: Checkpoint | None = None) -> Resolved[T]:
+    """Typed flags over the file's data and network over the data set's recipe over the protocol over the defaults.
+
+    Raises:
+        UsageError: a typed flag contradicts the command's stage, the file or the data set.
+    """
+    if typed.get("cur_stage", stage) != stage:
+        raise UsageError(f"--cur_stage {typed['cur_stage']}: this is main_{stage}.py", stage)
+    layers: dict[str, Mapping[str, Any]] = {}
+    if file is not None:
+        stored = file_identity(file)
+        refuse_contradictions(typed, stored, str(file.path))
+        layers[str(file.path)] = stored
+    dataset = next((layer["dataset"] for layer in (typed, *layers.values()) if "dataset" in layer), "cifar100")
+    if dataset not in DATASETS:
+        raise UsageError(f"a file of data set {dataset}", ", ".join(DATASETS))
+    layers[f"--dataset {dataset}"] = DATASETS[dataset].recipe
+    if typed.get("protocol") == "published":
+        layers["--protocol published"] = published_values(cls)
+    resolved = resolve(cls, typed, layers)
+    check_data_flags(resolved.options, typed)
+    return resolved
+
+
+def file_identity(file: Checkpoint) -> dict[str, Any]:
+    """The data set, subset and network that a checkpoint states; a bare state dict states its network alone."""
+    return {"network": file.network} | {key: file.data[key] for key in IDENTITY if key in file.data}
+
+
+def refuse_contradictions(typed: Mapping[str, Any], stored: Mapping[str, Any], source: str) -> None:
+    """Raises UsageError where a typed flag disagrees with what a file states."""
+    for name, value in stored.items():
+        if name in typed and typed[name] != value:
+            raise UsageError(f"--{name} {typed[name]} contradicts {source}", f"--{name} {value}, or another file")
+
+
+def check_data_flags(options: DataOptions, typed: Mapping[str, Any]) -> None:
+    """Raises UsageError for flags that would be ignored or that the data set rules out; says what --workers does."""
+    if "subset_seed" in typed and options.subset == "first":
+        raise UsageError("--subset_seed without --subset shuffled", "--subset shuffled")
+    if getattr(options, "flip_tta", False) and not DATASETS[options.dataset].augment.flip:
+        raise UsageError(f"--flip_tta: mirrored {options.dataset} are other characters", "--no-flip_tta")
+    if "workers" in typed:
+        print(f"--workers {options.workers}: {options.dataset} is held in memory; no worker process is started")
+
+
+def load_data(options: DataOptions, **held_out: Any) -> LongTailed:
+    """The long-tailed data set of the options; ``held_out`` goes to :func:`datasets.load`.
+
+    Raises:
+        UsageError: also where --num_class disagrees with the data.
+    """
+    data = datasets.load(
+        options.dataset,
+        options.data_dir,
+        imb_type=options.imb_type,
+        imb_ratio=options.imb_ratio,
+        subset=options.subset,
+        subset_seed=options.subset_seed,
+        **held_out,
+    )
+    if options.num_class not in (None, data.num_classes):
+        raise UsageError(f"--num_class {options.num_class}", f"{data.num_classes}, as {options.dataset} has")
+    return data
+
+
+def train_batches(data: LongTailed, batch_size: int, seed: int, device: torch.device) -> Batches:
+    """The shuffled and augmented training batches."""
+    spec = data.spec
+    return Batches(data.train.images, data.train.labels, batch_size, spec.mean, spec.std, device, spec.augment, seed)
+
+
+def eval_batches(data: LongTailed, part: ImageSet, device: torch.device) -> Batches:
+    """The plain batches of a test or validation split."""
+    return Batches(part.images, part.labels, EVAL_BATCH, data.spec.mean, data.spec.std, device)
+
+
+def open_checkpoint(typed: Mapping[str, Any], stage: str, cls: type[DataOptions]) -> Checkpoint:
+    """The file of --pretrained_pth, or the default file of a stage that the typed flags choose.
+
+    Raises:
+        UsageError: see :func:`utils.checkpoints.find` and :func:`utils.checkpoints.read`; or not a known network.
+    """
+    if "pretrained_pth" in typed:
+        path = Path(typed["pretrained_pth"])
+    else:
+        dataset = typed.get("dataset", "cifar100")
+        options = resolve(cls, typed, {"recipe": DATASETS[dataset].recipe}).options
+        path = checkpoints.find(
+            dataset, options.imb_type, options.imb_ratio, options.network, stage, exact="network" in typed
+        )
+    content = checkpoints.read(path)
+    if "format" in content:
+        return checkpoints.from_content(content, path)
+    known = recognise(content)
+    if known is None:
+        raise UsageError(
+            f"{path} is a state dict of no network known here", f"names and shapes of one of {', '.join(BACKBONES)}"
+        )
+    network, num_classes, in_channels = known
+    return Checkpoint(None, network, num_classes, in_channels, content, path=path)
+
+
+def restore(file: Checkpoint, data: LongTailed) -> ResNet:
+    """The network of a checkpoint with its weights, checked against the data.
+
+    Raises:
+        UsageError: another number of classes or channels, other class counts, or weights that do not fit.
+    """
+    if (file.num_classes, file.in_channels) != (data.num_classes, data.channels):
+        raise UsageError(
+            f"{file.path} has {file.num_classes} classes and {file.in_channels} input channels",
+            f"{data.num_classes} and {data.channels}, as {data.spec.name} has",
+        )
+    if file.data and list(file.data["class_counts"]) != data.class_counts:
+        raise UsageError(f"{file.path} was trained on other class counts", "the data that it was trained on")
+    if file.network not in BACKBONES:
+        raise UsageError(f"{file.path} holds a {file.network}", ", ".join(BACKBONES))
+    model = build_model(file.network, file.num_classes, file.in_channels)
+    try:
+        model.load_state_dict(file.model)
+    except RuntimeError:
+        raise UsageError(f"{file.path}: its weights do not fit {file.network}", "an undamaged checkpoint") from None
+    return model
+
+
+def begin(resolved: Resolved[Any], stage: str, data: LongTailed) -> tuple[Run, torch.device]:
+    """Opens the run folder, says what will run, seeds PyTorch and picks the device; fails now what would fail later."""
+    options = resolved.options
+    device = pick_device(options.device, options.gpu)
+    require_writable("the folder", checkpoints.FOLDER)
+    name = f"{options.dataset}_{options.imb_type}{options.imb_ratio:g}_{options.network}_{stage}"
+    run = Run(options.out, name, options.seed)
+    run.say(resolved.describe())
+    run.say(f"{data.describe()}\ndevice {device}, seed {options.seed}, run folder {run.folder}")
+    run.write_json("options.json", {"options": dataclasses.asdict(options), "sources": dict(resolved.sources)})
+    torch.manual_seed(options.seed)
+    return run, device
+
+
+class Evaluator:
+    """Evaluates a model after the epochs that are due, logs every epoch, and keeps the selected one."""
+
+    def __init__(self, run: Run, data: LongTailed, device: torch.device, options: Any, epochs: int) -> None:
+        self.run, self.class_counts, self.options, self.epochs = run, data.class_counts, options, epochs
+        self.test = eval_batches(data, data.test, device)
+        self.val = eval_batches(data, data.val, device) if data.val else None
+        self.selection = Selection(options.select)
+
+    def after(self, epoch: int, model: nn.Module, train: TrainStats, lr: float, seconds: float) -> None:
+        """Logs epoch (from 0); ``seconds`` is the time of its training part."""
+        record: dict[str, Any] = {
+            "epoch": epoch + 1,
+            "lr": lr,
+            "train_loss": train.loss,
+            "train_top1": train.top1,
+            "seconds": seconds,
+        }
+        if is_due(epoch, self.epochs, self.options.eval_every):
+            flip = self.options.flip_tta
+            test = evaluate(model, self.test, self.class_counts, flip)
+            val = evaluate(model, self.val, self.class_counts, flip) if self.val else None
+            self.selection.offer(epoch + 1, model, test, val)
+            record |= {f"test_{key}": test[key] for key in ("top1", "top5")}
+            record |= {f"test_{group}": test["groups"][group]["accuracy"] for group in GROUPS}
+            if val is not None:
+                record["val_class_mean"] = val["class_mean"]
+        self.run.log(record)
+
+
+def finish(
+    run: Run,
+    stage: str,
+    options: Any,
+    data: LongTailed,
+    selection: Selection,
+    argv: Sequence[str],
+    device: torch.device,
+    parent: Checkpoint | None = None,
+) -> Report:
+    """Writes the checkpoint (run folder and final path), the plots and the per-class table; returns the test report."""
+    file = Checkpoint(
+        stage=stage,
+        network=options.network,
+        num_classes=data.num_classes,
+        in_channels=data.channels,
+        model=selection.state,
+        options=dataclasses.asdict(options),
+        data={key: getattr(options, key) for key in IDENTITY}
+        | {
+            "class_names": data.class_names,
+            "class_counts": data.class_counts,
+            "mean": list(data.spec.mean),
+            "std": list(data.spec.std),
+            "val_indices": [] if data.val is None else data.val.indices.tolist(),
+        },
+        metrics=selection.test | {"epoch": selection.epoch, "select": selection.rule, "flip_tta": options.flip_tta},
+        parent=None if parent is None else checkpoints.describe_parent(parent),
+        provenance=provenance(f"main_{stage}.py", argv, device, run.seconds),
+    )
+    file.save(run.folder / "checkpoint.pt")
+    rows = per_class_rows(selection.test, data.class_names, data.class_counts)
+    (run.folder / "per_class.csv").write_text(per_class_csv(rows))
+    title = f"{options.dataset}, ratio {options.imb_ratio:g}, {options.network}, {stage}"
+    learning_curves(run.epochs, title, run.folder / "curves.png")
+    per_class_accuracy(rows, f"{title}: {percent(selection.test['top1'])} %", run.folder / "per_class.png")
+
+    test, (best_epoch, best) = selection.test, selection.oracle
+    groups = ", ".join(f"{group} {percent(test['groups'][group]['accuracy'])}" for group in GROUPS)
+    run.say(f"test top-1 {percent(test['top1'])} % ({groups}); {selection_words(file.metrics)}")
+    if selection.rule != "best_test":
+        run.say(f"best on the test set, not used: {percent(best['top1'])} % at epoch {best_epoch}")
+    final = checkpoints.default_path(options.dataset, options.imb_type, options.imb_ratio, options.network, stage)
+    run.say(f"{checkpoints.publish(file, final)}; {run.seconds:.0f} s")
+    return test
+
+
+def selection_words(metrics: Mapping[str, Any]) -> str:
+    """How the stored epoch was chosen, in words: "epoch 200, the last; no flip averaging"."""
+    rule = {"last": "the last", "best_test": "the best on the TEST set", "best_val": "the best on held-out images"}
+    flip = "flip averaging on" if metrics["flip_tta"] else "no flip averaging"
+    return f"epoch {metrics['epoch']}, {rule[metrics['select']]}; {flip}"
+
+
+def stage_option(stage: str) -> Any:
+    """The --cur_stage option of a training command."""
+    return option(stage, Choice(STAGES), f"the stage; {stage} here, and nothing else")

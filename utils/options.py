@@ -1,0 +1,263 @@
+"""Options: a frozen dataclass per script; its parser, its help and its checks are made from its fields.
+
+A field is declared with :func:`option`: default, what is allowed, one line of help and, where it differs from
+the default, the published value. Only what the user typed leaves the parser; everything else is filled in by
+:func:`resolve`, which also remembers where each value came from.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import math
+import sys
+import textwrap
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import wraps
+from typing import Any, Generic, NoReturn, TypeVar
+
+T = TypeVar("T")
+_UNSET = object()
+
+
+class UsageError(Exception):
+    """A mistake in what was asked for. Shown as two lines, the problem and what is allowed; exit status 2."""
+
+    def __init__(self, problem: str, allowed: str) -> None:
+        super().__init__(f"error: {problem}\nallowed: {allowed}")
+
+
+class Diverged(Exception):
+    """Training cannot go on (a loss that is not finite). Shown without a traceback; exit status 1."""
+
+
+def command(main: Callable[..., T]) -> Callable[..., T]:
+    """Wraps a script's ``main(argv)``: a mistake of the user's ends in its message and an exit status, no traceback."""
+
+    @wraps(main)
+    def wrapper(argv: Sequence[str] | None = None) -> T:
+        try:
+            return main(sys.argv[1:] if argv is None else list(argv))
+        except UsageError as error:
+            status, message = 2, str(error)
+        except Diverged as error:
+            status, message = 1, f"stopped: {error}"
+        except KeyboardInterrupt:
+            status, message = 130, "\ninterrupted: no final checkpoint was written"
+        print(message, file=sys.stderr)
+        raise SystemExit(status)
+
+    return wrapper
+
+
+# What a value may be. Each kind turns text into a value, raises ValueError otherwise, and says what it allows.
+
+
+@dataclass(frozen=True)
+class Number:
+    """A finite int or float in [low, high] (``above`` excludes low itself), or one of ``words``."""
+
+    type: Callable[[Any], Any]
+    low: float | None = None
+    high: float | None = None
+    above: bool = False
+    words: tuple[str, ...] = ()
+
+    def __call__(self, value: Any) -> Any:
+        if value in self.words:
+            return value
+        number = self.type(value)
+        if not math.isfinite(number) or (self.type is int and number != float(value)):
+            raise ValueError
+        if self.low is not None and (number < self.low or (self.above and number == self.low)):
+            raise ValueError
+        if self.high is not None and number > self.high:
+            raise ValueError
+        return number
+
+    @property
+    def allowed(self) -> str:
+        noun = "a whole number" if self.type is int else "a number"
+        if self.low is not None and self.high is not None:
+            noun += f" in {'(' if self.above else '['}{self.low}, {self.high}]"
+        elif self.low is not None:
+            noun += f" {'above' if self.above else 'from'} {self.low}{'' if self.above else ' up'}"
+        return " or ".join([noun, *self.words])
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One of the names of a table or sequence."""
+
+    names: Iterable[str]
+
+    def __call__(self, value: Any) -> str:
+        if value not in self.names:
+            raise ValueError
+        return str(value)
+
+    @property
+    def allowed(self) -> str:
+        return ", ".join(self.names)
+
+
+@dataclass(frozen=True)
+class Text:
+    """Any text; ``allowed`` says what it stands for."""
+
+    allowed: str = "a path"
+
+    def __call__(self, value: Any) -> str:
+        if not str(value):
+            raise ValueError
+        return str(value)
+
+
+@dataclass(frozen=True)
+class Flag:
+    """On or off: ``--name`` and ``--no-name``."""
+
+    allowed: str = "given or not"
+
+    def __call__(self, value: Any) -> bool:
+        if not isinstance(value, bool):
+            raise ValueError
+        return value
+
+
+Kind = Number | Choice | Text | Flag
+
+
+def seed_number(value: Any) -> int | None:
+    """A seed from 0 to 2**31 - 1; the word None (the published default) means: draw one."""
+    return None if value == "None" else int(value)
+
+
+def ratio_number(value: Any) -> float:
+    """A float, kept as an int where it is whole, so that 100 and 100.0 name the same file."""
+    number = float(value)
+    return int(number) if number.is_integer() else number
+
+
+def option(default: Any, kind: Kind, help: str, *, published: Any = _UNSET, alias: str = "") -> Any:
+    """A field of an options class. ``published``: the papers' value, used by ``--protocol published``."""
+    metadata: dict[str, Any] = {"kind": kind, "help": help, "alias": alias}
+    if published is not _UNSET:
+        metadata["published"] = published
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def check(options: Any) -> None:
+    """Passes every field of a newly built options object through its kind (call it from ``__post_init__``).
+
+    Raises:
+        UsageError: naming the flag, the value and what is allowed.
+    """
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        if value is None and field.default is None:
+            continue
+        object.__setattr__(options, field.name, _convert(field, value))
+
+
+def _convert(field: dataclasses.Field[Any], value: Any) -> Any:
+    kind: Kind = field.metadata["kind"]
+    try:
+        return kind(value)
+    except (ValueError, TypeError, OverflowError):
+        raise UsageError(f"--{field.name} {value}", kind.allowed) from None
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{self.prog}: {message}", f"what {self.prog} --help lists")
+
+
+def make_parser(cls: type[Any], prog: str, description: str | None) -> argparse.ArgumentParser:
+    """The parser of an options class: every field as ``--a_b`` and ``--a-b``, no abbreviations, no defaults."""
+    parser = _Parser(
+        prog=prog,
+        description=description,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    for field in dataclasses.fields(cls):
+        kind: Kind = field.metadata["kind"]
+        names = list(dict.fromkeys([f"--{field.name}", f"--{field.name.replace('_', '-')}"]))
+        if field.metadata["alias"]:
+            names.append(field.metadata["alias"])
+        text = f"{field.metadata['help']} (default: {field.default}"
+        if "published" in field.metadata:
+            text += f"; --protocol published: {field.metadata['published']}"
+        text = (text + ")").replace("%", "%%")
+        if isinstance(kind, Flag):
+            parser.add_argument(*names, dest=field.name, action=argparse.BooleanOptionalAction, help=text)
+        else:
+            if isinstance(kind, Choice) or (isinstance(kind, Number) and (kind.low is not None or kind.words)):
+                text += f" [{kind.allowed.replace('%', '%%')}]"
+            parser.add_argument(*names, dest=field.name, metavar=field.name.split("_")[-1].upper(), help=text)
+    return parser
+
+
+def parse_typed(cls: type[Any], argv: Sequence[str], prog: str, description: str | None) -> dict[str, Any]:
+    """What the user typed, and nothing else, as {field name: checked value}.
+
+    Raises:
+        UsageError: an unknown flag (with the nearest known ones), a missing or a forbidden value.
+    """
+    parser = make_parser(cls, prog, description)
+    namespace, unknown = parser.parse_known_args(argv)
+    if unknown:
+        flags = [name for name in parser._option_string_actions if name.startswith("--") and "-" not in name[2:]]
+        wanted = unknown[0].split("=")[0].replace("--", "").replace("-", "_")
+        near = [flag for flag in flags if wanted and wanted in flag]
+        near += [f for f in difflib.get_close_matches(f"--{wanted}", flags, cutoff=0.5) if f not in near]
+        hint = f"{', '.join(near[:3])}, and " if near else ""
+        raise UsageError(f"{prog} has no {unknown[0]}", f"{hint}what {prog} --help lists")
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    return {name: _convert(fields[name], value) for name, value in vars(namespace).items()}
+
+
+def published_values(cls: type[Any]) -> dict[str, Any]:
+    """The published values of those fields of which the default departs from them."""
+    return {f.name: f.metadata["published"] for f in dataclasses.fields(cls) if "published" in f.metadata}
+
+
+@dataclass(frozen=True)
+class Resolved(Generic[T]):
+    """An options object and, for every field, where its value came from."""
+
+    options: T
+    sources: Mapping[str, str]
+
+    def describe(self) -> str:
+        """The values grouped by where they came from, one line a group."""
+        groups: dict[str, list[str]] = {}
+        for name, source in self.sources.items():
+            groups.setdefault(source, []).append(f"{name} {getattr(self.options, name)}")
+        last = groups.pop("default", None)
+        if last is not None:
+            groups["default"] = last
+        width = max(map(len, groups)) + 2
+        return "\n".join(
+            textwrap.fill(", ".join(values), 120, initial_indent=source.ljust(width), subsequent_indent=" " * width)
+            for source, values in groups.items()
+        )
+
+
+def resolve(cls: Callable[..., T], typed: Mapping[str, Any], layers: Mapping[str, Mapping[str, Any]]) -> Resolved[T]:
+    """Fills an options class: what was typed wins, then each layer in its order, then the field's default.
+
+    Layers are named by their source ("--dataset digits", a checkpoint's path) and may hold keys this class lacks.
+    """
+    values: dict[str, Any] = {}
+    sources: dict[str, str] = {}
+    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+        for source, layer in {"typed": typed, **layers, "default": {field.name: field.default}}.items():
+            if field.name in layer:
+                values[field.name], sources[field.name] = layer[field.name], source
+                break
+    return Resolved(cls(**values), sources)

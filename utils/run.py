@@ -1,0 +1,123 @@
+"""A run folder: what a run prints, metrics.jsonl, TensorBoard scalars and the final plots, all in one place."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar
+
+from progress.bar import Bar
+from torch.utils.tensorboard import SummaryWriter
+
+from utils.files import require_writable
+from utils.metrics import percent
+
+T = TypeVar("T")
+
+#: The columns of the epoch table: record key, heading, format of a number.
+COLUMNS: tuple[tuple[str, str, str], ...] = (
+    ("epoch", "epoch", "d"),
+    ("lr", "lr", ".2e"),
+    ("train_loss", "loss", ".4f"),
+    ("train_top1", "train %", "%"),
+    ("val_class_mean", "val %", "%"),
+    ("test_top1", "test %", "%"),
+    ("test_many", "many %", "%"),
+    ("test_medium", "medium %", "%"),
+    ("test_few", "few %", "%"),
+    ("seconds", "s", ".1f"),
+)
+
+
+def table_row(record: dict[str, Any] | None, columns: Iterable[tuple[str, str, str]] = COLUMNS) -> str:
+    """One line of the epoch table; without a record, its heading. Missing values print as "-"."""
+    cells = []
+    for key, heading, form in columns:
+        value = None if record is None else record.get(key)
+        if record is None:
+            text = heading
+        elif form == "%":
+            text = percent(value)
+        else:
+            text = "-" if value is None else format(value, form)
+        cells.append(text.rjust(max(len(heading), 8 if form == ".2e" else 6)))
+    return "  ".join(cells)
+
+
+class Run:
+    """A folder of its own under ``out`` for one run: out/<name>/<date>-<time>_seed<seed>.
+
+    ``epochs`` holds the records passed to :meth:`log` so far.
+
+    Raises:
+        UsageError: the folder cannot be made.
+    """
+
+    def __init__(self, out: str, name: str, seed: int) -> None:
+        stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+        parent = Path(out, name)
+        require_writable("--out", parent)
+        for attempt in range(1, 1000):  # two runs may start in the same second
+            self.folder = parent / (f"{stamp}_seed{seed}" + (f"_{attempt}" if attempt > 1 else ""))
+            try:
+                self.folder.mkdir()
+                break
+            except FileExistsError:
+                continue
+        self.epochs: list[dict[str, Any]] = []
+        self.started = time.perf_counter()
+        self._open = ExitStack()
+        self._log = self._open.enter_context(open(self.folder / "log.txt", "w", buffering=1))
+        self._metrics = self._open.enter_context(open(self.folder / "metrics.jsonl", "w", buffering=1))
+        self._board = self._open.enter_context(SummaryWriter(str(self.folder)))
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+        if value is not None:
+            self.say(f"ended early, in epoch {len(self.epochs) + 1}: {value!r}")
+        self._open.close()
+
+    @property
+    def seconds(self) -> float:
+        """Since the run began."""
+        return time.perf_counter() - self.started
+
+    def say(self, text: str) -> None:
+        """Prints a text and keeps it in log.txt."""
+        print(text, flush=True)
+        self._log.write(text + "\n")
+
+    def write_json(self, name: str, content: Any) -> None:
+        """Writes a small JSON file into the folder."""
+        (self.folder / name).write_text(json.dumps(content, indent=1) + "\n")
+
+    def bar(self, steps: Iterable[T], total: int, label: str) -> Iterator[T]:
+        """Passes ``steps`` through; on a terminal with a progress bar and the time still needed."""
+        if not sys.stderr.isatty():
+            yield from steps
+            return
+        bar = Bar(label, max=total, suffix="%(index)d/%(max)d  ETA %(eta_td)s", width=24)
+        try:
+            yield from bar.iter(steps)
+        finally:
+            bar.clearln()
+            bar.finish()
+
+    def log(self, record: dict[str, Any]) -> None:
+        """One epoch: a table line, a line of metrics.jsonl, TensorBoard scalars. None stands for "not measured"."""
+        if not self.epochs:
+            self.say(table_row(None))
+        self.epochs.append(record)
+        self.say(table_row(record))
+        self._metrics.write(json.dumps(record) + "\n")
+        for key, value in record.items():
+            if key != "epoch" and value is not None:
+                self._board.add_scalar(key.replace("_", "/", 1), value, record["epoch"])
