@@ -31,7 +31,6 @@ from utils.options import (
     published_values,
     ratio_number,
     resolve,
-    seed_number,
 )
 from utils.plots import learning_curves, per_class_accuracy
 from utils.run import Run
@@ -84,14 +83,16 @@ class TrainOptions(DataOptions):
     select: str = option("last", Choice(SELECT), "which evaluated epoch is kept", published="best_test")
     flip_tta: bool = option(False, Flag(), "average the logits of an image and its mirror", published=True)
     eval_every: int = option(10, Number(int, 1), "epochs between evaluations; the last five always", published=1)
-    seed: int | None = option(None, Number(seed_number, 0, 2**31 - 1), "of everything random; None draws one")
+    seed: int | str | None = option(
+        None, Number(int, 0, 2**31 - 1, words=("None",)), "of everything random; without it one is drawn and printed"
+    )
     out: str = option("output", Text("a folder"), "where run folders are made")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.nesterov and self.momentum == 0:
             raise UsageError("--nesterov with --momentum 0", "a momentum above 0")
-        if self.seed is None:
+        if self.seed in (None, "None"):
             object.__setattr__(self, "seed", draw_seed())
 
 
@@ -300,7 +301,9 @@ def finish(
     (run.folder / "per_class.csv").write_text(per_class_csv(rows))
     title = f"{options.dataset}, ratio {options.imb_ratio:g}, {options.network}, {stage}"
     learning_curves(run.epochs, title, run.folder / "curves.png")
-    per_class_accuracy(rows, f"{title}: {percent(selection.test['top1'])} %", run.folder / "per_class.png")
+    per_class_accuracy(
+        selection.test, rows, f"{title}: {percent(selection.test['top1'])} %", run.folder / "per_class.png"
+    )
 
     test, (best_epoch, best) = selection.test, selection.oracle
     groups = ", ".join(f"{group} {percent(test['groups'][group]['accuracy'])}" for group in GROUPS)

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 import torchvision.datasets
-from sklearn.datasets import load_digits
 from torch import Tensor
 
 from datasets.batches import Augment
@@ -93,6 +92,8 @@ def read_digits(data_dir: str) -> tuple[ImageSet, ImageSet, list[str]]:
 
     Test: the last 50 images of every class in file order. Training: the rest, at least 124 of every class.
     """
+    from sklearn.datasets import load_digits  # here, since it is slow to import and only these need it
+
     digits = load_digits()
     pixels = torch.from_numpy(np.rint(digits.images * (255 / 16)).astype(np.uint8))[:, None]  # grey levels 0..16
     labels = torch.from_numpy(digits.target).long()

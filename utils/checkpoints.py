@@ -61,8 +61,8 @@ class Checkpoint:
     def save(self, path: str | Path) -> None:
         """Writes the file, whole or not at all."""
         content = {name: getattr(self, name) for name in _STORED}
-        with atomic(path) as temporary:
-            torch.save({"format": FORMAT, **content}, temporary)
+        with atomic(path) as temporary, open(temporary, "wb") as file:  # torch writes a path's name into the file
+            torch.save({"format": FORMAT, **content}, file)
 
 
 _STORED = tuple(f.name for f in dataclasses.fields(Checkpoint) if f.name != "path")

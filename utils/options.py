@@ -130,11 +130,6 @@ class Flag:
 Kind = Number | Choice | Text | Flag
 
 
-def seed_number(value: Any) -> int | None:
-    """A seed from 0 to 2**31 - 1; the word None (the published default) means: draw one."""
-    return None if value == "None" else int(value)
-
-
 def ratio_number(value: Any) -> float:
     """A float, kept as an int where it is whole, so that 100 and 100.0 name the same file."""
     number = float(value)
@@ -213,7 +208,7 @@ def parse_typed(cls: type[Any], argv: Sequence[str], prog: str, description: str
     if unknown:
         flags = [name for name in parser._option_string_actions if name.startswith("--") and "-" not in name[2:]]
         wanted = unknown[0].split("=")[0].replace("--", "").replace("-", "_")
-        near = [flag for flag in flags if wanted and wanted in flag]
+        near = [flag for flag in flags if wanted and (wanted in flag or wanted.endswith(flag[2:]))]
         near += [f for f in difflib.get_close_matches(f"--{wanted}", flags, cutoff=0.5) if f not in near]
         hint = f"{', '.join(near[:3])}, and " if near else ""
         raise UsageError(f"{prog} has no {unknown[0]}", f"{hint}what {prog} --help lists")

@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from utils.metrics import GROUPS, group_of, percent
+from utils.metrics import GROUPS, Report, percent
 
 #: Colour-blind safe (Okabe and Ito, 2008).
 COLOURS = {"train": "#999999", "test": "#000000", "many": "#0072B2", "medium": "#009E73", "few": "#D55E00"}
@@ -40,7 +40,7 @@ def learning_curves(epochs: Sequence[Mapping[str, Any]], title: str, path: Path)
             marker = "o" if len(points) < 30 and name != "train" else None
             label = name if name in ("train", "test") else f"test, {name}"
             axes.plot(*zip(*points), label=label, color=COLOURS[name], marker=marker, markersize=3)
-    axes.set(xlabel="epoch", ylabel="top-1 accuracy (%)", ylim=(0, 100))
+    axes.set(xlabel="epoch", ylabel="top-1 accuracy (%)", ylim=(0, 102))
     axes.legend(fontsize="small", ncols=2)
     for each in (loss_axes, axes):
         each.grid(alpha=0.3)
@@ -49,35 +49,33 @@ def learning_curves(epochs: Sequence[Mapping[str, Any]], title: str, path: Path)
     figure.savefig(path)
 
 
-def per_class_accuracy(rows: Sequence[Mapping[str, Any]], title: str, path: Path) -> None:
+def per_class_accuracy(rep: Report, rows: Sequence[Mapping[str, Any]], title: str, path: Path) -> None:
     """A bar per class, the most frequent first, with many/medium/few shaded and the training images as a line.
 
     Args:
+        rep: the report that the rows are of; its group accuracies stand in the legend.
         rows: see :func:`utils.metrics.per_class_rows`.
         title: heading of the figure.
         path: PNG to write.
     """
     ordered = sorted(rows, key=lambda row: -row["train_images"])
+    places = range(len(ordered))
     figure = _figure(min(max(6.0, 0.12 * len(ordered)), 14.0), 4)
     axes = figure.subplots()
-    accuracies = [100 * (row["accuracy"] or 0) for row in ordered]
-    groups = [group_of(row["train_images"]) for row in ordered]
-    axes.bar(range(len(ordered)), accuracies, color=[COLOURS[group] for group in groups], width=0.9)
     for group in GROUPS:
-        members = [i for i, each in enumerate(groups) if each == group]
+        members = [i for i in places if ordered[i]["group"] == group]
         if members:
-            shown = [row["accuracy"] for row, each in zip(ordered, groups) if each == group]
-            present = [accuracy for accuracy in shown if accuracy is not None]
-            mean = percent(sum(present) / len(present) if present else None, 1)
+            label = f"{group}: {percent(rep['groups'][group]['accuracy'], 1)} %"
+            heights = [100 * (ordered[i]["accuracy"] or 0) for i in members]
+            axes.bar(members, heights, color=COLOURS[group], width=0.9, label=label)
             axes.axvspan(members[0] - 0.5, members[-1] + 0.5, color=COLOURS[group], alpha=0.1, lw=0)
-            axes.text((members[0] + members[-1]) / 2, 103, f"{group} {mean}", ha="center", color=COLOURS[group])
-    axes.set(xlim=(-0.5, len(ordered) - 0.5), ylim=(0, 110), ylabel="top-1 accuracy (%)")
-    axes.set_yticks(range(0, 101, 20))
-    if len(ordered) <= 20:
-        axes.set_xticks(range(len(ordered)), [row["name"] for row in ordered])
+    axes.set(xlim=(-0.5, len(ordered) - 0.5), ylim=(0, 102), ylabel="top-1 accuracy (%)")
     axes.set_xlabel("classes, most training images first")
+    if len(ordered) <= 20:
+        axes.set_xticks(places, [row["name"] for row in ordered])
     counts = axes.twinx()
-    counts.plot(range(len(ordered)), [row["train_images"] for row in ordered], color="black", lw=1)
-    counts.set(yscale="log", ylabel="training images (line)")
+    counts.plot(places, [row["train_images"] for row in ordered], color="black", lw=1, label="training images")
+    counts.set(yscale="log", ylabel="training images")
     axes.set_title(title)
+    figure.legend(loc="outside lower center", ncols=4, fontsize="small")
     figure.savefig(path)

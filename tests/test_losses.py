@@ -1,0 +1,57 @@
+import math
+
+import pytest
+import torch
+
+from losses import LOSSES, LabelSmoothing, auto_label_smooth, smoothed_targets
+
+
+def longhand(logits: torch.Tensor, labels: torch.Tensor, d: float) -> float:
+    total = 0.0
+    for row, label in zip(logits.tolist(), labels.tolist()):
+        normaliser = math.log(sum(math.exp(z) for z in row))
+        for j, z in enumerate(row):
+            y = 1 - d + d / len(row) if j == label else d / len(row)
+            total -= y * (z - normaliser)
+    return total / len(labels)
+
+
+@pytest.mark.parametrize("d", [0.0, 0.1, 0.5, 0.9, 0.98, 1.0])
+def test_label_smoothing_equals_its_equation(d: float) -> None:
+    torch.manual_seed(0)
+    logits, labels = torch.randn(7, 12, dtype=torch.float64), torch.randint(12, (7,))
+    assert LabelSmoothing(d)(logits, labels).item() == pytest.approx(longhand(logits, labels, d), abs=1e-12)
+
+
+def test_over_smoothed_targets_are_the_published_ones() -> None:
+    targets = smoothed_targets(torch.tensor([3, 99]), 100, 0.98)
+    assert targets.sum(dim=1).tolist() == pytest.approx([1, 1])
+    assert targets[0, 3].item() == pytest.approx(0.0298, abs=1e-7)
+    assert targets[0, 4].item() == pytest.approx(0.0098, abs=1e-7)
+    assert targets[1, 99].item() == pytest.approx(0.0298, abs=1e-7)
+
+
+def test_loss_is_cross_entropy_to_the_targets() -> None:
+    torch.manual_seed(1)
+    logits, labels = torch.randn(5, 100), torch.randint(100, (5,))
+    expected = -(smoothed_targets(labels, 100, 0.98) * logits.log_softmax(1)).sum(1).mean()
+    assert LabelSmoothing(0.98)(logits, labels).item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("classes, d", [(10, 0.831), (100, 0.980), (365, 0.99444), (1000, 0.998), (8142, 0.99975)])
+def test_auto_keeps_the_published_ratio(classes: int, d: float) -> None:
+    auto = auto_label_smooth(classes)
+    assert auto == pytest.approx(d, abs=5e-4 if d < 0.99 else 5e-5)
+    target = smoothed_targets(torch.tensor([0]), classes, auto)[0]
+    assert (target[0] / target[1]).item() == pytest.approx(3.04, rel=1e-3)
+
+
+@pytest.mark.parametrize("d", [-0.1, 1.1, math.nan])
+def test_label_smoothing_refuses_values_outside_its_range(d: float) -> None:
+    with pytest.raises(ValueError, match="not in"):
+        LabelSmoothing(d)
+
+
+def test_table_of_losses() -> None:
+    for loss in LOSSES.values():
+        assert loss()(torch.zeros(2, 4), torch.tensor([0, 1])).item() == pytest.approx(math.log(4))
