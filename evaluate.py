@@ -105,6 +105,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         "class_counts": data.class_counts,
         "class_names": data.class_names,
         "per_class": rows,
+        "training": file.provenance,
         "provenance": provenance("evaluate.py", argv, device, time.perf_counter() - began),
     }
     if options.json is not None:

@@ -27,8 +27,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     before = os.getcwd()
     os.chdir(folder)
     try:
-        main_stage1.main("--dataset digits --epochs 1 --seed 0".split())
-        main_stage2.main("--dataset digits --finetune_epoch 1 --seed 0".split())
+        main_stage1.main(["--dataset", "digits", "--epochs", "1", "--seed", "0"])
+        main_stage2.main(["--dataset", "digits", "--finetune_epoch", "1", "--seed", "0"])
         Path("text.pt").write_text("not a checkpoint")
         Path("empty.pt").touch()
         Path("plain.pt").write_bytes(pickle.dumps({"a": 1}, protocol=2))
@@ -84,7 +84,7 @@ ROWS = [  # script, arguments, words that the two lines must hold
     ("evaluate.py", "--pretrained_pth seven.pt --dataset digits", "seven.pt 7 classes 10"),
     ("evaluate.py", "--pretrained_pth newer.pt", "newer.pt format 99 1"),
     ("main_stage2.py", "--pretrained_pth checkpoints/digits_exp100_resnet8_stage2.pt", "stage-2 stage-1"),
-    ("evaluate.py", "--pretrained_pth checkpoints/digits_exp100_resnet8_stage1.pt --imb_ratio 50", "--imb_ratio 50 100"),
+    ("evaluate.py", "--pretrained_pth checkpoints/digits_exp100_resnet8_stage1.pt --imb_ratio 50", "--imb_ratio 100"),
     ("evaluate.py", "--pretrained_pth checkpoints/digits_exp100_resnet8_stage1.pt --cur_stage stage2", "stage2 stage1"),
     ("evaluate.py", f"{DIGITS} --json file/x.json", "--json file written"),
     ("evaluate.py", f"{DIGITS} --protocol published", "--protocol --help"),

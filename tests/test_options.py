@@ -97,12 +97,18 @@ def test_command_turns_mistakes_into_a_message_and_status(capsys: pytest.Capture
 
 
 PUBLISHED = {  # Label Over-Smooth's released defaults
-    main_stage1: dict(epochs=200, lr=0.01, wd=5e-3, label_smooth=0.0),
-    main_stage2: dict(finetune_epoch=20, finetune_lr=5e-4, finetune_wd=0.0),
+    main_stage1: {"epochs": 200, "lr": 0.01, "wd": 5e-3, "label_smooth": 0.0},
+    main_stage2: {"finetune_epoch": 20, "finetune_lr": 5e-4, "finetune_wd": 0.0},
 }
-COMMON = dict(
-    dataset="cifar100", imb_ratio=100, network="resnet34", batch_size=64, momentum=0.9, nesterov=False, out="output"
-)
+COMMON = {
+    "dataset": "cifar100",
+    "imb_ratio": 100,
+    "network": "resnet34",
+    "batch_size": 64,
+    "momentum": 0.9,
+    "nesterov": False,
+    "out": "output",
+}
 
 
 @pytest.mark.parametrize("script", PUBLISHED)
@@ -120,7 +126,7 @@ def test_published_protocol() -> None:
     assert (one.select, one.flip_tta, one.eval_every, one.label_smooth) == ("best_test", True, 1, 0)
     assert (two.select, two.flip_tta, two.eval_every) == ("last", True, 1)  # a typed flag wins
     assert (two.features, two.label_smooth) == ("replay", 0.98)
-    assert published_values(main_stage1.Options) == dict(select="best_test", flip_tta=True, eval_every=1)
+    assert published_values(main_stage1.Options) == {"select": "best_test", "flip_tta": True, "eval_every": 1}
 
 
 def test_a_data_set_brings_its_recipe_and_typed_flags_win() -> None:
