@@ -1,0 +1,74 @@
+"""Losses outside the softmax family, for autograd: focal, class-balanced binary cross-entropy, LADE."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from losses.softmax import class_balanced_weights
+
+
+class Focal(nn.Module):
+    """Mean over B of -(1 - p_y)^gamma log p_y (Lin et al., ICCV 2017, with softmax p).
+
+    logits (B, C), labels (B,) -> scalar, nats. gamma 2 is the paper's; LDAM-DRW's CIFAR-LT baseline takes 1.
+    """
+
+    def __init__(self, gamma: float = 2.0) -> None:
+        super().__init__()
+        self.gamma = gamma
+
+    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+        log_p = -F.cross_entropy(logits, labels, reduction="none")
+        return -((1 - log_p.exp()) ** self.gamma * log_p).mean()
+
+
+class ClassBalancedBCE(nn.Module):
+    """Class-balanced loss as Weight Balancing's code has it: binary cross-entropy between softmax and one-hot.
+
+    mean over B and C of w_y BCE(p_j, [j = y]), with the weights of :func:`losses.softmax.class_balanced_weights`.
+    About 1/C the size of a cross-entropy, so that a weight decay of 0.1 beside it is far stronger than it looks.
+
+    logits (B, C), labels (B,) -> scalar, nats.
+    """
+
+    weight: Tensor
+
+    def __init__(self, class_counts: Sequence[int], beta: float = 0.9999) -> None:
+        super().__init__()
+        self.register_buffer("weight", class_balanced_weights(class_counts, beta).float())
+
+    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+        targets = F.one_hot(labels, logits.shape[1]).to(logits.dtype)
+        losses = F.binary_cross_entropy(logits.softmax(dim=1), targets, reduction="none").mean(dim=1)
+        return (self.weight[labels] * losses).mean()
+
+
+class LADE(nn.Module):
+    """Balanced softmax plus alpha times LADE's regulariser (Hong et al., CVPR 2021; its code).
+
+    The regulariser is - sum_j pi_j [E_j - L_j - lam L_j^2] with E_j the mean logit j of the batch's images of class j
+    (0 where there is none) and L_j = log mean_i exp(z_ij - log pi_j - log C) over all images of the batch.
+
+    Published: alpha 0.1, lam 0.01 on CIFAR-100-LT at ratio 100. logits (B, C), labels (B,) -> scalar, nats.
+    """
+
+    log_prior: Tensor
+
+    def __init__(self, class_counts: Sequence[int], alpha: float = 0.1, lam: float = 0.01) -> None:
+        super().__init__()
+        counts = torch.tensor(class_counts, dtype=torch.float32)
+        self.register_buffer("log_prior", torch.log(counts / counts.sum()))
+        self.alpha, self.lam = alpha, lam
+
+    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+        members = F.one_hot(labels, logits.shape[1]).to(logits.dtype)
+        first = (logits * members).sum(dim=0) / members.sum(dim=0).clamp(min=1)
+        spread = logits - self.log_prior - math.log(logits.shape[1])
+        second = spread.logsumexp(dim=0) - math.log(len(logits))
+        bound = first - second - self.lam * second**2
+        return F.cross_entropy(logits + self.log_prior, labels) - self.alpha * (self.log_prior.exp() * bound).sum()

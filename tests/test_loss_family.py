@@ -1,0 +1,141 @@
+"""Every loss against its equation written out, and the family's analytic gradient against autograd."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from losses import softmax, weighted
+from losses.softmax import SoftmaxLoss
+
+COUNTS = [500, 120, 60, 20, 7, 5]
+N = np.array(COUNTS, dtype=float)
+PI = N / N.sum()
+
+
+@pytest.fixture
+def batch() -> tuple[torch.Tensor, torch.Tensor]:
+    torch.manual_seed(0)
+    return torch.randn(9, 6, dtype=torch.float64) * 2, torch.tensor([0, 0, 1, 2, 3, 4, 5, 5, 0])
+
+
+def log_softmax(z: np.ndarray) -> np.ndarray:
+    return z - np.log(np.exp(z).sum(axis=1, keepdims=True))
+
+
+def test_logit_adjustment_and_balanced_softmax(batch) -> None:
+    logits, labels = batch
+    rows = np.arange(9)
+    for tau in (1.0, 2.5):
+        log_p = log_softmax(logits.numpy() + tau * np.log(PI))
+        expected = -log_p[rows, labels].mean()
+        assert softmax.logit_adjustment(COUNTS, tau)(logits, labels).item() == pytest.approx(expected, rel=1e-6)
+    log_p = log_softmax(logits.numpy() + np.log(N))
+    assert softmax.balanced_softmax(COUNTS)(logits, labels).item() == pytest.approx(
+        -log_p[rows, labels].mean(), rel=1e-6
+    )
+
+
+def test_ldam(batch) -> None:
+    logits, labels = batch
+    margins = N**-0.25
+    margins *= 0.5 / margins.max()
+    z = logits.numpy().copy()
+    z[np.arange(9), labels] -= margins[labels]
+    expected = -log_softmax(30 * z)[np.arange(9), labels].mean()
+    assert softmax.ldam(COUNTS)(logits, labels).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_class_balanced_weights_and_loss(batch) -> None:
+    logits, labels = batch
+    effective = (1 - 0.9999**N) / (1 - 0.9999)
+    weights = 1 / effective / (1 / effective).sum() * 6
+    assert softmax.class_balanced_weights(COUNTS).numpy() == pytest.approx(weights)
+    losses = -log_softmax(logits.numpy())[np.arange(9), labels] * weights[labels]
+    expected = losses.sum() / weights[labels].sum()
+    assert softmax.class_balanced(COUNTS)(logits, labels).item() == pytest.approx(expected, rel=1e-6)
+    theirs = F.cross_entropy(logits, labels, weight=torch.from_numpy(weights))
+    assert softmax.class_balanced(COUNTS)(logits, labels).item() == pytest.approx(theirs.item(), rel=1e-6)
+
+
+def test_class_balanced_bce_of_weight_balancing(batch) -> None:
+    logits, labels = batch
+    effective = (1 - 0.9999**N) / (1 - 0.9999)
+    weights = 1 / effective / (1 / effective).sum() * 6
+    p = np.exp(log_softmax(logits.numpy()))
+    total = 0.0
+    for i, y in enumerate(labels.tolist()):
+        for j in range(6):
+            total -= weights[y] * (math.log(p[i, j]) if j == y else math.log(1 - p[i, j]))
+    assert weighted.ClassBalancedBCE(COUNTS)(logits, labels).item() == pytest.approx(total / (9 * 6), rel=1e-6)
+
+
+def test_generalised_reweighting(batch) -> None:
+    logits, labels = batch
+    weights = PI**-1.2
+    losses = -log_softmax(logits.numpy())[np.arange(9), labels] * weights[labels]
+    expected = losses.sum() / weights[labels].sum()
+    assert softmax.generalised_reweighting(COUNTS)(logits, labels).item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_label_aware_smoothing(batch) -> None:
+    logits, labels = batch
+    e = 0.1 + 0.3 * np.sin(np.pi * (N - 5) / (2 * (500 - 5)))
+    loss = softmax.label_aware_smoothing(COUNTS)
+    assert loss.smooth.numpy() == pytest.approx(e) and loss.smooth[0].item() == pytest.approx(0.4)
+    log_p = log_softmax(logits.numpy())
+    expected = np.mean([-(1 - e[y]) * log_p[i, y] - e[y] * log_p[i].mean() for i, y in enumerate(labels.tolist())])
+    assert loss(logits, labels).item() == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("gamma", [0.0, 1.0, 2.0])
+def test_focal(batch, gamma: float) -> None:
+    logits, labels = batch
+    log_p = log_softmax(logits.numpy())[np.arange(9), labels]
+    expected = -((1 - np.exp(log_p)) ** gamma * log_p).mean()
+    assert weighted.Focal(gamma)(logits, labels).item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_lade(batch) -> None:
+    logits, labels = batch
+    z, y = logits.numpy(), labels.numpy()
+    value = -log_softmax(z + np.log(PI))[np.arange(9), y].mean()
+    for j in range(6):
+        mine = z[y == j, j]
+        first = mine.mean() if len(mine) else 0.0
+        second = math.log(np.mean(np.exp(z[:, j] - math.log(PI[j]) - math.log(6))))
+        value -= 0.1 * PI[j] * (first - second - 0.01 * second**2)
+    assert weighted.LADE(COUNTS)(logits, labels).item() == pytest.approx(value, rel=1e-5)
+
+
+FAMILY = {
+    "ce": SoftmaxLoss(6),
+    "los": SoftmaxLoss(6, smooth=0.7),
+    "balanced": softmax.balanced_softmax(COUNTS),
+    "ldam": softmax.ldam(COUNTS, scale=3),
+    "cb": softmax.class_balanced(COUNTS),
+    "grw": softmax.generalised_reweighting(COUNTS),
+    "las": softmax.label_aware_smoothing(COUNTS),
+    "all at once": SoftmaxLoss(
+        6, scale=2, offset=torch.arange(6.0), margin=torch.arange(6.0) / 9, smooth=0.3, weight=torch.arange(1.0, 7)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_the_analytic_gradient_is_autograds(name: str, batch) -> None:
+    logits, labels = batch
+    logits.requires_grad_(True)
+    FAMILY[name](logits, labels).backward()
+    assert torch.allclose(FAMILY[name].gradient(logits.detach(), labels), logits.grad, atol=1e-9)
+
+
+def test_mistakes_are_refused() -> None:
+    with pytest.raises(ValueError, match="no prior"):
+        softmax.balanced_softmax([5, 0])
+    with pytest.raises(ValueError, match="not in"):
+        SoftmaxLoss(3, smooth=1.2)
+    with pytest.raises(ValueError, match="positive"):
+        SoftmaxLoss(3, weight=0.0)
