@@ -12,6 +12,7 @@ MAY_IMPORT = {
     "losses": {"losses", "utils"},
     "models": {"models", "utils"},
     "datasets": {"datasets", "utils"},
+    "retraining": FAMILIES | {"utils", "retraining"},
     "engine": FAMILIES | {"utils"},
     "stages": FAMILIES | {"utils", "engine"},
     **{script: FAMILIES | {"utils", "engine", "stages"} for script in SCRIPTS},
