@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from datasets import Batches
 from utils.metrics import Report, report
-from utils.options import Diverged
+from utils.options import Diverged, UsageError
 
 
 class TrainStats(NamedTuple):
@@ -31,11 +31,17 @@ def train_epoch(
     costs a forward pass only.
 
     Raises:
+        UsageError: a batch of one image whose last feature map is one pixel.
         Diverged: a loss that is not finite; found at the end of the epoch, told with its step, lr and the loss before.
     """
     losses, correct, sizes = [], [], []
     for images, labels in batches:
-        logits = model(images)
+        try:
+            logits = model(images)
+        except ValueError as error:
+            if len(labels) > 1 or "more than 1 value per channel" not in str(error):
+                raise
+            raise UsageError("a last batch of one image, which BatchNorm cannot take", "another --batch_size") from None
         loss = criterion(logits, labels)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -59,6 +65,9 @@ def predict(model: nn.Module, batches: Batches, flip_tta: bool = False) -> tuple
     """Logits of every image in eval mode: (N, C) float and labels (N,) int64, on the CPU. The mode is restored.
 
     ``flip_tta`` averages the logits of each image and its mirror image.
+
+    Raises:
+        Diverged: a logit that is not finite.
     """
     was_training = model.training
     model.eval()
@@ -70,7 +79,10 @@ def predict(model: nn.Module, batches: Batches, flip_tta: bool = False) -> tuple
         logits.append(output.cpu())
         labels.append(targets.cpu())
     model.train(was_training)
-    return torch.cat(logits), torch.cat(labels)
+    outputs = torch.cat(logits)
+    if not bool(outputs.isfinite().all()):
+        raise Diverged("the model's logits are not finite")
+    return outputs, torch.cat(labels)
 
 
 def evaluate(model: nn.Module, batches: Batches, class_counts: list[int], flip_tta: bool = False) -> Report:

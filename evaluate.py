@@ -28,10 +28,10 @@ from stages import (
     restore,
     selection_words,
 )
-from utils.checkpoints import STAGES, Checkpoint, NoCheckpoint
-from utils.files import atomic, require_writable, sha256
+from utils.checkpoints import IDENTITY, STAGES, Checkpoint, NoCheckpoint
+from utils.files import atomic, require_target
 from utils.metrics import per_class_csv, per_class_rows, percent, table
-from utils.options import Choice, Flag, Text, command, option, parse_typed, resolve
+from utils.options import Choice, Flag, Text, UsageError, command, option, parse_typed, resolve
 from utils.system import pick_device, provenance
 
 
@@ -62,15 +62,16 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     began = time.perf_counter()
     typed = parse_typed(Options, argv, "evaluate.py", __doc__)
     file = open_latest(typed)
-    identity = file_identity(file)
-    stored = identity | ({"cur_stage": file.stage} if file.stage else {})
+    stored = file_identity(file) | ({"cur_stage": file.stage} if file.stage else {})
     refuse_contradictions(typed, stored, str(file.path))
     flip_tta = file.metrics.get("flip_tta", False)
     options: Any = resolve(Options, typed, {str(file.path): stored | {"flip_tta": flip_tta}}).options
     check_data_flags(options, typed)
-    for flag in ("json", "csv"):
-        if getattr(options, flag) is not None:
-            require_writable(f"--{flag}", Path(getattr(options, flag)).absolute().parent)
+    targets = {flag: getattr(options, flag) for flag in ("json", "csv") if getattr(options, flag) is not None}
+    for flag, target in targets.items():
+        require_target(f"--{flag}", target)
+    if len(targets) == 2 and Path(options.json).resolve() == Path(options.csv).resolve():
+        raise UsageError(f"--json {options.json} --csv {options.csv}", "two different files")
 
     device = pick_device(options.device, options.gpu)
     data = load_data(options)
@@ -78,24 +79,11 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     report = engine.evaluate(model, eval_batches(data, data.test, device), data.class_counts, options.flip_tta)
     rows = per_class_rows(report, data.class_names, data.class_counts)
 
-    print(f"{file.path}: {file.stage or 'bare state dict'}, {file.network}, seed {file.options.get('seed', 'unknown')}")
-    print(f"{data.describe()}, {options.imb_type} ratio {options.imb_ratio:g}, subset {options.subset}\n")
-    print(table(report) + "\n")
-    print(f"selection: {selection_words(file.metrics) if file.metrics else 'unknown'}")
-    print(f"flip averaging: {'on' if options.flip_tta else 'off'}")
-    if file.metrics and options.flip_tta == flip_tta:
-        same = report["per_class"] == file.metrics["per_class"]
-        verdict = "the same" if same else f"the file says {percent(file.metrics['top1'])}"
-        print(f"stored at training: {verdict}")
-
     result = {
         "checkpoint": str(file.path),
-        "sha256": sha256(file.path or ""),
+        "sha256": file.sha256,
         "stage": file.stage,
-        **identity,
-        "dataset": options.dataset,
-        "imb_type": options.imb_type,
-        "imb_ratio": options.imb_ratio,
+        **{key: getattr(options, key) for key in IDENTITY},
         "seed": file.options.get("seed"),
         "label_smooth": file.options.get("label_smooth"),
         "select": file.metrics.get("select"),
@@ -114,6 +102,16 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     if options.csv is not None:
         with atomic(options.csv) as path:
             path.write_text(per_class_csv(rows))
+
+    print(f"{file.path}: {file.stage or 'bare state dict'}, {file.network}, seed {file.options.get('seed', 'unknown')}")
+    print(f"{data.describe()}, {options.imb_type} ratio {options.imb_ratio}, subset {options.subset}\n")
+    print(table(report) + "\n")
+    print(f"selection: {selection_words(file.metrics) if file.metrics else 'unknown'}")
+    print(f"flip averaging: {'on' if options.flip_tta else 'off'}")
+    if file.metrics and options.flip_tta == flip_tta:
+        same = all(report[key] == file.metrics[key] for key in report)
+        verdict = "the same" if same else f"the file says {percent(file.metrics['top1'])}"
+        print(f"stored at training: {verdict}")
     return result
 
 

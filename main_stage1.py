@@ -23,6 +23,7 @@ from engine import train_epoch
 from losses import LOSSES
 from models import build_model
 from stages import (
+    HUGE,
     Evaluator,
     TrainOptions,
     begin,
@@ -44,8 +45,10 @@ class Options(TrainOptions):
 
     cur_stage: str = stage_option("stage1")
     epochs: int = option(200, Number(int, 1), "epochs")
-    lr: float = option(0.01, Number(float, 0, above=True), "learning rate, cosine to 0", alias="--learning-rate")
-    wd: float = option(5e-3, Number(float, 0), "weight decay of all parameters; the method is to tune it")
+    lr: float = option(
+        0.01, Number(float, 0, HUGE, above=True), "learning rate, cosine to 0", aliases=("learning_rate",)
+    )
+    wd: float = option(5e-3, Number(float, 0, HUGE), "weight decay of all parameters; the method is to tune it")
     label_smooth: float = option(0.0, Number(float, 0, 1), "label smoothing d: true class 1 - d + d/C, others d/C")
     val_split: float = option(0.0, Number(float, 0, 0.5), "share of every class held out, never seen by the backbone")
     pretrained_pth: str | None = option(None, Text(), "start from this checkpoint's weights, not from random ones")
@@ -54,6 +57,8 @@ class Options(TrainOptions):
         super().__post_init__()
         if self.select == "best_val" and self.val_split == 0:
             raise UsageError("--select best_val without held-out images", "--val_split F beside it, 0.1 for instance")
+        if self.val_split > 0 and self.pretrained_pth is not None:
+            raise UsageError("--val_split with --pretrained_pth, whose weights may know the images", "one of the two")
 
 
 @command
@@ -67,10 +72,10 @@ def main(argv: Sequence[str]) -> Report:
     options: Any = resolved.options
 
     data = load_data(options, val_fraction=options.val_split, val_seed=options.seed)
+    started = restore(start, data) if start else None
     run, device = begin(resolved, "stage1", data)
     with run:
-        model = restore(start, data) if start else build_model(options.network, data.num_classes, data.channels)
-        model = model.to(device)
+        model = (started or build_model(options.network, data.num_classes, data.channels)).to(device)
         batches = train_batches(data, options.batch_size, options.seed, device)
         criterion = LOSSES["ce"](options.label_smooth)
         optimizer = SGD(

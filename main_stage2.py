@@ -20,6 +20,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from engine import train_epoch
 from losses import LOSSES, auto_label_smooth
 from stages import (
+    HUGE,
     Evaluator,
     TrainOptions,
     begin,
@@ -41,8 +42,8 @@ class Options(TrainOptions):
 
     cur_stage: str = stage_option("stage2")
     finetune_epoch: int = option(20, Number(int, 1), "epochs")
-    finetune_lr: float = option(5e-4, Number(float, 0, above=True), "learning rate, cosine to 0")
-    finetune_wd: float = option(0.0, Number(float, 0), "weight decay of the classifier")
+    finetune_lr: float = option(5e-4, Number(float, 0, HUGE, above=True), "learning rate, cosine to 0")
+    finetune_wd: float = option(0.0, Number(float, 0, HUGE), "weight decay of the classifier")
     label_smooth: float | str = option(
         "auto",
         Number(float, 0, 1, words=("auto",)),
@@ -72,7 +73,7 @@ def main(argv: Sequence[str]) -> Report:
         raise UsageError(
             f"--select best_val: {parent.path} was trained without held-out images",
             f"last, best_test, or first: python main_stage1.py --dataset {options.dataset} "
-            f"--imb_ratio {options.imb_ratio:g} --network {options.network} --val_split 0.1",
+            f"--imb_ratio {options.imb_ratio} --network {options.network} --val_split 0.1",
         )
 
     data = load_data(options, val_indices=val_indices)

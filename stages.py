@@ -16,7 +16,7 @@ from datasets import DATASETS, IMB_TYPES, SUBSETS, Batches, ImageSet, LongTailed
 from engine import Selection, TrainStats, evaluate, is_due
 from models import BACKBONES, ResNet, build_model, recognise
 from utils import checkpoints
-from utils.checkpoints import STAGES, Checkpoint
+from utils.checkpoints import IDENTITY, SELECT, STAGES, Checkpoint
 from utils.files import require_writable
 from utils.metrics import GROUPS, Report, per_class_csv, per_class_rows, percent
 from utils.options import (
@@ -39,8 +39,7 @@ from utils.system import draw_seed, pick_device, provenance
 T = TypeVar("T", bound="DataOptions")
 
 EVAL_BATCH = 250  # images per step of an evaluation; a constant, so that stored and later figures agree to the digit
-SELECT = ("last", "best_test", "best_val")
-IDENTITY = ("dataset", "imb_type", "imb_ratio", "subset", "subset_seed", "network")
+HUGE = 1e30  # the largest learning rate or weight decay: beyond, float32 overflows
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,7 @@ class DataOptions:
         Choice(SUBSETS),
         "images of a class: the first in file order (LOS, weight balancing), or shuffled (LDAM-DRW's generator)",
     )
-    subset_seed: int = option(0, Number(int, 0), "seed of --subset shuffled; 0 is LDAM-DRW's subset")
+    subset_seed: int = option(0, Number(int, 0, 2**32 - 1), "seed of --subset shuffled; 0 is LDAM-DRW's subset")
     network: str = option("resnet34", Choice(BACKBONES), "backbone")
     workers: int = option(
         16,
@@ -76,7 +75,7 @@ class DataOptions:
 class TrainOptions(DataOptions):
     """What both training stages add."""
 
-    batch_size: int = option(64, Number(int, 1), "images per step")
+    batch_size: int = option(64, Number(int, 1, 10**9), "images per step")
     momentum: float = option(0.9, Number(float, 0, 1), "SGD momentum")
     nesterov: bool = option(False, Flag(), "Nesterov momentum")
     protocol: str = option("honest", Choice(("honest", "published")), "how epochs are chosen and averaged")
@@ -138,6 +137,8 @@ def check_data_flags(options: DataOptions, typed: Mapping[str, Any]) -> None:
         raise UsageError("--subset_seed without --subset shuffled", "--subset shuffled")
     if getattr(options, "flip_tta", False) and not DATASETS[options.dataset].augment.flip:
         raise UsageError(f"--flip_tta: mirrored {options.dataset} are other characters", "--no-flip_tta")
+    if "data_dir" in typed and DATASETS[options.dataset].embedded:
+        print(f"--data_dir {options.data_dir}: {options.dataset} comes with the installation; nothing is read there")
     if "workers" in typed:
         print(f"--workers {options.workers}: {options.dataset} is held in memory; no worker process is started")
 
@@ -187,16 +188,24 @@ def open_checkpoint(typed: Mapping[str, Any], stage: str, cls: type[DataOptions]
         path = checkpoints.find(
             dataset, options.imb_type, options.imb_ratio, options.network, stage, exact="network" in typed
         )
-    content = checkpoints.read(path)
-    if "format" in content:
-        return checkpoints.from_content(content, path)
-    known = recognise(content)
+    file = checkpoints.read(path)
+    if file.stage is not None:
+        if "pretrained_pth" not in typed and path.name != _own_name(file).name:
+            raise UsageError(f"{path} holds what belongs at {_own_name(file)}", "--pretrained_pth, if it is meant")
+        return file
+    known = recognise(file.model)
     if known is None:
         raise UsageError(
             f"{path} is a state dict of no network known here", f"names and shapes of one of {', '.join(BACKBONES)}"
         )
     network, num_classes, in_channels = known
-    return Checkpoint(None, network, num_classes, in_channels, content, path=path)
+    return dataclasses.replace(file, network=network, num_classes=num_classes, in_channels=in_channels)
+
+
+def _own_name(file: Checkpoint) -> Path:
+    """The default path of a checkpoint, by what it says of itself."""
+    data = file.data
+    return checkpoints.default_path(data["dataset"], data["imb_type"], data["imb_ratio"], file.network, str(file.stage))
 
 
 def restore(file: Checkpoint, data: LongTailed) -> ResNet:
@@ -210,8 +219,15 @@ def restore(file: Checkpoint, data: LongTailed) -> ResNet:
             f"{file.path} has {file.num_classes} classes and {file.in_channels} input channels",
             f"{data.num_classes} and {data.channels}, as {data.spec.name} has",
         )
-    if file.data and list(file.data["class_counts"]) != data.class_counts:
-        raise UsageError(f"{file.path} was trained on other class counts", "the data that it was trained on")
+    known = {
+        "class_counts": data.class_counts,
+        "class_names": data.class_names,
+        "mean": list(data.spec.mean),
+        "std": list(data.spec.std),
+    }
+    for key, value in known.items():
+        if file.data and file.data[key] != value:
+            raise UsageError(f"{file.path} was trained with other {key}", "the data that it was trained on")
     if file.network not in BACKBONES:
         raise UsageError(f"{file.path} holds a {file.network}", ", ".join(BACKBONES))
     model = build_model(file.network, file.num_classes, file.in_channels)
@@ -227,7 +243,7 @@ def begin(resolved: Resolved[Any], stage: str, data: LongTailed) -> tuple[Run, t
     options = resolved.options
     device = pick_device(options.device, options.gpu)
     require_writable("the folder", checkpoints.FOLDER)
-    name = f"{options.dataset}_{options.imb_type}{options.imb_ratio:g}_{options.network}_{stage}"
+    name = f"{options.dataset}_{options.imb_type}{options.imb_ratio}_{options.network}_{stage}"
     run = Run(options.out, name, options.seed)
     run.say(resolved.describe())
     run.say(f"{data.describe()}\ndevice {device}, seed {options.seed}, run folder {run.folder}")
@@ -299,7 +315,7 @@ def finish(
     file.save(run.folder / "checkpoint.pt")
     rows = per_class_rows(selection.test, data.class_names, data.class_counts)
     (run.folder / "per_class.csv").write_text(per_class_csv(rows))
-    title = f"{options.dataset}, ratio {options.imb_ratio:g}, {options.network}, {stage}"
+    title = f"{options.dataset}, ratio {options.imb_ratio}, {options.network}, {stage}"
     learning_curves(run.epochs, title, run.folder / "curves.png")
     per_class_accuracy(
         selection.test, rows, f"{title}: {percent(selection.test['top1'])} %", run.folder / "per_class.png"

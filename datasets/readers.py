@@ -45,6 +45,7 @@ class DatasetSpec:
         read: data_dir -> balanced (training set, test set, class names).
         mean, std: per-channel normalisation constants of pixels in [0, 1].
         augment: the training augmentation.
+        embedded: whether it comes with the installation, so that no folder is read.
         recipe: option values that suit it, where they differ from the published CIFAR-100-LT ones (every script's
             defaults). Typed flags win over it.
     """
@@ -54,6 +55,7 @@ class DatasetSpec:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     augment: Augment
+    embedded: bool = False
     recipe: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
 
 
@@ -123,6 +125,7 @@ DATASETS: dict[str, DatasetSpec] = {
             mean=(0.3058,),
             std=(0.3753,),
             augment=Augment(pad=1, flip=False),  # mirrored digits are other characters
+            embedded=True,
             recipe={
                 "network": "resnet8",
                 "epochs": 60,

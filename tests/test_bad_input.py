@@ -14,7 +14,6 @@ import evaluate
 import main_stage1
 import main_stage2
 from models import build_model
-from utils import checkpoints
 
 MAIN = {"main_stage1.py": main_stage1.main, "main_stage2.py": main_stage2.main, "evaluate.py": evaluate.main}
 DIGITS = "--dataset digits --imb_ratio 100"
@@ -37,8 +36,18 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
         torch.save({"state_dict": {"a": torch.zeros(1)}, "epoch": 3}, "other.pt")
         torch.save({"a": torch.zeros(1)}, "unknown.pt")
         torch.save(build_model("resnet8", 7, 1).state_dict(), "seven.pt")
-        newer = checkpoints.read("checkpoints/digits_exp100_resnet8_stage1.pt") | {"format": 99}
-        torch.save(newer, "newer.pt")
+        own = torch.load("checkpoints/digits_exp100_resnet8_stage1.pt", weights_only=True)
+        torch.save(own | {"format": 99}, "newer.pt")
+        torch.save(own | {"metrics": None}, "field.pt")
+        torch.save(own | {"data": own["data"] | {"mean": [0.0]}}, "mean.pt")
+        torch.save(
+            own | {"model": {k: v * torch.nan for k, v in own["model"].items() if v.is_floating_point()}}, "x.pt"
+        )
+        blob = bytearray(Path("checkpoints/digits_exp100_resnet8_stage1.pt").read_bytes())
+        blob[len(blob) // 2] ^= 1
+        Path("bit.pt").write_bytes(blob)
+        Path("checkpoints/digits_exp77_resnet8_stage1.pt").write_bytes(Path("newer.pt").read_bytes())
+        torch.save(own, "checkpoints/digits_exp66_resnet8_stage1.pt")
         Path("file").touch()
     finally:
         os.chdir(before)
@@ -57,7 +66,7 @@ ROWS = [  # script, arguments, words that the two lines must hold
     ("main_stage1.py", "--network resnet33", "--network resnet33 resnet34, resnet32"),
     ("main_stage1.py", f"{DIGITS} --epochs 0", "--epochs 0 whole number"),
     ("main_stage1.py", f"{DIGITS} --epochs 1.5", "--epochs 1.5 whole number"),
-    ("main_stage1.py", f"{DIGITS} --lr 0", "--lr 0 above 0"),
+    ("main_stage1.py", f"{DIGITS} --lr 0", "--lr 0 (0,"),
     ("main_stage1.py", f"{DIGITS} --seed x", "--seed x 2147483647"),
     ("main_stage1.py", f"{DIGITS} --momentum 0 --nesterov", "--nesterov --momentum"),
     ("main_stage1.py", f"{DIGITS} --finetune_lr 1", "--finetune_lr --lr"),
@@ -83,6 +92,20 @@ ROWS = [  # script, arguments, words that the two lines must hold
     ("evaluate.py", "--pretrained_pth unknown.pt", "unknown.pt resnet34, resnet18"),
     ("evaluate.py", "--pretrained_pth seven.pt --dataset digits", "seven.pt 7 classes 10"),
     ("evaluate.py", "--pretrained_pth newer.pt", "newer.pt format 99 1"),
+    ("evaluate.py", "--pretrained_pth field.pt", "field.pt metrics None"),
+    ("evaluate.py", "--pretrained_pth mean.pt", "mean.pt mean"),
+    ("evaluate.py", "--pretrained_pth bit.pt", "bit.pt damaged"),
+    ("evaluate.py", "--dataset digits --imb_ratio 77 --cur_stage stage1", "exp77 format 99"),
+    ("main_stage2.py", "--dataset digits --imb_ratio 66", "exp66 exp100 --pretrained_pth"),
+    ("evaluate.py", f"{DIGITS} --json x.pt", "--json x.pt checkpoint"),
+    ("evaluate.py", f"{DIGITS} --csv checkpoints", "--csv checkpoints plain"),
+    ("evaluate.py", f"{DIGITS} --csv same.txt --json same.txt", "--csv --json same.txt different"),
+    ("main_stage1.py", f"{DIGITS} --lr 1e300", "--lr 1e300 1e+30"),
+    ("main_stage1.py", f"{DIGITS} --lr -1e-5", "--lr -1e-5 (0,"),
+    ("main_stage1.py", f"{DIGITS} --subset shuffled --subset_seed 4294967296", "--subset_seed 4294967296 4294967295"),
+    ("main_stage1.py", f"{DIGITS} --network resnet18 --epochs 1 --batch_size 101", "one image --batch_size"),
+    ("main_stage1.py", f"{DIGITS} --pretrained_pth seven.pt --val_split 0.1", "--val_split --pretrained_pth"),
+    ("main_stage1.py", f"{DIGITS} --pretrained_pth seven.pt", "seven.pt 7 10"),
     ("main_stage2.py", "--pretrained_pth checkpoints/digits_exp100_resnet8_stage2.pt", "stage-2 stage-1"),
     ("evaluate.py", "--pretrained_pth checkpoints/digits_exp100_resnet8_stage1.pt --imb_ratio 50", "--imb_ratio 100"),
     ("evaluate.py", "--pretrained_pth checkpoints/digits_exp100_resnet8_stage1.pt --cur_stage stage2", "stage2 stage1"),

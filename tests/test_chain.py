@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
+import os
+import pty
+import subprocess
+import sys
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
+from conftest import ROOT
 
 import evaluate
 import main_stage1
 import main_stage2
 from models import build_model
 from utils import checkpoints
-from utils.files import sha256
 
 QUICK = ["--dataset", "digits", "--epochs", "2", "--seed", "0"]
 QUICK2 = ["--dataset", "digits", "--finetune_epoch", "2", "--seed", "0"]
 STAGE1, STAGE2 = (Path(f"checkpoints/digits_exp100_resnet8_{stage}.pt") for stage in ("stage1", "stage2"))
+
+
+def sha256(path: str | Path) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def metrics_of(stage: str) -> list[dict]:
@@ -41,8 +51,8 @@ def test_the_four_commands_as_processes(shell, workdir) -> None:
     result, stored = json.loads(Path("two.json").read_text()), checkpoints.read(STAGE2)
     assert (result["stage"], result["label_smooth"], result["flip_tta"]) == ("stage2", 0.98, False)
     for key in ("top1", "top5", "class_mean", "groups"):
-        assert result[key] == stored["metrics"][key]
-    assert [row["accuracy"] for row in result["per_class"]] == stored["metrics"]["per_class"]
+        assert result[key] == stored.metrics[key]
+    assert [row["accuracy"] for row in result["per_class"]] == stored.metrics["per_class"]
     table = pd.read_csv("two.csv")
     assert len(table) == 10 and table["accuracy"].mean() == pytest.approx(result["top1"])
     assert f"{100 * result['top1']:.2f}" in two.stdout and "flip averaging: off" in two.stdout
@@ -86,9 +96,9 @@ def test_stage2_changes_the_classifier_alone_and_names_its_parent(workdir) -> No
     main_stage1.main(QUICK)
     main_stage2.main(QUICK2)
     one, two = checkpoints.read(STAGE1), checkpoints.read(STAGE2)
-    changed = {name for name in one["model"] if not torch.equal(one["model"][name], two["model"][name])}
+    changed = {name for name in one.model if not torch.equal(one.model[name], two.model[name])}
     assert changed == {"fc.weight", "fc.bias"}
-    assert two["parent"] == {"path": str(STAGE1), "sha256": sha256(STAGE1), "seed": 0}
+    assert two.parent == {"path": str(STAGE1), "sha256": sha256(STAGE1), "seed": 0}
 
 
 def test_published_protocol_lets_the_statistics_drift_and_says_how_it_selected(workdir, small_cifar10, capsys) -> None:
@@ -96,9 +106,9 @@ def test_published_protocol_lets_the_statistics_drift_and_says_how_it_selected(w
     main_stage1.main([*common, "--network", "resnet8", "--epochs", "2", "--seed", "0"])
     main_stage2.main([*common, "--finetune_epoch", "2", "--seed", "0"])  # finds the only other network's file
     one, two = (checkpoints.read(f"checkpoints/cifar10_exp10_resnet8_{stage}.pt") for stage in ("stage1", "stage2"))
-    changed = {name.split(".")[-1] for name in one["model"] if not torch.equal(one["model"][name], two["model"][name])}
+    changed = {name.split(".")[-1] for name in one.model if not torch.equal(one.model[name], two.model[name])}
     assert "running_mean" in changed
-    assert two["options"]["label_smooth"] == 0.98 and two["metrics"]["select"] == "best_test"
+    assert two.options["label_smooth"] == 0.98 and two.metrics["select"] == "best_test"
     evaluate.main(["--dataset", "cifar10", "--data_dir", small_cifar10, "--imb_ratio", "10"])
     out = capsys.readouterr().out
     assert "the best on the TEST set; flip averaging on" in out and "stored at training: the same" in out
@@ -110,9 +120,9 @@ def test_validation_split_reaches_stage2(workdir) -> None:
     main_stage1.main([*QUICK, "--val_split", "0.2", "--select", "best_val"])
     main_stage2.main([*QUICK2, "--select", "best_val"])
     one, two = checkpoints.read(STAGE1), checkpoints.read(STAGE2)
-    assert one["data"]["val_indices"] and sorted(two["data"]["val_indices"]) == sorted(one["data"]["val_indices"])
+    assert one.data["val_indices"] and sorted(two.data["val_indices"]) == sorted(one.data["val_indices"])
     assert all(record["val_class_mean"] is not None for record in metrics_of("stage2"))
-    assert one["data"]["class_counts"] == [124, 74, 44, 26, 16, 9, 5, 3, 2, 1]  # the benchmark's groups
+    assert one.data["class_counts"] == [124, 74, 44, 26, 16, 9, 5, 3, 2, 1]  # the benchmark's groups
 
 
 def test_replacing_another_run_is_announced_and_keeps_it(workdir, capsys) -> None:
@@ -137,6 +147,49 @@ def test_a_diverging_run_stops_and_leaves_the_old_file(workdir, capsys) -> None:
     assert sha256(STAGE1) == before and sorted(Path("checkpoints").iterdir()) == [STAGE1]
 
 
+def test_a_write_that_fails_leaves_the_old_file(workdir, monkeypatch) -> None:
+    main_stage1.main(QUICK)
+    before, save = sha256(STAGE1), checkpoints.Checkpoint.save
+
+    def full_disk(self, path) -> None:
+        if Path(path).parent.name == "checkpoints":
+            Path(path).write_bytes(b"half")
+            raise OSError("no space left")
+        save(self, path)
+
+    monkeypatch.setattr(checkpoints.Checkpoint, "save", full_disk)
+    with pytest.raises(OSError, match="no space"):
+        main_stage1.main([*QUICK, "--wd", "0"])
+    assert sha256(STAGE1) == before and sorted(Path("checkpoints").iterdir()) == [STAGE1]
+
+
+def test_stage2_names_the_parent_that_it_read(workdir, monkeypatch) -> None:
+    main_stage1.main(QUICK)
+    read = sha256(STAGE1)
+    begin = main_stage2.begin
+    monkeypatch.setattr(main_stage2, "begin", lambda *a: (STAGE1.write_bytes(b"replaced meanwhile"), begin(*a))[1])
+    main_stage2.main(QUICK2)
+    assert checkpoints.read(STAGE2).parent["sha256"] == read
+
+
+def test_a_terminal_shows_a_bar_and_a_closed_output_ends_quietly(workdir) -> None:
+    terminal, stderr = pty.openpty()
+    command = [sys.executable, str(ROOT / "main_stage1.py"), "--dataset", "digits", "--epochs", "100000"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True) as process:
+        os.close(stderr)
+        lines = [process.stdout.readline() for _ in range(12)]
+        process.stdout.close()
+        process.wait(timeout=60)
+    shown = b""
+    with contextlib.suppress(OSError):  # the terminal's end
+        while part := os.read(terminal, 65536):
+            shown += part
+    os.close(terminal)
+    assert any(line.split()[:1] == ["epoch"] for line in lines)
+    assert b"ETA" in shown and b"epoch 1/100000" in shown and b"Traceback" not in shown, shown[-2000:]
+    assert process.returncode == 141
+
+
 def test_a_bare_state_dict_serves_evaluate_and_stage2(workdir, small_cifar10, capsys) -> None:
     torch.save(build_model("resnet34", 10).state_dict(), "published.pt")
     common = ["--pretrained_pth", "published.pt", "--dataset", "cifar10", "--data_dir", small_cifar10]
@@ -145,16 +198,16 @@ def test_a_bare_state_dict_serves_evaluate_and_stage2(workdir, small_cifar10, ca
     assert "selection: unknown" in capsys.readouterr().out
     main_stage2.main([*common, "--imb_ratio", "10", "--finetune_epoch", "1"])
     two = checkpoints.read("checkpoints/cifar10_exp10_resnet34_stage2.pt")
-    assert two["parent"]["sha256"] == sha256("published.pt") and two["parent"]["seed"] is None
+    assert two.parent["sha256"] == sha256("published.pt") and two.parent["seed"] is None
 
 
 def test_stage1_can_start_from_a_file(workdir) -> None:
     main_stage1.main(QUICK)
-    before = checkpoints.read(STAGE1)["model"]
+    before = checkpoints.read(STAGE1).model
     main_stage1.main([*QUICK, "--imb_ratio", "50", "--pretrained_pth", str(STAGE1), "--lr", "1e-12", "--wd", "0"])
     after = checkpoints.read("checkpoints/digits_exp50_resnet8_stage1.pt")
-    assert torch.allclose(before["fc.weight"], after["model"]["fc.weight"], atol=1e-6)
-    assert after["parent"]["path"] == str(STAGE1)
+    assert torch.allclose(before["fc.weight"], after.model["fc.weight"], atol=1e-6)
+    assert after.parent["path"] == str(STAGE1)
 
 
 def test_the_only_other_network_is_found_and_several_are_listed(workdir, capsys) -> None:

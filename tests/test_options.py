@@ -26,7 +26,7 @@ class Small:
     some_rate: float = option(0.5, Number(float, 0, 1), "a rate of 50 %", published=0.98)
     colour: str = option("red", Choice(("red", "blue")), "a colour")
     loud_mode: bool = option(False, Flag(), "loud")
-    size: int | None = option(None, Number(int, 1), "a size", alias="--extent")
+    size: int | None = option(None, Number(int, 1), "a size", aliases=("extent_of",))
 
     def __post_init__(self) -> None:
         check(self)
@@ -39,8 +39,10 @@ def typed(*argv: str) -> dict:
 def test_only_what_was_typed_leaves_the_parser() -> None:
     assert typed() == {}
     assert typed("--some_rate", "0.25") == typed("--some-rate=0.25") == {"some_rate": 0.25}
-    assert typed("--loud-mode") == {"loud_mode": True} and typed("--no-loud_mode") == {"loud_mode": False}
-    assert typed("--extent", "3") == {"size": 3}
+    assert typed("--loud-mode") == {"loud_mode": True} and typed("--no-loud_mode") == typed("--no_loud_mode") == {
+        "loud_mode": False
+    }
+    assert typed("--extent-of", "3") == typed("--extent_of=3") == {"size": 3}
 
 
 @pytest.mark.parametrize(
@@ -51,6 +53,7 @@ def test_only_what_was_typed_leaves_the_parser() -> None:
         (["--some_rate=-0.1"], "--some_rate -0.1 [0, 1]"),
         (["--colour", "green"], "--colour green red, blue"),
         (["--size", "2.5"], "--size 2.5 whole number"),
+        (["--some_rate", "-1e-5"], "--some_rate -1e-5 [0, 1]"),
         (["--some_rates", "1"], "--some_rates --some_rate"),
         (["--some"], "--some --some_rate"),  # no abbreviations
         (["--size"], "--size expected one argument"),
@@ -65,16 +68,20 @@ def test_mistakes_are_answered_by_name(argv: list[str], words: str) -> None:
     assert all(word in str(caught.value) for word in words.split())
 
 
+def test_a_message_has_two_lines_whatever_was_typed() -> None:
+    assert str(UsageError("--x a\nb", "c\nd")) == "error: --x a b\nallowed: c d"
+
+
 def test_values_are_checked_when_built() -> None:
     with pytest.raises(UsageError, match="--some_rate 2"):
         Small(some_rate=2)
 
 
-def test_precedence_and_sources() -> None:
-    layers = {"file": {"colour": "blue", "other": 1}, "recipe": {"colour": "red", "some_rate": 0.1}}
+def test_precedence_and_sources() -> None:  # a layer may be called anything, a file named "default" too
+    layers = {"default": {"colour": "blue", "other": 1}, "recipe": {"colour": "red", "some_rate": 0.1}}
     resolved = resolve(Small, {"size": 7}, layers)
     assert resolved.options == Small(some_rate=0.1, colour="blue", size=7)
-    assert resolved.sources == {"some_rate": "recipe", "colour": "file", "loud_mode": "default", "size": "typed"}
+    assert resolved.sources == {"some_rate": "recipe", "colour": "default", "loud_mode": "default", "size": "typed"}
     assert resolved.describe().splitlines()[-1].startswith("default")
 
 
@@ -142,4 +149,5 @@ def test_a_seed_is_drawn_when_none_is_given() -> None:
 
 
 def test_learning_rate_is_an_alias() -> None:
-    assert parse_typed(main_stage1.Options, ["--learning-rate", "0.2"], "main_stage1.py", None) == {"lr": 0.2}
+    for spelling in ("--learning-rate", "--learning_rate"):
+        assert parse_typed(main_stage1.Options, [spelling, "0.2"], "main_stage1.py", None) == {"lr": 0.2}

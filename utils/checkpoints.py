@@ -8,8 +8,11 @@ parent and provenance. See :class:`Checkpoint`.
 from __future__ import annotations
 
 import dataclasses
-import os
+import hashlib
+import io
 import pickle
+import re
+import shutil
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -19,12 +22,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from utils.files import atomic, sha256
+from utils.files import atomic
 from utils.options import UsageError
 
 FORMAT = 1
 FOLDER = Path("checkpoints")
 STAGES = ("stage1", "stage2")
+SELECT = ("last", "best_test", "best_val")
+IDENTITY = ("dataset", "imb_type", "imb_ratio", "subset", "subset_seed", "network")
 #: Options that do not change what a run computes: two files that differ in these alone are the same result.
 INCIDENTAL = ("out", "data_dir", "device", "gpu", "workers", "cur_stage", "pretrained_pth")
 
@@ -43,7 +48,7 @@ class Checkpoint:
         metrics: the report on the test set, with epoch, select and flip_tta.
         parent: None, or path, sha256 and seed of the stage-1 file.
         provenance: see :func:`utils.system.provenance`.
-        path: the file it was read from; not stored.
+        path, sha256: the file it was read from and the hash of what was read; not stored.
     """
 
     stage: str | None
@@ -57,6 +62,7 @@ class Checkpoint:
     parent: dict[str, Any] | None = None
     provenance: dict[str, Any] = field(default_factory=dict)
     path: Path | None = None
+    sha256: str | None = None
 
     def save(self, path: str | Path) -> None:
         """Writes the file, whole or not at all."""
@@ -65,7 +71,36 @@ class Checkpoint:
             torch.save({"format": FORMAT, **content}, file)
 
 
-_STORED = tuple(f.name for f in dataclasses.fields(Checkpoint) if f.name != "path")
+_STORED = tuple(f.name for f in dataclasses.fields(Checkpoint) if f.name not in ("path", "sha256"))
+#: What a file must hold under a field or, after a dot, inside it.
+_TYPES: dict[str, type | tuple[type, ...]] = {
+    "format": int,
+    "stage": str,
+    "network": str,
+    "num_classes": int,
+    "in_channels": int,
+    "model": dict,
+    "options": dict,
+    "data": dict,
+    "data.dataset": str,
+    "data.imb_type": str,
+    "data.imb_ratio": (int, float),
+    "data.subset": str,
+    "data.subset_seed": int,
+    "data.class_names": list,
+    "data.class_counts": list,
+    "data.mean": list,
+    "data.std": list,
+    "data.val_indices": list,
+    "metrics": dict,
+    "metrics.epoch": int,
+    "metrics.select": str,
+    "metrics.flip_tta": bool,
+    "metrics.top1": float,
+    "metrics.per_class": list,
+    "parent": (dict, type(None)),
+    "provenance": dict,
+}
 
 
 class NoCheckpoint(UsageError):
@@ -74,12 +109,12 @@ class NoCheckpoint(UsageError):
 
 def default_path(dataset: str, imb_type: str, imb_ratio: float, network: str, stage: str) -> Path:
     """Where a finished stage goes and where the next looks: checkpoints/cifar100_exp100_resnet34_stage1.pt."""
-    return FOLDER / f"{dataset}_{imb_type}{imb_ratio:g}_{network}_{stage}.pt"
+    return FOLDER / f"{dataset}_{imb_type}{imb_ratio}_{network}_{stage}.pt"
 
 
-def _listing(folder: Path = FOLDER) -> str:
-    files = sorted(str(path) for path in folder.glob("*.pt"))
-    return f"there are {', '.join(files)}" if files else f"there are none in {folder}/"
+def _listing() -> str:
+    files = sorted(str(path) for path in FOLDER.glob("*.pt") if path.is_file())
+    return f"another file; there are {', '.join(files)}" if files else f"another file; there are none in {FOLDER}/"
 
 
 def find(dataset: str, imb_type: str, imb_ratio: float, network: str, stage: str, *, exact: bool) -> Path:
@@ -103,57 +138,66 @@ def find(dataset: str, imb_type: str, imb_ratio: float, network: str, stage: str
     flags += f" --network {network}" if exact else ""
     raise NoCheckpoint(
         f"no checkpoint {wanted}",
-        f"--pretrained_pth with a file ({_listing()}), or first: "
-        f"python main_{stage}.py{flags} --imb_ratio {imb_ratio:g} --cur_stage {stage}",
+        f"--pretrained_pth with {_listing()}; or first: "
+        f"python main_{stage}.py{flags} --imb_ratio {imb_ratio} --cur_stage {stage}",
     )
 
 
-def read(path: str | Path) -> dict[str, Any]:
-    """The content of a checkpoint file: this project's dict, or a bare state dict {name: tensor}.
+def read(path: str | Path) -> Checkpoint:
+    """The checkpoint in a file; of a bare state dict {name: tensor} only ``model``, path and hash are known.
 
     Raises:
-        UsageError: missing, not a torch file, holding pickled code, of a newer format, or neither of the two kinds.
+        UsageError: missing, not a torch file, damaged, holding pickled code, of a newer format, of another program, or
+            with a field that cannot be right.
     """
     path = Path(path)
-    if not path.is_file():
-        raise UsageError(f"no checkpoint {path}", f"a file ({_listing()})")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if "Unsupported global" in str(error) or "Unsupported class" in str(error):
+        blob = path.read_bytes()
+    except OSError as error:
+        raise UsageError(f"no checkpoint {path} ({error.strerror})", _listing()) from None
+    try:
+        file = io.BytesIO(blob)
+        if zipfile.is_zipfile(file) and zipfile.ZipFile(file).testzip() is not None:
+            raise ValueError("a checksum of the archive does not match")
+        file.seek(0)
+        content = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises nearly anything on a file that is damaged or not its own
+        if isinstance(error, pickle.UnpicklingError) and re.search("Unsupported (global|class)", str(error)):
             raise UsageError(
                 f"{path} holds pickled Python objects, which are not run here",
                 "a state dict: in the code that wrote the file, torch.save(model.state_dict(), ...)",
             ) from None
-        raise UsageError(f"{path} is not a PyTorch checkpoint", _listing()) from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile):
         raise UsageError(f"{path} is not a PyTorch checkpoint, or is damaged", _listing()) from None
+    source: dict[str, Any] = {"path": path, "sha256": hashlib.sha256(blob).hexdigest()}
     if isinstance(content, Mapping) and content and all(isinstance(v, Tensor) for v in content.values()):
-        return dict(content)
+        return Checkpoint(None, "unknown", 0, 0, {str(k): v for k, v in content.items()}, **source)
     if not isinstance(content, dict) or not {"format", *_STORED} <= set(content):
         raise UsageError(f"{path} is a checkpoint of another program", f"a bare state dict or this one's; {_listing()}")
-    if content["format"] > FORMAT:
+    for name, kind in _TYPES.items():
+        field, _, key = name.partition(".")
+        value = content[field].get(key) if key else content[field]
+        if not isinstance(value, kind):
+            raise UsageError(f"{path}: {name} is {value!r}", _listing())
+    if not 1 <= content["format"] <= FORMAT:
         raise UsageError(f"{path} has format {content['format']}", f"up to {FORMAT}: update this code")
-    return content
-
-
-def from_content(content: Mapping[str, Any], path: Path) -> Checkpoint:
-    """A :class:`Checkpoint` of what :func:`read` returned for one of this project's files."""
-    return Checkpoint(**{name: content[name] for name in _STORED}, path=path)
+    if content["stage"] not in STAGES or content["metrics"]["select"] not in SELECT:
+        raise UsageError(f"{path}: stage {content['stage']}, select {content['metrics']['select']}", _listing())
+    return Checkpoint(**{name: content[name] for name in _STORED}, **source)
 
 
 def publish(checkpoint: Checkpoint, path: Path) -> str:
     """Puts a finished stage at its final path; a file there of other options or seed is kept beside it as .prev.
 
-    Returns the line that says so.
+    The new file is written first, so that a failure leaves the old one in its place. Returns the line that says so.
     """
     told = f"saved {path}"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.is_file() and not _same_run(checkpoint, path):
-        previous = path.with_name(f"{path.name}.prev")
-        os.replace(path, previous)
-        told += f" (it replaces a run of other options or seed, kept as {previous})"
-    checkpoint.save(path)
+    with atomic(path) as temporary:
+        checkpoint.save(temporary)
+        if path.is_file() and not _same_run(checkpoint, path):
+            previous = path.with_name(f"{path.name}.prev")
+            with atomic(previous) as copy:
+                shutil.copy2(path, copy)
+            told += f" (it replaces a run of other options or seed, kept as {previous})"
     return told
 
 
@@ -163,18 +207,16 @@ def _same_run(checkpoint: Checkpoint, path: Path) -> bool:
     except UsageError:
         return False
     ours, theirs = (
-        {k: v for k, v in options.items() if k not in INCIDENTAL}
-        for options in (checkpoint.options, old.get("options", {}))
+        ({k: v for k, v in file.options.items() if k not in INCIDENTAL}, (file.parent or {}).get("sha256"))
+        for file in (checkpoint, old)
     )
-    parents = [(parent or {}).get("sha256") for parent in (checkpoint.parent, old.get("parent"))]
-    return ours == theirs and parents[0] == parents[1]
+    return ours == theirs
 
 
 def describe_parent(checkpoint: Checkpoint) -> dict[str, Any]:
     """What a child file stores of the file it came from: path, sha256, seed."""
-    assert checkpoint.path is not None
     return {
         "path": str(checkpoint.path),
-        "sha256": sha256(checkpoint.path),
+        "sha256": checkpoint.sha256,
         "seed": checkpoint.options.get("seed"),
     }

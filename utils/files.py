@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,13 +14,27 @@ from utils.options import UsageError
 @contextmanager
 def atomic(path: str | Path) -> Iterator[Path]:
     """A temporary path beside ``path``, renamed to it when the block ends well and removed when it does not."""
-    target = Path(path)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    target = Path(path).resolve()
+    temporary = target.with_name(f".{secrets.token_hex(4)}.tmp")
     try:
         yield temporary
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def require_target(flag: str, path: str | Path) -> None:
+    """Checks that a report may be written to ``path``: a new file or an old one that is no checkpoint.
+
+    Raises:
+        UsageError: it is a folder, a device or a checkpoint, or its folder cannot be written to.
+    """
+    target = Path(path)
+    if target.suffix in (".pt", ".pth", ".prev") or (target.exists() and not target.is_file()):
+        raise UsageError(f"{flag} {path}", "the path of a plain file that is no checkpoint")
+    if len(target.name) > 200:
+        raise UsageError(f"{flag} {path}", "a shorter file name")
+    require_writable(flag, target.parent)
 
 
 def require_writable(flag: str, folder: str | Path) -> None:
@@ -36,9 +50,3 @@ def require_writable(flag: str, folder: str | Path) -> None:
         probe.unlink()
     except OSError as error:
         raise UsageError(f"{flag} {folder}: {error.strerror}", "a folder that can be written to") from None
-
-
-def sha256(path: str | Path) -> str:
-    """The file's SHA-256, in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

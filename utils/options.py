@@ -11,6 +11,8 @@ import argparse
 import dataclasses
 import difflib
 import math
+import os
+import re
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -26,7 +28,8 @@ class UsageError(Exception):
     """A mistake in what was asked for. Shown as two lines, the problem and what is allowed; exit status 2."""
 
     def __init__(self, problem: str, allowed: str) -> None:
-        super().__init__(f"error: {problem}\nallowed: {allowed}")
+        one_line = (text.replace("\n", " ") for text in (f"error: {problem}", f"allowed: {allowed}"))
+        super().__init__("\n".join(one_line))
 
 
 class Diverged(Exception):
@@ -45,7 +48,10 @@ def command(main: Callable[..., T]) -> Callable[..., T]:
         except Diverged as error:
             status, message = 1, f"stopped: {error}"
         except KeyboardInterrupt:
-            status, message = 130, "\ninterrupted: no final checkpoint was written"
+            status, message = 130, "\ninterrupted"
+        except BrokenPipeError:  # the reader of our output has gone, as in "| head"
+            sys.stdout = open(os.devnull, "w")
+            status, message = 141, "stopped: standard output was closed"
         print(message, file=sys.stderr)
         raise SystemExit(status)
 
@@ -69,7 +75,7 @@ class Number:
         if value in self.words:
             return value
         number = self.type(value)
-        if not math.isfinite(number) or (self.type is int and number != float(value)):
+        if not math.isfinite(number) or (not isinstance(value, str) and number != value):
             raise ValueError
         if self.low is not None and (number < self.low or (self.above and number == self.low)):
             raise ValueError
@@ -133,12 +139,12 @@ Kind = Number | Choice | Text | Flag
 def ratio_number(value: Any) -> float:
     """A float, kept as an int where it is whole, so that 100 and 100.0 name the same file."""
     number = float(value)
-    return int(number) if number.is_integer() else number
+    return int(number) if number.is_integer() and number < 2**53 else number
 
 
-def option(default: Any, kind: Kind, help: str, *, published: Any = _UNSET, alias: str = "") -> Any:
+def option(default: Any, kind: Kind, help: str, *, published: Any = _UNSET, aliases: tuple[str, ...] = ()) -> Any:
     """A field of an options class. ``published``: the papers' value, used by ``--protocol published``."""
-    metadata: dict[str, Any] = {"kind": kind, "help": help, "alias": alias}
+    metadata: dict[str, Any] = {"kind": kind, "help": help, "aliases": aliases}
     if published is not _UNSET:
         metadata["published"] = published
     return dataclasses.field(default=default, metadata=metadata)
@@ -165,7 +171,19 @@ def _convert(field: dataclasses.Field[Any], value: Any) -> Any:
         raise UsageError(f"--{field.name} {value}", kind.allowed) from None
 
 
+class _OnOff(argparse.Action):
+    """Stores True for --name, False for --no-name and --no_name."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        setattr(namespace, self.dest, option_string is not None and option_string[:5] not in ("--no-", "--no_"))
+
+
 class _Parser(argparse.ArgumentParser):
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        # argparse knows -1 and -0.5 for numbers, but takes -1e-5 for a flag.
+        self._negative_number_matcher = re.compile(r"^-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")
+
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{self.prog}: {message}", f"what {self.prog} --help lists")
 
@@ -181,15 +199,16 @@ def make_parser(cls: type[Any], prog: str, description: str | None) -> argparse.
     )
     for field in dataclasses.fields(cls):
         kind: Kind = field.metadata["kind"]
-        names = list(dict.fromkeys([f"--{field.name}", f"--{field.name.replace('_', '-')}"]))
-        if field.metadata["alias"]:
-            names.append(field.metadata["alias"])
+        names = [f"--{name}" for name in (field.name, *field.metadata["aliases"])]
+        if isinstance(kind, Flag):
+            names += [f"--{no}{field.name}" for no in ("no_", "no-")]
+        names = list(dict.fromkeys([*names, *(f"--{name[2:].replace('_', '-')}" for name in names)]))
         text = f"{field.metadata['help']} (default: {field.default}"
         if "published" in field.metadata:
             text += f"; --protocol published: {field.metadata['published']}"
         text = (text + ")").replace("%", "%%")
         if isinstance(kind, Flag):
-            parser.add_argument(*names, dest=field.name, action=argparse.BooleanOptionalAction, help=text)
+            parser.add_argument(*names, dest=field.name, action=_OnOff, nargs=0, help=text)
         else:
             if isinstance(kind, Choice) or (isinstance(kind, Number) and (kind.low is not None or kind.words)):
                 text += f" [{kind.allowed.replace('%', '%%')}]"
@@ -251,7 +270,7 @@ def resolve(cls: Callable[..., T], typed: Mapping[str, Any], layers: Mapping[str
     values: dict[str, Any] = {}
     sources: dict[str, str] = {}
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]
-        for source, layer in {"typed": typed, **layers, "default": {field.name: field.default}}.items():
+        for source, layer in [("typed", typed), *layers.items(), ("default", {field.name: field.default})]:
             if field.name in layer:
                 values[field.name], sources[field.name] = layer[field.name], source
                 break

@@ -81,9 +81,9 @@ class Run:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
-        if value is not None:
-            self.say(f"ended early, in epoch {len(self.epochs) + 1}: {value!r}")
-        self._open.close()
+        with self._open:  # closes the files
+            if value is not None and not isinstance(value, BrokenPipeError):
+                self.say(f"ended early, in epoch {len(self.epochs) + 1}: {value!r}")
 
     @property
     def seconds(self) -> float:
@@ -91,9 +91,9 @@ class Run:
         return time.perf_counter() - self.started
 
     def say(self, text: str) -> None:
-        """Prints a text and keeps it in log.txt."""
-        print(text, flush=True)
+        """Keeps a text in log.txt and prints it."""
         self._log.write(text + "\n")
+        print(text, flush=True)
 
     def write_json(self, name: str, content: Any) -> None:
         """Writes a small JSON file into the folder."""
@@ -101,15 +101,16 @@ class Run:
 
     def bar(self, steps: Iterable[T], total: int, label: str) -> Iterator[T]:
         """Passes ``steps`` through; on a terminal with a progress bar and the time still needed."""
-        if not sys.stderr.isatty():
+        if sys.stderr is None or not sys.stderr.isatty():
             yield from steps
             return
-        bar = Bar(label, max=total, suffix="%(index)d/%(max)d  ETA %(eta_td)s", width=24)
+        bar = Bar(label, max=total, suffix="%(index)d/%(max)d  ETA %(eta_td)s", width=24, hide_cursor=False)
         try:
-            yield from bar.iter(steps)
+            for step in steps:
+                yield step
+                bar.next()
         finally:
-            bar.clearln()
-            bar.finish()
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)  # clears the bar's line
 
     def log(self, record: dict[str, Any]) -> None:
         """One epoch: a table line, a line of metrics.jsonl, TensorBoard scalars. None stands for "not measured"."""
