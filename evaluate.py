@@ -9,6 +9,7 @@ The file says which data set and network it is of; a flag that contradicts it is
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import engine
+from engine import predict
 from stages import (
     DataOptions,
     check_data_flags,
@@ -28,9 +29,19 @@ from stages import (
     restore,
     selection_words,
 )
+from utils import metrics
 from utils.checkpoints import IDENTITY, STAGES, Checkpoint, NoCheckpoint
 from utils.files import atomic, require_target
-from utils.metrics import per_class_csv, per_class_rows, percent, table
+from utils.metrics import (
+    calibration_error,
+    fit_temperature,
+    logit_statistics,
+    per_class_csv,
+    per_class_rows,
+    percent,
+    spread,
+    table,
+)
 from utils.options import Choice, Flag, Text, UsageError, command, option, parse_typed, resolve
 from utils.system import pick_device, provenance
 
@@ -74,10 +85,21 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         raise UsageError(f"--json {options.json} --csv {options.csv}", "two different files")
 
     device = pick_device(options.device, options.gpu)
-    data = load_data(options)
+    data = load_data(options, val_indices=file.data.get("val_indices"))
     model = restore(file, data).to(device)
-    report = engine.evaluate(model, eval_batches(data, data.test, device), data.class_counts, options.flip_tta)
+    logits, labels = predict(model, eval_batches(data, data.test, device))
+    statistics = logit_statistics(logits, labels) | {"weight_norm": model.fc.weight.norm(dim=1).tolist()}
+    if options.flip_tta:
+        logits, _ = predict(model, eval_batches(data, data.test, device), flip_tta=True)
+    report = metrics.report(logits, labels, data.class_counts)
+    temperature = calibrated = None
+    if data.val is not None:
+        temperature = fit_temperature(*predict(model, eval_batches(data, data.val, device), options.flip_tta))
+        calibrated = calibration_error(logits, labels, temperature)
     rows = per_class_rows(report, data.class_names, data.class_counts)
+    for name, values in statistics.items():
+        for row, value in zip(rows, values):
+            row[name] = value
 
     result = {
         "checkpoint": str(file.path),
@@ -89,7 +111,10 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         "select": file.metrics.get("select"),
         "epoch": file.metrics.get("epoch"),
         "flip_tta": options.flip_tta,
-        **{key: report[key] for key in ("top1", "top5", "class_mean", "groups")},
+        **{key: value for key, value in report.items() if key not in ("per_class", "test_images")},
+        "temperature": temperature,
+        "ece_calibrated": calibrated,
+        **{name: spread(values) for name, values in statistics.items()},
         "class_counts": data.class_counts,
         "class_names": data.class_names,
         "per_class": rows,
@@ -106,10 +131,17 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     print(f"{file.path}: {file.stage or 'bare state dict'}, {file.network}, seed {file.options.get('seed', 'unknown')}")
     print(f"{data.describe()}, {options.imb_type} ratio {options.imb_ratio}, subset {options.subset}\n")
     print(table(report) + "\n")
+    print(f"worst class {percent(report['worst_class'])}, harmonic mean {percent(report['harmonic_mean'])}, ", end="")
+    print(f"macro-F1 {percent(report['macro_f1'])}")
+    print(f"calibration error {percent(report['ece'])}, after temperature scaling {percent(calibrated)}")
+    for name, values in statistics.items():
+        mean, deviation = spread(values) or (math.nan, math.nan)
+        print(f"{name.replace('_', ' ')}: {mean:.3f} ± {deviation:.3f} over classes")
+    print()
     print(f"selection: {selection_words(file.metrics) if file.metrics else 'unknown'}")
     print(f"flip averaging: {'on' if options.flip_tta else 'off'}")
     if file.metrics and options.flip_tta == flip_tta:
-        same = all(report[key] == file.metrics[key] for key in report)
+        same = all(report[key] == file.metrics[key] for key in ("top1", "top5", "per_class"))
         verdict = "the same" if same else f"the file says {percent(file.metrics['top1'])}"
         print(f"stored at training: {verdict}")
     return result

@@ -1,9 +1,21 @@
 import json
 
+import numpy as np
 import pytest
+import sklearn.metrics
 import torch
 
-from utils.metrics import per_class_csv, per_class_rows, percent, report, table
+from utils.metrics import (
+    calibration_error,
+    fit_temperature,
+    logit_statistics,
+    per_class_csv,
+    per_class_rows,
+    percent,
+    report,
+    spread,
+    table,
+)
 
 
 def test_report_by_hand() -> None:
@@ -49,3 +61,52 @@ def test_percent() -> None:
 
 def test_top5_with_few_classes() -> None:
     assert report(torch.eye(3), torch.tensor([2, 1, 0]), [9, 9, 9])["top5"] == pytest.approx(1)
+
+
+def test_class_measures_against_scikit_learn() -> None:
+    torch.manual_seed(0)
+    labels, logits = torch.randint(6, (80,)), torch.randn(80, 6)
+    logits[torch.arange(80), labels] += 1
+    rep = report(logits, labels, [9] * 6)
+    predicted = logits.argmax(dim=1)
+    assert rep["macro_f1"] == pytest.approx(sklearn.metrics.f1_score(labels, predicted, average="macro"))
+    recalls = sklearn.metrics.recall_score(labels, predicted, average=None)
+    assert rep["worst_class"] == pytest.approx(recalls.min())
+    assert rep["harmonic_mean"] == pytest.approx(6 / (1 / recalls).sum())
+    assert rep["class_mean"] == pytest.approx(recalls.mean())
+
+
+def test_harmonic_mean_is_zero_where_a_class_is() -> None:
+    assert report(torch.tensor([[1.0, 0], [1, 0]]), torch.tensor([0, 1]), [9, 9])["harmonic_mean"] == 0
+
+
+def test_calibration_error_by_hand() -> None:
+    p = torch.tensor([[0.7, 0.3], [0.7, 0.3], [0.9, 0.1], [0.45, 0.55]])
+    labels = torch.tensor([0, 1, 0, 0])  # bin (2/3, 11/15]: accuracy 0.5 of 0.7; 0.9: right; 0.55: wrong
+    expected = 2 / 4 * abs(0.5 - 0.7) + 1 / 4 * 0.1 + 1 / 4 * 0.55
+    assert calibration_error(p.log(), labels) == pytest.approx(expected)
+    assert calibration_error((p.log() * 3), labels, temperature=3) == pytest.approx(expected)
+
+
+def test_temperature_is_found() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(20_000, 5, generator=generator)
+    labels = torch.multinomial(logits.softmax(1), 1, generator=generator)[:, 0]
+    assert fit_temperature(logits * 4, labels) == pytest.approx(4, rel=0.05)
+    assert fit_temperature(logits / 50, labels) == pytest.approx(1 / 50, rel=0.05)
+
+
+def test_logit_statistics_by_hand() -> None:
+    z = np.array([[3.0, 1, 0], [5, 0, 1], [1, 4, 1], [0, 2, 3]])
+    y = np.array([0, 0, 1, 1])
+    found = logit_statistics(torch.from_numpy(z), torch.from_numpy(y))
+    for i in (0, 1):
+        magnitude = z[y == i, i].mean() - z[y != i, i].mean()
+        assert found["logits_magnitude"][i] == pytest.approx(magnitude)
+        assert found["rsd"][i] == pytest.approx(z[:, i].std() / magnitude)
+        gaps = [row[i] - np.delete(row, i).mean() for row in z[y == i]]
+        assert found["logits_magnitude_row"][i] == pytest.approx(np.mean(gaps))
+        assert found["rsd_row"][i] == pytest.approx(np.std(gaps) / np.mean(gaps))
+    assert all(values[2] is None for values in found.values())
+    assert spread(found["rsd"]) == pytest.approx((np.mean(found["rsd"][:2]), np.std(found["rsd"][:2])))
+    assert spread([None]) is None

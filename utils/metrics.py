@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,8 +15,8 @@ GROUPS = ("many", "medium", "few")
 #: Training images per class: many above the first, few below the second (Liu et al., OLTR, CVPR 2019).
 MANY_ABOVE, FEW_BELOW = 100, 20
 
-#: {"top1", "top5", "class_mean": float; "groups": {group: {"accuracy", "classes", "train_images"}};
-#: "per_class": (C,) float or None; "test_images": (C,) int}
+#: {"top1", "top5", "class_mean", "worst_class", "harmonic_mean", "macro_f1", "ece": float;
+#: "groups": {group: {"accuracy", "classes", "train_images"}}; "per_class": (C,) float or None; "test_images": (C,) int}
 Report = dict[str, Any]
 
 
@@ -28,7 +30,8 @@ def report(logits: Tensor, labels: Tensor, class_counts: Sequence[int]) -> Repor
 
     Group accuracies and ``class_mean`` are means over classes, of which those without an image are left out; on the
     balanced test sets ``class_mean`` equals ``top1``. An empty group's accuracy is None. With fewer than five classes
-    top-5 is 1.
+    top-5 is 1. ``harmonic_mean`` and ``worst_class`` are over the per-class accuracies, ``macro_f1`` is the mean over
+    classes that are present or predicted, ``ece`` is :func:`calibration_error`.
 
     logits (N, C) float, labels (N,) int64, class_counts (C,) training images -> Report.
     """
@@ -38,6 +41,9 @@ def report(logits: Tensor, labels: Tensor, class_counts: Sequence[int]) -> Repor
     images = torch.bincount(labels, minlength=num_classes)
     correct = torch.bincount(labels[hits[:, 0]], minlength=num_classes)
     per_class = [c / n if n else None for c, n in zip(correct.tolist(), images.tolist())]
+    predicted = torch.bincount(top[:, 0], minlength=num_classes)
+    seen = images + predicted > 0
+    accuracies = [accuracy for accuracy in per_class if accuracy is not None]
     groups = {}
     for group in GROUPS:
         members = [i for i, count in enumerate(class_counts) if group_of(count) == group]
@@ -50,10 +56,78 @@ def report(logits: Tensor, labels: Tensor, class_counts: Sequence[int]) -> Repor
         "top1": int(hits[:, 0].sum()) / len(labels),
         "top5": int(hits.sum()) / len(labels),
         "class_mean": _mean(per_class),
+        "worst_class": min(accuracies),
+        "harmonic_mean": statistics.harmonic_mean(accuracies),
+        "macro_f1": float((2 * correct[seen] / (images + predicted)[seen]).double().mean()),
+        "ece": calibration_error(logits, labels),
         "groups": groups,
         "per_class": per_class,
         "test_images": images.tolist(),
     }
+
+
+def calibration_error(logits: Tensor, labels: Tensor, temperature: float = 1.0, bins: int = 15) -> float:
+    """Expected calibration error of softmax(z / temperature) (Guo et al., ICML 2017): the mean over images of
+    |accuracy - confidence| of an image's confidence bin, ``bins`` of equal width.
+
+    logits (N, C) float, labels (N,) int64 -> fraction.
+    """
+    confidence, predicted = (logits.double() / temperature).softmax(dim=1).max(dim=1)
+    place = (confidence * bins).ceil().long().clamp(1, bins) - 1  # bins are open on the left, as published
+    gap = (predicted == labels).double() - confidence
+    return float(torch.zeros(bins, dtype=torch.float64).index_add_(0, place, gap).abs().sum() / len(labels))
+
+
+def fit_temperature(logits: Tensor, labels: Tensor) -> float:
+    """The temperature T in [0.01, 100] of least mean -log softmax(z / T)_y on held-out images (Guo et al., ICML 2017).
+
+    logits (N, C) float, labels (N,) int64.
+    """
+    from scipy.optimize import minimize_scalar  # here, since it is slow to import and rarely needed
+
+    z = logits.double()
+
+    def loss(log_temperature: float) -> float:
+        return float(torch.nn.functional.cross_entropy(z / math.exp(log_temperature), labels))
+
+    limits = (math.log(0.01), math.log(100))
+    return math.exp(minimize_scalar(loss, bounds=limits, method="bounded").x)
+
+
+def logit_statistics(logits: Tensor, labels: Tensor) -> dict[str, list[float | None]]:
+    """Logits Magnitude and Regularized Standard Deviation per class (Label Over-Smooth, ICLR 2025), in two readings.
+
+    The published code has neither, and the text can be read two ways, so both are here. By column, class i's logit
+    over all images: ``logits_magnitude`` = mean of z_i over the images of class i minus its mean over all others,
+    ``rsd`` = standard deviation of z_i over all images / logits_magnitude. By row, over the images of class i:
+    ``logits_magnitude_row`` = mean of z_i - mean_{j != i} z_j, ``rsd_row`` = standard deviation of that gap /
+    logits_magnitude_row. None for a class without images (RSD also where the magnitude is 0).
+
+    logits (N, C) float, labels (N,) int64 -> {name: (C,)}.
+    """
+    z, num_classes = logits.double(), logits.shape[1]
+    found: dict[str, list[float | None]] = {
+        key: [] for key in ("logits_magnitude", "rsd", "logits_magnitude_row", "rsd_row")
+    }
+    totals, deviations = z.sum(dim=0), z.std(dim=0, correction=0)
+    for i in range(num_classes):
+        own = z[labels == i]
+        if len(own) in (0, len(z)):
+            for values in found.values():
+                values.append(None)
+            continue
+        column = own[:, i].mean() - (totals[i] - own[:, i].sum()) / (len(z) - len(own))
+        gaps = own[:, i] - (own.sum(dim=1) - own[:, i]) / (num_classes - 1)
+        for name, magnitude, deviation in (("", column, deviations[i]), ("_row", gaps.mean(), gaps.std(correction=0))):
+            found["logits_magnitude" + name].append(float(magnitude))
+            found["rsd" + name].append(float(deviation / magnitude) if magnitude != 0 else None)
+    return found
+
+
+def spread(values: Sequence[float | None]) -> tuple[float, float] | None:
+    """Mean and standard deviation over classes, those that are None left out; None where all are."""
+    present = [value for value in values if value is not None]
+    return (statistics.fmean(present), statistics.pstdev(present)) if present else None
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
@@ -85,7 +159,7 @@ def table(rep: Report) -> str:
     return "\n".join(lines)
 
 
-def per_class_rows(rep: Report, class_names: Sequence[str], class_counts: Sequence[int]) -> list[Mapping[str, Any]]:
+def per_class_rows(rep: Report, class_names: Sequence[str], class_counts: Sequence[int]) -> list[dict[str, Any]]:
     """One row per class in label order: class, name, group, train_images, test_images, accuracy."""
     return [
         {
