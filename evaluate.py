@@ -29,7 +29,7 @@ from stages import (
     restore,
     selection_words,
 )
-from utils import metrics
+from utils import checkpoints, metrics
 from utils.checkpoints import IDENTITY, STAGES, Checkpoint, NoCheckpoint
 from utils.files import atomic, require_target
 from utils.metrics import (
@@ -138,12 +138,15 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         mean, deviation = spread(values) or (math.nan, math.nan)
         print(f"{name.replace('_', ' ')}: {mean:.3f} ± {deviation:.3f} over classes")
     print()
-    print(f"selection: {selection_words(file.metrics) if file.metrics else 'unknown'}")
-    print(f"flip averaging: {'on' if options.flip_tta else 'off'}")
+    print(f"selected in training: {selection_words(file.metrics) if file.metrics else 'unknown'}")
+    print(f"flip averaging here: {'on' if options.flip_tta else 'off'}")
     if file.metrics and options.flip_tta == flip_tta:
         same = all(report[key] == file.metrics[key] for key in ("top1", "top5", "per_class"))
         verdict = "the same" if same else f"the file says {percent(file.metrics['top1'])}"
-        print(f"stored at training: {verdict}")
+        print(f"stored in training: {verdict}")
+    parent = Path(file.parent["path"]) if file.parent else None
+    if file.parent and parent and parent.is_file() and checkpoints.read(parent).sha256 != file.parent["sha256"]:
+        print(f"note: {parent} has been replaced since this file was made from it")
     return result
 
 

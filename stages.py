@@ -34,7 +34,7 @@ from utils.options import (
 )
 from utils.plots import learning_curves, per_class_accuracy
 from utils.run import Run
-from utils.system import draw_seed, pick_device, provenance
+from utils.system import draw_seed, provenance
 
 T = TypeVar("T", bound="DataOptions")
 
@@ -82,7 +82,7 @@ class TrainOptions(DataOptions):
     select: str = option("last", Choice(SELECT), "which evaluated epoch is kept", published="best_test")
     flip_tta: bool = option(False, Flag(), "average the logits of an image and its mirror", published=True)
     eval_every: int = option(10, Number(int, 1), "epochs between evaluations; the last five always", published=1)
-    seed: int | str | None = option(
+    seed: int | None = option(
         None, Number(int, 0, 2**31 - 1, words=("None",)), "of everything random; without it one is drawn and printed"
     )
     out: str = option("output", Text("a folder"), "where run folders are made")
@@ -91,8 +91,6 @@ class TrainOptions(DataOptions):
         super().__post_init__()
         if self.nesterov and self.momentum == 0:
             raise UsageError("--nesterov with --momentum 0", "a momentum above 0")
-        if self.seed in (None, "None"):
-            object.__setattr__(self, "seed", draw_seed())
 
 
 def fill_options(cls: type[T], typed: Mapping[str, Any], stage: str, file: Checkpoint | None = None) -> Resolved[T]:
@@ -114,6 +112,8 @@ def fill_options(cls: type[T], typed: Mapping[str, Any], stage: str, file: Check
     layers[f"--dataset {dataset}"] = DATASETS[dataset].recipe
     if typed.get("protocol") == "published":
         layers["--protocol published"] = published_values(cls)
+    layers["drawn"] = {"seed": draw_seed()}
+    typed = {name: value for name, value in typed.items() if (name, value) != ("seed", "None")}
     resolved = resolve(cls, typed, layers)
     check_data_flags(resolved.options, typed)
     return resolved
@@ -132,7 +132,7 @@ def refuse_contradictions(typed: Mapping[str, Any], stored: Mapping[str, Any], s
 
 
 def check_data_flags(options: DataOptions, typed: Mapping[str, Any]) -> None:
-    """Raises UsageError for flags that would be ignored or that the data set rules out; says what --workers does."""
+    """Says which typed flags have nothing to do here; raises UsageError for those that the data set rules out."""
     if "subset_seed" in typed and options.subset == "first":
         raise UsageError("--subset_seed without --subset shuffled", "--subset shuffled")
     if getattr(options, "flip_tta", False) and not DATASETS[options.dataset].augment.flip:
@@ -163,10 +163,12 @@ def load_data(options: DataOptions, **held_out: Any) -> LongTailed:
     return data
 
 
-def train_batches(data: LongTailed, batch_size: int, seed: int, device: torch.device) -> Batches:
-    """The shuffled and augmented training batches."""
-    spec = data.spec
-    return Batches(data.train.images, data.train.labels, batch_size, spec.mean, spec.std, device, spec.augment, seed)
+def train_batches(data: LongTailed, batch_size: int, seed: int, stage: int, device: torch.device) -> Batches:
+    """The shuffled and augmented training batches; ``stage`` keeps the stages' random numbers apart."""
+    spec, train = data.spec, data.train
+    return Batches(
+        train.images, train.labels, batch_size, spec.mean, spec.std, device, spec.augment, seed=(seed, stage)
+    )
 
 
 def eval_batches(data: LongTailed, part: ImageSet, device: torch.device) -> Batches:
@@ -238,10 +240,9 @@ def restore(file: Checkpoint, data: LongTailed) -> ResNet:
     return model
 
 
-def begin(resolved: Resolved[Any], stage: str, data: LongTailed) -> tuple[Run, torch.device]:
-    """Opens the run folder, says what will run, seeds PyTorch and picks the device; fails now what would fail later."""
+def begin(resolved: Resolved[Any], stage: str, data: LongTailed, device: torch.device) -> Run:
+    """Opens the run folder, says what will run and seeds PyTorch; fails now what would fail later."""
     options = resolved.options
-    device = pick_device(options.device, options.gpu)
     require_writable("the folder", checkpoints.FOLDER)
     name = f"{options.dataset}_{options.imb_type}{options.imb_ratio}_{options.network}_{stage}"
     run = Run(options.out, name, options.seed)
@@ -249,7 +250,7 @@ def begin(resolved: Resolved[Any], stage: str, data: LongTailed) -> tuple[Run, t
     run.say(f"{data.describe()}\ndevice {device}, seed {options.seed}, run folder {run.folder}")
     run.write_json("options.json", {"options": dataclasses.asdict(options), "sources": dict(resolved.sources)})
     torch.manual_seed(options.seed)
-    return run, device
+    return run
 
 
 class Evaluator:
@@ -334,8 +335,15 @@ def finish(
 def selection_words(metrics: Mapping[str, Any]) -> str:
     """How the stored epoch was chosen, in words: "epoch 200, the last; no flip averaging"."""
     rule = {"last": "the last", "best_test": "the best on the TEST set", "best_val": "the best on held-out images"}
-    flip = "flip averaging on" if metrics["flip_tta"] else "no flip averaging"
+    flip = "with flip averaging" if metrics["flip_tta"] else "no flip averaging"
     return f"epoch {metrics['epoch']}, {rule[metrics['select']]}; {flip}"
+
+
+def flags_of(options: DataOptions, *names: str) -> str:
+    """The flags that repeat those options which are not at their defaults: " --imb_ratio 50 --imb_type step"."""
+    fields = {field.name: field.default for field in dataclasses.fields(options)}
+    values = {name: getattr(options, name) for name in names}
+    return "".join(f" --{name} {value}" for name, value in values.items() if value != fields[name])
 
 
 def stage_option(stage: str) -> Any:

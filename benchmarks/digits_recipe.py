@@ -55,7 +55,7 @@ def main() -> None:
     for seed in range(5):
         torch.manual_seed(seed)
         model = build_model("resnet8", len(names), 1)
-        batches = Batches(lt.images, lt.labels, 64, SPEC.mean, SPEC.std, device, SPEC.augment, seed)
+        batches = Batches(lt.images, lt.labels, 64, SPEC.mean, SPEC.std, device, SPEC.augment, (seed,))
         train(model, batches, 0, SPEC.recipe["lr"], 5e-3, SPEC.recipe["epochs"], frozen=False)
         state = {k: v.clone() for k, v in model.state_dict().items()}
         runs: list[tuple[float, float, int]] = [(0.0, 0.0, 0)]

@@ -31,9 +31,9 @@ class Draws(NamedTuple):
     flip: Tensor
 
 
-def draw_epoch(n: int, augment: Augment, seed: int, epoch: int) -> Draws:
-    """All random numbers of an epoch, from (seed, epoch) alone: the same on every device, in every later run."""
-    state = np.random.SeedSequence((seed, epoch)).generate_state(1, np.uint64)
+def draw_epoch(n: int, augment: Augment, seed: Sequence[int], epoch: int) -> Draws:
+    """All random numbers of an epoch, from (*seed, epoch) alone: the same on every device, in every later run."""
+    state = np.random.SeedSequence((*seed, epoch)).generate_state(1, np.uint64)
     generator = torch.Generator().manual_seed(int(state[0]))
     order = torch.randperm(n, generator=generator)
     top, left = torch.randint(2 * augment.pad + 1, (2, n), generator=generator)
@@ -57,7 +57,7 @@ def crop_flip(padded: Tensor, index: Tensor, top: Tensor, left: Tensor, flip: Te
 class Batches:
     """Mini-batches of an in-memory image set on a device: pairs of images (B, c, H, W) float and labels (B,) int64.
 
-    With ``augment``: shuffled and augmented, an epoch's randomness fixed by (seed, epoch); the last batch may be
+    With ``augment``: shuffled and augmented, an epoch's randomness fixed by (*seed, epoch); the last batch may be
     smaller. Without: file order, as they are. Pixels are scaled to [0, 1] and normalised per channel.
     """
 
@@ -70,7 +70,7 @@ class Batches:
         std: Sequence[float],
         device: torch.device,
         augment: Augment | None = None,
-        seed: int = 0,
+        seed: Sequence[int] = (0,),
     ) -> None:
         pad = augment.pad if augment else 0
         self.size = (images.shape[2], images.shape[3])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 #: Label Over-Smooth's published setting on CIFAR-100-LT, d = 0.98 at C = 100, up to rounding: the true class
@@ -19,21 +18,12 @@ def auto_label_smooth(num_classes: int) -> float:
     return num_classes / (num_classes + AUTO_EXCESS)
 
 
-def smoothed_targets(labels: Tensor, num_classes: int, label_smooth: float) -> Tensor:
-    """Label distribution y: 1 - d + d/C for the true class, d/C for each other (Szegedy et al., CVPR 2016, eq. 7 of
-    "Rethinking the Inception Architecture"; Label Over-Smooth takes d so near 1 that y is almost uniform).
-
-    labels (B,) int64 -> (B, C) float, rows sum to 1.
-    """
-    uniform = torch.full((len(labels), num_classes), label_smooth / num_classes, device=labels.device)
-    return uniform.scatter_add_(1, labels[:, None], torch.full_like(uniform[:, :1], 1 - label_smooth))
-
-
 class LabelSmoothing(nn.Module):
-    """Cross-entropy to the distribution of :func:`smoothed_targets`: mean over B of -sum_j y_j log softmax(z)_j.
+    """Mean over B of -sum_j y_j log softmax(z)_j, y being 1 - d + d/C for the true class and d/C for each other.
 
-    logits (B, C) float, labels (B,) int64 -> scalar, nats. d = 0 is plain cross-entropy; LOS re-trains the classifier
-    with d = 0.98 at C = 100 (true class 0.0298, others 0.0098). Needs no class counts.
+    logits (B, C) float, labels (B,) int64 -> scalar, nats. d = 0 is plain cross-entropy (Szegedy et al., CVPR 2016,
+    smooth with 0.1); Label Over-Smooth (ICLR 2025) re-trains the classifier with d = 0.98 at C = 100, where the true
+    class gets 0.0298 and the others 0.0098. Needs no class counts.
 
     Raises:
         ValueError: d outside [0, 1]; torch itself takes a negative d for 0 without a word.

@@ -31,6 +31,14 @@ def sha256(path: str | Path) -> str:
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
+RESULT_KEYS = {
+    *("checkpoint", "sha256", "stage", "dataset", "imb_type", "imb_ratio", "subset", "subset_seed", "network", "seed"),
+    *("label_smooth", "select", "epoch", "flip_tta", "top1", "top5", "class_mean", "worst_class", "harmonic_mean"),
+    *("macro_f1", "ece", "groups", "temperature", "ece_calibrated", "logits_magnitude", "rsd", "logits_magnitude_row"),
+    *("rsd_row", "weight_norm", "class_counts", "class_names", "per_class", "training", "provenance"),
+}
+
+
 def metrics_of(stage: str) -> list[dict]:
     """The records of the only run folder of a stage, without their times."""
     [path] = Path("output").glob(f"*_{stage}/*/metrics.jsonl")
@@ -41,11 +49,11 @@ def test_the_four_commands_as_processes(shell, workdir) -> None:
     first = shell("main_stage1.py", *QUICK, "--imb_ratio", "100", "--cur_stage", "stage1")
     assert first.returncode == 0, first.stderr
     one = shell("evaluate.py", "--dataset", "digits", "--imb-ratio", "100", "--cur_stage", "stage1")
-    assert one.returncode == 0 and "stored at training: the same" in one.stdout, one.stderr + one.stdout
+    assert one.returncode == 0 and "stored in training: the same" in one.stdout, one.stderr + one.stdout
     second = shell("main_stage2.py", *QUICK2, "--imb_ratio", "100", "--cur_stage", "stage2", "--label_smooth", "0.98")
     assert second.returncode == 0, second.stderr
     two = shell("evaluate.py", "--dataset", "digits", "--json", "two.json", "--csv", "two.csv")
-    assert two.returncode == 0 and "stored at training: the same" in two.stdout, two.stderr
+    assert two.returncode == 0 and "stored in training: the same" in two.stdout, two.stderr
     assert not any(process.stderr for process in (first, one, second, two))  # no bar, no warning
 
     result, stored = json.loads(Path("two.json").read_text()), checkpoints.read(STAGE2)
@@ -55,7 +63,9 @@ def test_the_four_commands_as_processes(shell, workdir) -> None:
     assert [row["accuracy"] for row in result["per_class"]] == stored.metrics["per_class"]
     table = pd.read_csv("two.csv")
     assert len(table) == 10 and table["accuracy"].mean() == pytest.approx(result["top1"])
-    assert f"{100 * result['top1']:.2f}" in two.stdout and "flip averaging: off" in two.stdout
+    assert set(result) == RESULT_KEYS and result["class_names"] == list("0123456789")
+    assert result["class_counts"] == [124, 74, 44, 26, 16, 9, 5, 3, 2, 1] and result["ece_calibrated"] is None
+    assert f"{100 * result['top1']:.2f}" in two.stdout and "flip averaging here: off" in two.stdout
 
 
 def test_what_a_run_leaves(workdir, capsys) -> None:
@@ -111,9 +121,9 @@ def test_published_protocol_lets_the_statistics_drift_and_says_how_it_selected(w
     assert two.options["label_smooth"] == 0.98 and two.metrics["select"] == "best_test"
     evaluate.main(["--dataset", "cifar10", "--data_dir", small_cifar10, "--imb_ratio", "10"])
     out = capsys.readouterr().out
-    assert "the best on the TEST set; flip averaging on" in out and "stored at training: the same" in out
+    assert "the best on the TEST set; with flip averaging" in out and "stored in training: the same" in out
     evaluate.main(["--dataset", "cifar10", "--data_dir", small_cifar10, "--imb_ratio", "10", "--no-flip_tta"])
-    assert "flip averaging: off" in capsys.readouterr().out
+    assert "flip averaging here: off" in capsys.readouterr().out
 
 
 def test_validation_split_reaches_stage2(workdir) -> None:
@@ -135,6 +145,33 @@ def test_replacing_another_run_is_announced_and_keeps_it(workdir, capsys) -> Non
     main_stage1.main([*QUICK, "--wd", "1e-3"])
     assert f"kept as {STAGE1}.prev" in capsys.readouterr().out
     assert sha256(f"{STAGE1}.prev") == again and before != sha256(STAGE1)
+
+
+def test_a_new_parent_makes_another_run(workdir, capsys) -> None:
+    main_stage1.main(QUICK)
+    main_stage2.main(QUICK2)
+    main_stage1.main([*QUICK, "--wd", "0"])
+    evaluate.main(["--dataset", "digits"])
+    assert f"note: {STAGE1} has been replaced" in capsys.readouterr().out
+    main_stage2.main(QUICK2)
+    assert f"kept as {STAGE2}.prev" in capsys.readouterr().out
+    evaluate.main(["--dataset", "digits"])
+    assert "has been replaced" not in capsys.readouterr().out
+
+
+def test_evaluation_epochs(workdir) -> None:
+    main_stage1.main([*QUICK, "--epochs", "9", "--eval_every", "2"])
+    assert [r["epoch"] for r in metrics_of("stage1") if "test_top1" in r] == [2, 4, 5, 6, 7, 8, 9]
+
+
+def test_the_temperature_comes_from_the_held_out_images(workdir, capsys) -> None:
+    main_stage1.main([*QUICK, "--val_split", "0.2"])
+    held_out = checkpoints.read(STAGE1).data["val_indices"]
+    result = evaluate.main(["--dataset", "digits"])
+    assert result["temperature"] > 0 and 0 <= result["ece_calibrated"] <= 1
+    assert f"{len(held_out)} held out" in capsys.readouterr().out
+    main_stage1.main([*QUICK, "--val_split", "0.2", "--seed", "3"])
+    assert checkpoints.read(STAGE1).data["val_indices"] != held_out
 
 
 def test_a_diverging_run_stops_and_leaves_the_old_file(workdir, capsys) -> None:
@@ -195,7 +232,7 @@ def test_a_bare_state_dict_serves_evaluate_and_stage2(workdir, small_cifar10, ca
     common = ["--pretrained_pth", "published.pt", "--dataset", "cifar10", "--data_dir", small_cifar10]
     result = evaluate.main([*common, "--imb_ratio", "10"])
     assert result["network"] == "resnet34" and result["select"] is None
-    assert "selection: unknown" in capsys.readouterr().out
+    assert "selected in training: unknown" in capsys.readouterr().out
     main_stage2.main([*common, "--imb_ratio", "10", "--finetune_epoch", "1"])
     two = checkpoints.read("checkpoints/cifar10_exp10_resnet34_stage2.pt")
     assert two.parent["sha256"] == sha256("published.pt") and two.parent["seed"] is None

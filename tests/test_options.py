@@ -142,6 +142,12 @@ def test_a_data_set_brings_its_recipe_and_typed_flags_win() -> None:
     assert resolved.sources["epochs"] == "--dataset digits" and resolved.sources["lr"] == "typed"
 
 
+def test_a_recipe_wins_over_the_protocol() -> None:
+    resolved = fill_options(main_stage1.Options, {"dataset": "digits", "protocol": "published"}, "stage1")
+    assert not resolved.options.flip_tta and resolved.sources["flip_tta"] == "--dataset digits"
+    assert resolved.options.select == "best_test" and resolved.sources["select"] == "--protocol published"
+
+
 def test_a_seed_is_drawn_when_none_is_given() -> None:
     seeds = {fill_options(main_stage1.Options, argv, "stage1").options.seed for argv in ({}, {}, {"seed": "None"})}
     assert len(seeds) == 3 and all(isinstance(seed, int) for seed in seeds)
