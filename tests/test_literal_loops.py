@@ -9,6 +9,7 @@ from torch.optim import SGD
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 import datasets
+import evaluate
 import main_stage1
 import main_stage2
 from datasets import DATASETS
@@ -111,3 +112,7 @@ def test_the_stored_accuracy_is_that_of_the_weights(workdir, small_cifar10, flip
     assert figures[0]["ece"] != figures[1]["ece"]
     assert file.metrics["ece"] == pytest.approx(figures[flip]["ece"], rel=1e-4)
     assert file.metrics["per_class"] == figures[flip]["per_class"] and file.metrics["flip_tta"] == flip
+    common = ["--dataset", "cifar10", "--data_dir", small_cifar10, "--imb_ratio", "10"]
+    for argv, expected in ([], flip), (["--flip_tta"], True), (["--no-flip_tta"], False):
+        result = evaluate.main([*common, *argv])
+        assert result["ece"] == pytest.approx(figures[expected]["ece"], rel=1e-4) and result["flip_tta"] == expected
