@@ -42,9 +42,14 @@ def main() -> int:
     began, folder = time.perf_counter(), Path("output", "demo")
     folder.mkdir(parents=True, exist_ok=True)
     with contextlib.chdir(folder):  # the user's own checkpoints stay as they are
-        found = train_and_evaluate()
-    lines = [{"stage": stage, "seed": seed} | row for stage, rows in found.items() for seed, row in zip(SEEDS, rows)]
+        results = train_and_evaluate()
+    lines = [
+        {"stage": stage, "seed": row["seed"]} | scores(row) | {"provenance": row["training"]}
+        for stage, rows in results.items()
+        for row in rows
+    ]
     (folder / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = {stage: [scores(row) for row in rows] for stage, rows in results.items()}
 
     means = {
         stage: {key: statistics.mean(float(row[key] or 0) for row in rows) for key in COLUMNS}
@@ -64,18 +69,18 @@ def main() -> int:
     return 0 if gains["top1"] > 0.02 and gains["few"] > 0.05 else 1
 
 
-def train_and_evaluate() -> dict[str, list[dict[str, float | None]]]:
-    """Both stages for every seed: the five headline figures, {stage: one dict a seed}."""
-    found: dict[str, list[dict[str, float | None]]] = {"stage 1": [], "stage 2": []}
+def train_and_evaluate() -> dict[str, list[dict[str, Any]]]:
+    """Both stages for every seed: what evaluate.py reports, {stage: one result a seed}."""
+    found: dict[str, list[dict[str, Any]]] = {"stage 1": [], "stage 2": []}
     for seed in SEEDS:
         quiet = seed != SEEDS[0]
         trained = f"--dataset digits --seed {seed}"
         run("main_stage1.py", main_stage1.main, trained, quiet)
         result = run("evaluate.py", evaluate.main, "--dataset digits --cur_stage stage1", quiet)
-        found["stage 1"].append(scores(result))
+        found["stage 1"].append(result)
         run("main_stage2.py", main_stage2.main, trained, quiet)
         result = run("evaluate.py", evaluate.main, "--dataset digits --cur_stage stage2", quiet)
-        found["stage 2"].append(scores(result))
+        found["stage 2"].append(result)
     return found
 
 

@@ -142,9 +142,11 @@ def test_replacing_another_run_is_announced_and_keeps_it(workdir, capsys) -> Non
     main_stage1.main([*QUICK, "--out", "elsewhere"])  # the same run again
     assert "kept as" not in capsys.readouterr().out and not STAGE1.with_name(STAGE1.name + ".prev").exists()
     again = sha256(STAGE1)
+    os.link(STAGE1, "held")  # a reader that has the old file open
     main_stage1.main([*QUICK, "--wd", "1e-3"])
     assert f"kept as {STAGE1}.prev" in capsys.readouterr().out
     assert sha256(f"{STAGE1}.prev") == again and before != sha256(STAGE1)
+    assert sha256("held") == again  # the new file took the name, it was not written over the old one
 
 
 def test_a_new_parent_makes_another_run(workdir, capsys) -> None:
