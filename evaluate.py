@@ -141,7 +141,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     print(f"selected in training: {selection_words(file.metrics) if file.metrics else 'unknown'}")
     print(f"flip averaging here: {'on' if options.flip_tta else 'off'}")
     if file.metrics and options.flip_tta == flip_tta:
-        same = all(report[key] == file.metrics[key] for key in ("top1", "top5", "per_class"))
+        same = all(report[key] == file.metrics.get(key) for key in ("top1", "top5", "per_class"))
         verdict = "the same" if same else f"the file says {percent(file.metrics['top1'])}"
         print(f"stored in training: {verdict}")
     parent = Path(file.parent["path"]) if file.parent else None
