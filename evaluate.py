@@ -9,7 +9,6 @@ The file says which data set and network it is of; a flag that contradicts it is
 from __future__ import annotations
 
 import json
-import math
 import sys
 import time
 from collections.abc import Sequence
@@ -29,9 +28,9 @@ from stages import (
     restore,
     selection_words,
 )
-from utils import checkpoints, metrics
+from utils import metrics
 from utils.checkpoints import IDENTITY, STAGES, Checkpoint, NoCheckpoint
-from utils.files import atomic, require_target
+from utils.files import atomic, require_target, sha256
 from utils.metrics import (
     calibration_error,
     fit_temperature,
@@ -87,10 +86,11 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     device = pick_device(options.device, options.gpu)
     data = load_data(options, val_indices=file.data.get("val_indices"))
     model = restore(file, data).to(device)
-    logits, labels = predict(model, eval_batches(data, data.test, device))
+    batches = eval_batches(data, data.test, device)
+    logits, labels = predict(model, batches)
     statistics = logit_statistics(logits, labels) | {"weight_norm": model.fc.weight.norm(dim=1).tolist()}
     if options.flip_tta:
-        logits, _ = predict(model, eval_batches(data, data.test, device), flip_tta=True)
+        logits, _ = predict(model, batches, flip_tta=True)
     report = metrics.report(logits, labels, data.class_counts)
     temperature = calibrated = None
     if data.val is not None:
@@ -100,6 +100,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     for name, values in statistics.items():
         for row, value in zip(rows, values):
             row[name] = value
+    spreads = {name: spread(values) for name, values in statistics.items()}
 
     result = {
         "checkpoint": str(file.path),
@@ -114,7 +115,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         **{key: value for key, value in report.items() if key not in ("per_class", "test_images")},
         "temperature": temperature,
         "ece_calibrated": calibrated,
-        **{name: spread(values) for name, values in statistics.items()},
+        **spreads,
         "class_counts": data.class_counts,
         "class_names": data.class_names,
         "per_class": rows,
@@ -134,9 +135,9 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     print(f"worst class {percent(report['worst_class'])}, harmonic mean {percent(report['harmonic_mean'])}, ", end="")
     print(f"macro-F1 {percent(report['macro_f1'])}")
     print(f"calibration error {percent(report['ece'])}, after temperature scaling {percent(calibrated)}")
-    for name, values in statistics.items():
-        mean, deviation = spread(values) or (math.nan, math.nan)
-        print(f"{name.replace('_', ' ')}: {mean:.3f} ± {deviation:.3f} over classes")
+    for name, pair in spreads.items():
+        words = "-" if pair is None else f"{pair[0]:.3f} ± {pair[1]:.3f} over classes"
+        print(f"{name.replace('_', ' ')}: {words}")
     print()
     print(f"selected in training: {selection_words(file.metrics) if file.metrics else 'unknown'}")
     print(f"flip averaging here: {'on' if options.flip_tta else 'off'}")
@@ -144,9 +145,9 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         same = all(report[key] == file.metrics.get(key) for key in ("top1", "top5", "per_class"))
         verdict = "the same" if same else f"the file says {percent(file.metrics['top1'])}"
         print(f"stored in training: {verdict}")
-    parent = Path(file.parent["path"]) if file.parent else None
-    if file.parent and parent and parent.is_file() and checkpoints.read(parent).sha256 != file.parent["sha256"]:
-        print(f"note: {parent} has been replaced since this file was made from it")
+    parent = file.parent
+    if parent and Path(parent["path"]).is_file() and sha256(parent["path"]) != parent["sha256"]:
+        print(f"note: {parent['path']} has been replaced since this file was made from it")
     return result
 
 

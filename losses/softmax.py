@@ -90,7 +90,7 @@ def logit_adjustment(class_counts: Sequence[int], tau: float = 1.0) -> SoftmaxLo
 
     Published with tau = 1 for CIFAR-LT and ImageNet-LT. class_counts (C,), all above 0.
     """
-    log_prior = torch.log(_frequencies(class_counts))
+    log_prior = torch.log(class_frequencies(class_counts))
     return SoftmaxLoss(len(class_counts), offset=tau * log_prior)
 
 
@@ -122,7 +122,7 @@ def generalised_reweighting(class_counts: Sequence[int], rho: float = 1.2) -> So
 
     Published with rho 1.2 for ImageNet-LT; MARC takes the same loss and value on CIFAR-100-LT. class_counts (C,).
     """
-    weights = _frequencies(class_counts) ** -rho
+    weights = class_frequencies(class_counts) ** -rho
     return SoftmaxLoss(len(class_counts), weight=weights * len(class_counts) / weights.sum())
 
 
@@ -140,7 +140,8 @@ def label_aware_smoothing(class_counts: Sequence[int], head: float = 0.4, tail: 
     return SoftmaxLoss(len(class_counts), smooth=tail + (head - tail) * torch.sin(place * math.pi / 2))
 
 
-def _frequencies(class_counts: Sequence[int]) -> Tensor:
+def class_frequencies(class_counts: Sequence[int]) -> Tensor:
+    """pi_j = n_j / sum n: class_counts (C,) -> (C,) float64; ValueError where a class has no image."""
     counts = torch.tensor(class_counts, dtype=torch.float64)
     if not bool((counts > 0).all()):
         raise ValueError("a class without training images has no prior")

@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from losses.softmax import class_balanced_weights
+from losses.softmax import class_balanced_weights, class_frequencies
 
 
 class Focal(nn.Module):
@@ -61,8 +60,7 @@ class LADE(nn.Module):
 
     def __init__(self, class_counts: Sequence[int], alpha: float = 0.1, lam: float = 0.01) -> None:
         super().__init__()
-        counts = torch.tensor(class_counts, dtype=torch.float32)
-        self.register_buffer("log_prior", torch.log(counts / counts.sum()))
+        self.register_buffer("log_prior", class_frequencies(class_counts).log().float())
         self.alpha, self.lam = alpha, lam
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:

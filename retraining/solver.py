@@ -30,7 +30,7 @@ class _Chunk:
         self.lr, self.wd = (v.repeat_interleave(self.classes)[:, None].to(weight) for v in (lr, wd))
         self.decays = bool((wd != 0).any())
         self.scale = torch.tensor([loss.scale for loss in losses]).to(weight)
-        # (S, C) each; offsets and margins only where any loss has one.
+        # (S, C) each; a step skips what no loss of the chunk has.
         self.offset, self.margin, self.smooth, self.class_weight = (
             torch.stack([getattr(loss, name) for loss in losses]).to(weight)
             for name in ("offset", "margin", "smooth", "weight")

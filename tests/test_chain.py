@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import pty
@@ -21,14 +20,11 @@ import main_stage1
 import main_stage2
 from models import build_model
 from utils import checkpoints
+from utils.files import sha256
 
 QUICK = ["--dataset", "digits", "--epochs", "2", "--seed", "0"]
 QUICK2 = ["--dataset", "digits", "--finetune_epoch", "2", "--seed", "0"]
 STAGE1, STAGE2 = (Path(f"checkpoints/digits_exp100_resnet8_{stage}.pt") for stage in ("stage1", "stage2"))
-
-
-def sha256(path: str | Path) -> str:
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 RESULT_KEYS = {
@@ -155,6 +151,11 @@ def test_a_new_parent_makes_another_run(workdir, capsys) -> None:
     main_stage1.main([*QUICK, "--wd", "0"])
     evaluate.main(["--dataset", "digits"])
     assert f"note: {STAGE1} has been replaced" in capsys.readouterr().out
+    parent = STAGE1.read_bytes()
+    STAGE1.write_bytes(b"no checkpoint any more")  # the note needs the hash alone
+    evaluate.main(["--dataset", "digits"])
+    assert f"note: {STAGE1} has been replaced" in capsys.readouterr().out
+    STAGE1.write_bytes(parent)
     main_stage2.main(QUICK2)
     assert f"kept as {STAGE2}.prev" in capsys.readouterr().out
     evaluate.main(["--dataset", "digits"])
