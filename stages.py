@@ -240,12 +240,16 @@ def restore(file: Checkpoint, data: LongTailed) -> ResNet:
     return model
 
 
+def _final_path(options: DataOptions, stage: str) -> Path:
+    """Where a stage of these options puts its final file."""
+    return checkpoints.default_path(options.dataset, options.imb_type, options.imb_ratio, options.network, stage)
+
+
 def begin(resolved: Resolved[Any], stage: str, data: LongTailed, device: torch.device) -> Run:
     """Opens the run folder, says what will run and seeds PyTorch; fails now what would fail later."""
     options = resolved.options
     require_writable("the folder", checkpoints.FOLDER)
-    name = f"{options.dataset}_{options.imb_type}{options.imb_ratio}_{options.network}_{stage}"
-    run = Run(options.out, name, options.seed)
+    run = Run(options.out, _final_path(options, stage).stem, options.seed)
     run.say(resolved.describe())
     run.say(f"{data.describe()}\ndevice {device}, seed {options.seed}, run folder {run.folder}")
     run.write_json("options.json", {"options": dataclasses.asdict(options), "sources": dict(resolved.sources)})
@@ -327,8 +331,7 @@ def finish(
     run.say(f"test top-1 {percent(test['top1'])} % ({groups}); {selection_words(file.metrics)}")
     if selection.rule != "best_test":
         run.say(f"best on the test set, not used: {percent(best['top1'])} % at epoch {best_epoch}")
-    final = checkpoints.default_path(options.dataset, options.imb_type, options.imb_ratio, options.network, stage)
-    run.say(f"{checkpoints.publish(file, final)}; {run.seconds:.0f} s")
+    run.say(f"{checkpoints.publish(file, _final_path(options, stage))}; {run.seconds:.0f} s")
     return test
 
 
