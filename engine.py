@@ -102,7 +102,7 @@ class Selection:
     Balancing and LDAM-DRW publish). best_val: the highest class mean on the held-out images.
 
     Attributes:
-        epoch, test, state: of the selected epoch (from 1), its test report and weights (on the CPU).
+        epoch, test, val, state: of the selected epoch (from 1), its reports and weights (on the CPU).
         oracle: (epoch, test report) of the best epoch on the test set, for comparison with papers that select so.
     """
 
@@ -110,6 +110,7 @@ class Selection:
         self.rule = rule
         self.epoch = 0
         self.test: Report = {}
+        self.val: Report | None = None
         self.state: dict[str, Tensor] = {}
         self.oracle: tuple[int, Report] = (0, {})
         self._best = -1.0
@@ -120,5 +121,5 @@ class Selection:
             self.oracle = (epoch, test)
         score: Any = {"last": epoch, "best_test": test["top1"], "best_val": val and val["class_mean"]}[self.rule]
         if score >= self._best:
-            self._best, self.epoch, self.test = score, epoch, test
+            self._best, self.epoch, self.test, self.val = score, epoch, test, val
             self.state = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}

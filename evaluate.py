@@ -88,7 +88,9 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     model = restore(file, data).to(device)
     batches = eval_batches(data, data.test, device)
     logits, labels = predict(model, batches)
-    statistics = logit_statistics(logits, labels) | {"weight_norm": model.fc.weight.norm(dim=1).tolist()}
+    statistics = logit_statistics(logits, labels) | {
+        "weight_norm": model.fc.get_parameter("weight").norm(dim=1).tolist()
+    }
     if options.flip_tta:
         logits, _ = predict(model, batches, flip_tta=True)
     report = metrics.report(logits, labels, data.class_counts)

@@ -1,28 +1,43 @@
-"""Stage 2: freezes stage 1's backbone and re-trains its linear classifier with over-smoothed labels.
+"""Stage 2: freezes stage 1's backbone and re-trains its classifier, by one method and setting or by many at once.
 
     python main_stage2.py --imb_ratio 100 --cur_stage stage2 --label_smooth 0.98
 
 is Label Over-Smooth's published command (20 epochs of SGD on ``fc``, lr 5e-4, no weight decay). It continues from the
 file that main_stage1.py left for the same data. To expect, from others: 53.92 % on CIFAR-100-LT at ratio 100 (Zhao et
-al., NeurIPS 2025, selection not stated).
+al., NeurIPS 2025, selection not stated). Options that take several values are swept, on one pass over the backbone:
+
+    python main_stage2.py --imb_ratio 100 --label_smooth 0.9 0.95 0.98 0.99 --method los crt --seed 0 1 2
 """
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import math
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
+import pandas as pd
+import torch
+from torch import nn
 from torch.optim import SGD
-from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from engine import train_epoch
-from losses import LOSSES, auto_label_smooth
+from datasets import SAMPLERS, LongTailed
+from engine import is_due, train_epoch
+from models.heads import head_name
+from retraining.features import FEATURES, Stream
+from retraining.methods import METHODS
+from retraining.settings import TUNABLE, Setting, by_stream, make_settings, varying
+from retraining.solver import Solver
+from retraining.sweep import Lab, Result, raw_rows, rows_of, smoothing_curves, table_cells
 from stages import (
+    BATCH_SIZE,
+    EVAL_BATCH,
     HUGE,
-    Evaluator,
+    SEED,
     TrainOptions,
     begin,
     fill_options,
@@ -32,83 +47,240 @@ from stages import (
     open_checkpoint,
     restore,
     stage_option,
-    train_batches,
 )
-from utils.checkpoints import IDENTITY
-from utils.metrics import Report
-from utils.options import Choice, Number, Text, UsageError, command, option, parse_typed
+from utils.checkpoints import IDENTITY, Checkpoint
+from utils.metrics import Report, report
+from utils.options import Choice, Diverged, Many, Number, Text, UsageError, command, option, parse_typed
+from utils.plots import label_smooth_curves
+from utils.run import Run
 from utils.system import pick_device
+
+SCOPES = ("fc", "last_block", "all")
 
 
 @dataclass(frozen=True)
 class Options(TrainOptions):
-    """Stage 2's own options; those of every command are in stages.py."""
+    """Stage 2's own options; those of every command are in stages.py. None is the method's own value."""
 
     cur_stage: str = stage_option("stage2")
-    finetune_epoch: int = option(20, Number(int, 1), "epochs")
-    finetune_lr: float = option(5e-4, Number(float, 0, HUGE, above=True), "learning rate, cosine to 0")
-    finetune_wd: float = option(0.0, Number(float, 0, HUGE), "weight decay of the classifier")
-    label_smooth: float | str = option(
-        "auto",
-        Number(float, 0, 1, words=("auto",)),
+    method: Any = option("los", Many(Choice(METHODS)), "how the classifier is re-trained; see retraining/methods.py")
+    seed: Any = option(None, Many(SEED), "of everything random; without it one is drawn and printed")
+    batch_size: Any = option(64, Many(BATCH_SIZE), "images per step")
+    finetune_epoch: Any = option(20, Many(Number(int, 1)), "epochs")
+    finetune_lr: Any = option(None, Many(Number(float, 0, HUGE, above=True)), "learning rate, cosine to 0")
+    finetune_wd: Any = option(None, Many(Number(float, 0, HUGE)), "weight decay of the classifier")
+    sampler: Any = option(None, Many(Choice(SAMPLERS)), "which images an epoch shows")
+    finetune_scope: Any = option("fc", Many(Choice(SCOPES)), "what is trained: the classifier, or more with it")
+    label_smooth: Any = option(
+        None,
+        Many(Number(float, 0, 1, words=("auto",))),
         "label smoothing d: true class 1 - d + d/C, others d/C; auto is C/(C+2.04), which is 0.98 at C = 100",
-        published=0.98,
     )
+    tau: Any = option(None, Many(Number(float, 0, 10, words=("val",))), "tau-norm: power of the norm; val chooses it")
+    ncm_metric: Any = option(None, Many(Choice(("centred", "cosine", "l2"))), "ncm: how distances are measured")
+    la_tau: Any = option(None, Many(Number(float, -10, 10)), "logit adjustment: factor of the log prior")
+    focal_gamma: Any = option(None, Many(Number(float, 0, 20)), "focal: power of 1 - p")
+    cb_beta: Any = option(None, Many(Number(float, 0, 1 - 1e-9)), "class-balanced weights: beta")
+    cb_form: Any = option(None, Many(Choice(("ce", "bce"))), "class-balanced loss: cross-entropy, or BCE on softmax")
+    ldam_margin: Any = option(None, Many(Number(float, 0, 2)), "ldam: the largest margin")
+    drw: Any = option(None, Many(Number(float, 0, 1)), "ldam: share of the epochs after which classes are weighted")
+    cosine_scale: Any = option(None, Many(Number(float, 0, 1000, above=True)), "cosine heads: factor of the cosine")
+    las_head: Any = option(None, Many(Number(float, 0, 1)), "label-aware smoothing of the largest class")
+    las_tail: Any = option(None, Many(Number(float, 0, 1)), "label-aware smoothing of the smallest class")
+    grw_rho: Any = option(None, Many(Number(float, 0, 10)), "disalign, marc: power of the class weights")
+    lade_alpha: Any = option(None, Many(Number(float, 0, 100)), "lade: factor of the regulariser")
+    lade_lambda: Any = option(None, Many(Number(float, 0, 100)), "lade: factor of the squared bound in it")
+    maxnorm_radius: Any = option(
+        None, Many(Number(float, 0, HUGE, above=True, words=("published",))), "maxnorm: radius of the projection"
+    )
+    maxnorm_every: Any = option(None, Many(Choice(("epoch", "step"))), "maxnorm: when to project")
     features: str = option(
         "views",
-        Choice(("views", "replay")),
-        "the frozen backbone's BatchNorm: views, in eval mode; replay, in train mode, so that its statistics drift",
+        Choice(FEATURES),
+        "the frozen backbone's BatchNorm and augmentation: views, eval mode and --views augmented views; orbit, eval "
+        "mode and all crops and flips; replay, train mode, so that its statistics drift",
         published="replay",
     )
+    views: int = option(20, Number(int, 1, 10_000), "augmented views of an image; epoch e shows view e mod V")
+    view_seed: int = option(0, Number(int, 0, 2**31 - 1), "seed of the views' crops and flips, shared by all --seed")
+    cache_dir: str = option("cache", Text("a folder"), "where features are kept; it may be deleted at any time")
     pretrained_pth: str | None = option(None, Text(), "stage 1's checkpoint; without it, the one it left by default")
 
 
 @command
 def main(argv: Sequence[str]) -> Report:
-    """Runs the command; returns the selected epoch's report on the test set."""
+    """Runs the command; returns the chosen setting's report on the test set."""
     typed = parse_typed(Options, argv, "main_stage2.py", __doc__)
     parent = open_checkpoint(typed, "stage1", Options)
     if parent.stage == "stage2":
         raise UsageError(f"--pretrained_pth {parent.path} is a stage-2 file", "a stage-1 file")
     resolved = fill_options(Options, typed, "stage2", file=parent)
     options: Any = resolved.options
-    val_indices = parent.data.get("val_indices", [])
-    if options.select == "best_val" and not val_indices:
-        raise UsageError(
-            f"--select best_val: {parent.path} was trained without held-out images",
-            f"last, best_test, or first: python main_stage1.py{flags_of(options, *IDENTITY)} --val_split 0.1",
-        )
-
+    require_held_out(parent, options)
     device = pick_device(options.device, options.gpu)
-    data = load_data(options, val_indices=val_indices)
-    model = restore(parent, data)
-    if options.label_smooth == "auto":
-        options = replace(options, label_smooth=auto_label_smooth(data.num_classes))
-    with begin(replace(resolved, options=options), "stage2", data, device) as run:
-        run.say(f"from {parent.path}; label_smooth {options.label_smooth:.5g} at {data.num_classes} classes")
-        model = model.to(device).requires_grad_(False)
-        model.fc.requires_grad_(True)
-        batches = train_batches(data, options.batch_size, options.seed, 2, device)
-        criterion = LOSSES["ce"](options.label_smooth)
-        optimizer = SGD(
-            model.fc.parameters(),
-            options.finetune_lr,
-            options.momentum,
-            weight_decay=options.finetune_wd,
-            nesterov=options.nesterov,
-        )
-        scheduler = CosineAnnealingLR(optimizer, options.finetune_epoch)
-        evaluator = Evaluator(run, data, device, options, options.finetune_epoch)
+    data = load_data(options, val_indices=parent.data.get("val_indices", []))
+    wanted = {name: getattr(options, name) for name in TUNABLE}
+    settings = make_settings(options.method, wanted, typed, data.num_classes, published=options.protocol == "published")
+    with begin(resolved, "stage2", data, device) as run:
+        lab = make_lab(parent, data, device, options, run)
+        run.say(f"from {parent.path}: {describe(settings)}")
+        results = retrain(settings, lab, options, run)
+        run.say(lab.source.size)
+        return conclude(results, lab, options, run, argv, parent)
 
-        for epoch in range(options.finetune_epoch):
-            began, lr = time.perf_counter(), float(scheduler.get_last_lr()[0])
-            model.train(options.features == "replay")
-            steps = run.bar(batches.epoch(epoch), len(batches), f"epoch {epoch + 1}/{options.finetune_epoch}")
-            train = train_epoch(model, steps, criterion, optimizer)
-            scheduler.step()
-            evaluator.after(epoch, model, train, lr, time.perf_counter() - began)
 
-        return finish(run, "stage2", options, data, evaluator.selection, argv, device, parent=parent)
+def require_held_out(parent: Checkpoint, options: Any, flag: str | None = None) -> None:
+    """Checks that stage 1 held images out where ``flag`` or another option needs them.
+
+    Raises:
+        UsageError: it did not.
+    """
+    needed = {"--select best_val": options.select == "best_val", "--tau val": "val" in (options.tau or ())}
+    flags = [name for name, is_on in needed.items() if is_on] + ([flag] if flag else [])
+    if flags and not parent.data.get("val_indices"):
+        again = f"python main_stage1.py{flags_of(options, *IDENTITY)} --val_split 0.1"
+        allowed = "last, best_test, or first" if flags[0].startswith("--select") else "without it, or first"
+        raise UsageError(f"{flags[0]}: {parent.path} was trained without held-out images", f"{allowed}: {again}")
+
+
+def make_lab(parent: Checkpoint, data: LongTailed, device: torch.device, options: Any, run: Run) -> Lab:
+    """Stage 1's network with its feature source."""
+    source = FEATURES[options.features](
+        restore(parent, data),
+        data,
+        device,
+        options.cache_dir,
+        str(parent.sha256),
+        options.flip_tta,
+        run.bar,
+        EVAL_BATCH,
+        options.views,
+        options.view_seed,
+    )
+    return Lab(source)
+
+
+def retrain(settings: Sequence[Setting], lab: Lab, options: Any, run: Run) -> list[Result]:
+    """Makes every classifier: those that see the same batches side by side, on one pass over the backbone."""
+    results: list[Result] = []
+    run.is_sweep = len(settings) > 1
+    for stream, group in by_stream(settings).items():
+        if stream is None:
+            results += post_hoc(group, lab, options.select)
+            continue
+        heads = [setting for setting in group if setting.scope == "fc"]
+        results += train_heads(stream, heads, lab, options, run) if heads else []
+        results += [train_network(setting, lab, options, run) for setting in group if setting.scope != "fc"]
+    return results
+
+
+def post_hoc(settings: Sequence[Setting], lab: Lab, select: str) -> list[Result]:
+    """Methods that train nothing."""
+    results = [Result(setting, select) for setting in settings]
+    for result in results:
+        began = time.perf_counter()
+        head = METHODS[result.setting.method].head(lab.start, result.setting.values)
+        result.seconds = time.perf_counter() - began
+        lab.measure(result, head, epoch=-1)
+    return results
+
+
+def train_heads(stream: Stream, settings: Sequence[Setting], lab: Lab, options: Any, run: Run) -> list[Result]:
+    """Trains classifiers on a frozen backbone, all on the same batches."""
+    results = [Result(setting, options.select) for setting in settings]
+    trainees = [lab.trainee(setting) for setting in settings]
+    solver = Solver(trainees, options.momentum, options.nesterov)
+
+    for epoch in range(stream.epochs):
+        began, rate = time.perf_counter(), cosine(epoch, stream.epochs)
+        train = solver.train_epoch(lab.source.epoch(stream, epoch), epoch / stream.epochs, rate)
+        seconds = time.perf_counter() - began
+        for result, trainee, stats in zip(results, trainees, train):
+            is_well = result.after(epoch, trainee.lr * rate, stats, seconds)
+            if is_well and is_due(epoch, stream.epochs, options.eval_every):
+                lab.measure(result, METHODS[result.setting.method].finished(trainee.head), epoch)
+        whole = [result for result in results if result.diverged is None]
+        run.log_many({result.setting.describe(): result.records[-1] for result in whole}, stream.describe())
+
+    for result, spent in zip(results, solver.seconds):
+        result.seconds = spent
+    return results
+
+
+def train_network(setting: Setting, lab: Lab, options: Any, run: Run) -> Result:
+    """Trains a classifier together with the backbone or its last block: the ordinary loop."""
+    method, values, stream = METHODS[setting.method], setting.values, setting.stream
+    assert stream is not None
+    result, began = Result(setting, options.select), time.perf_counter()
+    model = copy.deepcopy(lab.source.model)
+    model.load_state_dict(lab.source.backbone(None, -1))
+    model.fc = method.head(lab.start, values)
+    trained = nn.ModuleList([model] if setting.scope == "all" else [model.last_block, model.fc]).requires_grad_(True)
+    batches = lab.source.train_batches(stream)
+    lr, wd = values["finetune_lr"], values["finetune_wd"]
+    optimizer = SGD(trained.parameters(), lr, options.momentum, weight_decay=wd, nesterov=options.nesterov)
+
+    for epoch in range(stream.epochs):
+        started, rate = time.perf_counter(), cosine(epoch, stream.epochs)
+        model.train(options.features == "replay")
+        trained.train()
+        optimizer.param_groups[0]["lr"] = lr * rate
+        criterion = method.loss(lab.start, values, epoch / stream.epochs).to(lab.source.device)
+        steps = run.bar(batches.epoch(epoch), len(batches), f"epoch {epoch + 1}/{stream.epochs}")
+        try:
+            stats = train_epoch(model, steps, criterion, optimizer)
+        except Diverged:
+            result.diverged = epoch + 1
+            break
+        method.project(model.fc, lab.start, values)
+        result.after(epoch, lr * rate, stats, time.perf_counter() - started)
+        if is_due(epoch, stream.epochs, options.eval_every):
+            val = lab.network_logits(model, "val") if lab.data.val else None
+            result.offer(epoch + 1, model, lab.network_logits(model, "test"), val, lab.data)
+        run.log_many({setting.describe(): result.records[-1]}, setting.describe(["seed", "finetune_scope"]))
+
+    result.seconds = time.perf_counter() - began
+    return result
+
+
+def cosine(epoch: int, epochs: int) -> float:
+    """The learning rate's factor in an epoch (from 0): half a cosine from 1 to 0, as CosineAnnealingLR has it."""
+    return (1 + math.cos(math.pi * epoch / epochs)) / 2
+
+
+def conclude(
+    results: list[Result], lab: Lab, options: Any, run: Run, argv: Sequence[str], parent: Checkpoint
+) -> Report:
+    """Shows the sorted table of a sweep and saves the best setting's classifier; returns its test report."""
+    rows, data, settings = rows_of(results), lab.data, [result.setting for result in results]
+    for result in results:
+        if result.diverged is not None:
+            run.say(f"diverged in epoch {result.diverged}: {result.setting.describe()}")
+    if not rows:
+        raise Diverged("the loss or the logits are not finite in any setting: a lower --finetune_lr may help")
+    chosen = rows[0].results[0]
+    if len(results) > 1:
+        cells = pd.DataFrame(table_cells(rows))
+        run.say(f"\n{cells.to_string(index=False)}\n")
+        pd.DataFrame(raw_rows(results)).to_csv(run.folder / "sweep.csv", index=False)
+        curves = smoothing_curves(rows)
+        if curves:
+            label_smooth_curves(curves, f"{data.spec.name}, ratio {options.imb_ratio}", run.folder / "label_smooth.png")
+        rule = "the TEST set" if data.val is None else "held-out images"
+        name = chosen.setting.describe(["seed", *varying(settings)])
+        run.say(f"sorted and chosen by accuracy on {rule}; saved: {name}")
+    run.epochs = chosen.records
+    chosen.selection.test = report(lab.logits_of(chosen, "test"), data.test.labels, data.class_counts)
+    chosen.selection.state = lab.state_dict(chosen)
+    stored = dataclasses.asdict(options) | dict.fromkeys(TUNABLE) | dict(chosen.setting.values)
+    stored["method"] = chosen.setting.method
+    head = "linear" if chosen.network else head_name(chosen.head)
+    return finish(run, "stage2", options, data, chosen.selection, argv, lab.source.device, parent, stored, head)
+
+
+def describe(settings: Sequence[Setting]) -> str:
+    """The only setting, or how many there are."""
+    return settings[0].describe() if len(settings) == 1 else f"{len(settings)} classifiers"
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from torch import nn
 import datasets
 from datasets import DATASETS, IMB_TYPES, SUBSETS, Batches, ImageSet, LongTailed
 from engine import Selection, TrainStats, evaluate, is_due
-from models import BACKBONES, ResNet, build_model, recognise
+from models import BACKBONES, HEADS, ResNet, build_model, recognise
 from utils import checkpoints
 from utils.checkpoints import IDENTITY, SELECT, STAGES, Checkpoint
 from utils.files import require_writable
@@ -31,6 +31,7 @@ from utils.options import (
     published_values,
     ratio_number,
     resolve,
+    shown,
 )
 from utils.plots import learning_curves, per_class_accuracy
 from utils.run import Run
@@ -39,6 +40,8 @@ from utils.system import draw_seed, provenance
 T = TypeVar("T", bound="DataOptions")
 
 EVAL_BATCH = 250  # images per step of an evaluation; a constant, so that stored and later figures agree to the digit
+BATCH_SIZE = Number(int, 1, 10**9)
+SEED = Number(int, 0, 2**31 - 1, words=("None",))
 HUGE = 1e30  # the largest learning rate or weight decay: beyond, float32 overflows
 
 
@@ -75,16 +78,14 @@ class DataOptions:
 class TrainOptions(DataOptions):
     """What both training stages add."""
 
-    batch_size: int = option(64, Number(int, 1, 10**9), "images per step")
+    batch_size: Any = option(64, BATCH_SIZE, "images per step")
     momentum: float = option(0.9, Number(float, 0, 1), "SGD momentum")
     nesterov: bool = option(False, Flag(), "Nesterov momentum")
     protocol: str = option("honest", Choice(("honest", "published")), "how epochs are chosen and averaged")
     select: str = option("last", Choice(SELECT), "which evaluated epoch is kept", published="best_test")
     flip_tta: bool = option(False, Flag(), "average the logits of an image and its mirror", published=True)
     eval_every: int = option(10, Number(int, 1), "epochs between evaluations; the last five always", published=1)
-    seed: int | None = option(
-        None, Number(int, 0, 2**31 - 1, words=("None",)), "of everything random; without it one is drawn and printed"
-    )
+    seed: Any = option(None, SEED, "of everything random; without it one is drawn and printed")
     out: str = option("output", Text("a folder"), "where run folders are made")
 
     def __post_init__(self) -> None:
@@ -113,7 +114,7 @@ def fill_options(cls: type[T], typed: Mapping[str, Any], stage: str, file: Check
     if typed.get("protocol") == "published":
         layers["--protocol published"] = published_values(cls)
     layers["drawn"] = {"seed": draw_seed()}
-    typed = {name: value for name, value in typed.items() if (name, value) != ("seed", "None")}
+    typed = {name: value for name, value in typed.items() if name != "seed" or value not in ("None", ("None",))}
     resolved = resolve(cls, typed, layers)
     check_data_flags(resolved.options, typed)
     return resolved
@@ -232,7 +233,9 @@ def restore(file: Checkpoint, data: LongTailed) -> ResNet:
             raise UsageError(f"{file.path} was trained with other {key}", "the data that it was trained on")
     if file.network not in BACKBONES:
         raise UsageError(f"{file.path} holds a {file.network}", ", ".join(BACKBONES))
-    model = build_model(file.network, file.num_classes, file.in_channels)
+    if file.head not in HEADS:
+        raise UsageError(f"{file.path} has a {file.head} head", ", ".join(HEADS))
+    model = build_model(file.network, file.num_classes, file.in_channels, file.head)
     try:
         model.load_state_dict(file.model)
     except RuntimeError:
@@ -249,11 +252,14 @@ def begin(resolved: Resolved[Any], stage: str, data: LongTailed, device: torch.d
     """Opens the run folder, says what will run and seeds PyTorch; fails now what would fail later."""
     options = resolved.options
     require_writable("the folder", checkpoints.FOLDER)
-    run = Run(options.out, _final_path(options, stage).stem, options.seed)
+    seeds = options.seed if isinstance(options.seed, tuple) else (options.seed,)
+    run = Run(
+        options.out, _final_path(options, stage).stem, f"seed{seeds[0]}" if len(seeds) == 1 else f"{len(seeds)}seeds"
+    )
     run.say(resolved.describe())
-    run.say(f"{data.describe()}\ndevice {device}, seed {options.seed}, run folder {run.folder}")
+    run.say(f"{data.describe()}\ndevice {device}, seed {shown(options.seed)}, run folder {run.folder}")
     run.write_json("options.json", {"options": dataclasses.asdict(options), "sources": dict(resolved.sources)})
-    torch.manual_seed(options.seed)
+    torch.manual_seed(seeds[0])
     return run
 
 
@@ -296,15 +302,20 @@ def finish(
     argv: Sequence[str],
     device: torch.device,
     parent: Checkpoint | None = None,
+    stored: Mapping[str, Any] | None = None,
+    head: str = "linear",
 ) -> Report:
-    """Writes the checkpoint (run folder and final path), the plots and the per-class table; returns the test report."""
+    """Writes the checkpoint (run folder and final path), the plots and the per-class table; returns the test report.
+
+    ``stored`` are the options to keep where the run had several values of one, ``head`` the kind of the classifier.
+    """
     file = Checkpoint(
         stage=stage,
         network=options.network,
         num_classes=data.num_classes,
         in_channels=data.channels,
         model=selection.state,
-        options=dataclasses.asdict(options),
+        options=dict(stored or dataclasses.asdict(options)),
         data={key: getattr(options, key) for key in IDENTITY}
         | {
             "class_names": data.class_names,
@@ -316,6 +327,7 @@ def finish(
         metrics=selection.test | {"epoch": selection.epoch, "select": selection.rule, "flip_tta": options.flip_tta},
         parent=None if parent is None else checkpoints.describe_parent(parent),
         provenance=provenance(f"main_{stage}.py", argv, device, run.seconds),
+        head=head,
     )
     file.save(run.folder / "checkpoint.pt")
     rows = per_class_rows(selection.test, data.class_names, data.class_counts)

@@ -9,9 +9,21 @@ import torch
 from datasets.batches import Augment, Batches
 from datasets.longtail import IMB_TYPES, SUBSETS, choose_subset, class_sizes, hold_out
 from datasets.readers import DATASETS, DatasetSpec, ImageSet
+from datasets.samplers import SAMPLERS
 from utils.options import UsageError
 
-__all__ = ["DATASETS", "IMB_TYPES", "SUBSETS", "Augment", "Batches", "DatasetSpec", "ImageSet", "LongTailed", "load"]
+__all__ = [
+    "DATASETS",
+    "IMB_TYPES",
+    "SAMPLERS",
+    "SUBSETS",
+    "Augment",
+    "Batches",
+    "DatasetSpec",
+    "ImageSet",
+    "LongTailed",
+    "load",
+]
 
 
 @dataclass(frozen=True)

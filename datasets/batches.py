@@ -9,7 +9,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Generator, Tensor
+
+from datasets.samplers import Sampler, instance_balanced
 
 Batch = tuple[Tensor, Tensor]
 
@@ -31,14 +33,17 @@ class Draws(NamedTuple):
     flip: Tensor
 
 
-def draw_epoch(n: int, augment: Augment, seed: Sequence[int], epoch: int) -> Draws:
-    """All random numbers of an epoch, from (*seed, epoch) alone: the same on every device, in every later run."""
-    state = np.random.SeedSequence((*seed, epoch)).generate_state(1, np.uint64)
-    generator = torch.Generator().manual_seed(int(state[0]))
-    order = torch.randperm(n, generator=generator)
+def draw_windows(n: int, augment: Augment, generator: Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """``n`` random crops and flips: top (n,) and left (n,) in [0, 2 pad], flip (n,) bool."""
     top, left = torch.randint(2 * augment.pad + 1, (2, n), generator=generator)
     flip = torch.rand(n, generator=generator) < 0.5 if augment.flip else torch.zeros(n, dtype=torch.bool)
-    return Draws(order, top, left, flip)
+    return top, left, flip
+
+
+def seeded(*numbers: int) -> Generator:
+    """A generator whose stream follows from the numbers alone: the same on every device, in every later run."""
+    state = np.random.SeedSequence(numbers).generate_state(1, np.uint64)
+    return Generator().manual_seed(int(state[0]))
 
 
 def crop_flip(padded: Tensor, index: Tensor, top: Tensor, left: Tensor, flip: Tensor, size: tuple[int, int]) -> Tensor:
@@ -57,8 +62,9 @@ def crop_flip(padded: Tensor, index: Tensor, top: Tensor, left: Tensor, flip: Te
 class Batches:
     """Mini-batches of an in-memory image set on a device: pairs of images (B, c, H, W) float and labels (B,) int64.
 
-    With ``augment``: shuffled and augmented, an epoch's randomness fixed by (*seed, epoch); the last batch may be
-    smaller. Without: file order, as they are. Pixels are scaled to [0, 1] and normalised per channel.
+    With ``augment``: in the sampler's order and augmented, an epoch's randomness fixed by (*seed, epoch); the last
+    batch may be smaller. Without: file order, as they are. Pixels are scaled to [0, 1] and normalised per channel.
+    ``epochs`` is the number of epochs that a progressive sampler spreads over.
     """
 
     def __init__(
@@ -71,6 +77,8 @@ class Batches:
         device: torch.device,
         augment: Augment | None = None,
         seed: Sequence[int] = (0,),
+        sampler: Sampler = instance_balanced,
+        epochs: int = 1,
     ) -> None:
         pad = augment.pad if augment else 0
         self.size = (images.shape[2], images.shape[3])
@@ -78,17 +86,28 @@ class Batches:
         self.labels = labels.to(device)
         self.mean, self.std = (torch.tensor(v, device=device)[:, None, None] for v in (mean, std))
         self.batch_size, self.augment, self.seed = batch_size, augment, seed
+        self.sampler, self.epochs = sampler, epochs
 
     def __len__(self) -> int:
         return -(-len(self.labels) // self.batch_size)
 
+    def draws(self, epoch: int) -> Draws:
+        """All random numbers of an epoch of augmented batches."""
+        assert self.augment is not None
+        generator = seeded(*self.seed, epoch)
+        order = self.sampler(self.labels.cpu(), epoch, self.epochs, generator)
+        return Draws(order, *draw_windows(len(order), self.augment, generator))
+
     def epoch(self, epoch: int = 0) -> Iterator[Batch]:
         """The batches of one epoch."""
-        if self.augment is None:
-            for images, labels in zip(self.images.split(self.batch_size), self.labels.split(self.batch_size)):
-                yield self._normalise(images), labels
+        if self.augment is not None:
+            yield from self.cut(self.draws(epoch))
             return
-        draws = draw_epoch(len(self.labels), self.augment, self.seed, epoch)
+        for images, labels in zip(self.images.split(self.batch_size), self.labels.split(self.batch_size)):
+            yield self._normalise(images), labels
+
+    def cut(self, draws: Draws) -> Iterator[Batch]:
+        """The batches of given images, crops and flips."""
         steps = zip(*(draw.to(self.images.device).split(self.batch_size) for draw in draws))
         for order, top, left, flip in steps:
             images = crop_flip(self.images, order, top, left, flip, self.size)

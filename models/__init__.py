@@ -7,14 +7,18 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from models.heads import HEADS
 from models.resnet import BACKBONES, ResNet
 
-__all__ = ["BACKBONES", "ResNet", "build_model", "recognise"]
+__all__ = ["BACKBONES", "HEADS", "ResNet", "build_model", "recognise"]
 
 
-def build_model(network: str, num_classes: int, in_channels: int = 3) -> ResNet:
-    """A freshly initialised network of the table: images (B, in_channels, H, W) -> logits (B, C)."""
-    return BACKBONES[network](num_classes=num_classes, in_channels=in_channels)
+def build_model(network: str, num_classes: int, in_channels: int = 3, head: str = "linear") -> ResNet:
+    """A freshly initialised network of the tables: images (B, in_channels, H, W) -> logits (B, C)."""
+    model = BACKBONES[network](num_classes=num_classes, in_channels=in_channels)
+    if head != "linear":
+        model.fc = HEADS[head](model.num_features, num_classes)
+    return model
 
 
 def recognise(state_dict: Mapping[str, Tensor]) -> tuple[str, int, int] | None:

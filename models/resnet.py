@@ -78,6 +78,8 @@ class Bottleneck(nn.Module):
 class ResNet(nn.Module):
     """Stem, stages ``layer1`` ... ``layerS``, global average pooling, ``fc``: images (B, c, H, W) -> logits (B, C).
 
+    ``fc`` may be any head of :mod:`models.heads`; ``num_features`` is D.
+
     Args:
         block: the residual block.
         depths: blocks per stage; every stage but the first halves height and width.
@@ -113,11 +115,19 @@ class ResNet(nn.Module):
                 planes = out
             self.add_module(f"layer{stage}", nn.Sequential(*blocks))
             self.stages.append(f"layer{stage}")
-        self.fc = nn.Linear(planes, num_classes)
+        self.num_features = planes
+        self.fc: nn.Module = nn.Linear(planes, num_classes)
         if he_init:
             for module in self.modules():
                 if isinstance(module, nn.Conv2d | nn.Linear):
                     nn.init.kaiming_normal_(module.weight)
+
+    @property
+    def last_block(self) -> nn.Module:
+        """The last residual block."""
+        stage = self.get_submodule(self.stages[-1])
+        assert isinstance(stage, nn.Sequential)
+        return stage[-1]
 
     def features(self, images: Tensor) -> Tensor:
         """What the classifier sees: images (B, c, H, W) -> features (B, D)."""

@@ -1,128 +1,268 @@
-"""Trains S linear classifiers at once on one stream of features, each with its own loss, learning rate and decay.
+"""Trains S classifiers at once on one stream of features, each with its own head, loss, learning rate and decay.
 
-One step is a wide matrix product, (B, D) x (D, S C), the analytic gradient of :class:`losses.softmax.SoftmaxLoss`, and
-SGD's update with per-head learning rates; a single classifier is S = 1. It equals S separate ``torch.optim.SGD`` runs.
+Linear heads whose loss is of the softmax family are stepped together: one wide matrix product, (B, D) x (D, S C), the
+analytic gradient of :class:`losses.softmax.SoftmaxLoss` and SGD's update with per-head learning rates. Every other head
+is stepped by autograd and ``torch.optim.SGD`` on the same batches. Both equal S separate ``torch.optim.SGD`` runs, and
+a single classifier is S = 1.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import SGD
 
 from losses.softmax import SoftmaxLoss
 
 #: Heads per matrix product on a CPU: weights and momentum of so many stay in its cache (CIFAR sizes).
 CPU_CHUNK = 8
+#: Steps that one part takes before the next part's turn, so that its weights are still in the cache.
+WINDOW = 32
+
+Steps = Iterable[tuple[Tensor, Tensor]]
 
 
-class _Chunk:
-    """Some heads that are stepped together: weight and momentum (S C, D + 1), the last column being the bias."""
+@dataclass
+class Trainee:
+    """One classifier to train.
 
-    def __init__(
-        self, weight: Tensor, losses: Sequence[SoftmaxLoss], lr: Tensor, wd: Tensor, momentum: float, nesterov: bool
-    ) -> None:
-        self.heads, self.classes = len(losses), weight.shape[0]
-        self.weight = weight.repeat(self.heads, 1)
+    Attributes:
+        head: features (B, D) -> logits (B, C); up to date after every epoch.
+        loss: share of the epochs that is over -> the loss of the next one.
+        lr, wd: learning rate and weight decay; both act on weight and bias alike, as torch's SGD does.
+        project: puts the head back where it must be; None for nothing to do.
+        each_step: whether ``project`` is called after every step, not after every epoch.
+    """
+
+    head: nn.Module
+    loss: Callable[[float], nn.Module]
+    lr: float
+    wd: float
+    project: Callable[[], None] | None = None
+    each_step: bool = False
+
+
+class _Part(Protocol):
+    """Some heads that are stepped together; a step returns their losses (nats) and hits (images): (S,) each."""
+
+    places: list[int]
+
+    def begin(self, progress: float, rate: float) -> None: ...
+    def step(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]: ...
+    def end(self) -> None: ...
+
+
+class _LinearChunk:
+    """Linear heads with losses of the softmax family: weight and momentum (S C, D + 1), the last column the bias."""
+
+    def __init__(self, places: list[int], trainees: Sequence[Trainee], momentum: float, nesterov: bool) -> None:
+        self.places, self.trainees = places, trainees
+        heads: list[nn.Linear] = [t.head for t in trainees]  # type: ignore[misc]
+        rows = [torch.cat([h.weight.detach(), h.bias.detach()[:, None]], dim=1) for h in heads]
+        self.heads, self.classes = len(heads), heads[0].out_features
+        self.weight = torch.cat(rows)
         self.velocity = torch.zeros_like(self.weight)
         self.momentum, self.nesterov = momentum, nesterov
-        self.lr, self.wd = (v.repeat_interleave(self.classes)[:, None].to(weight) for v in (lr, wd))
-        self.decays = bool((wd != 0).any())
-        self.scale = torch.tensor([loss.scale for loss in losses]).to(weight)
-        # (S, C) each; a step skips what no loss of the chunk has.
-        self.offset, self.margin, self.smooth, self.class_weight = (
-            torch.stack([getattr(loss, name) for loss in losses]).to(weight)
-            for name in ("offset", "margin", "smooth", "weight")
+        lr, wd = (
+            torch.tensor([getattr(t, name) for t in trainees]).to(self.weight)[:, None].expand(-1, self.classes)
+            for name in ("lr", "wd")
         )
+        self.lr, self.wd = lr.reshape(-1, 1), wd.reshape(-1, 1)
+        self.decays = bool((self.wd != 0).any())
+        self.rate = torch.zeros_like(self.lr)
+        self.graphs: dict[int, _Graph] = {}
+
+    def begin(self, progress: float, rate: float) -> None:
+        losses: list[SoftmaxLoss] = [t.loss(progress) for t in self.trainees]  # type: ignore[misc]
+        tables = {
+            name: torch.stack([getattr(loss, name) for loss in losses]).to(self.weight)  # (S, C)
+            for name in ("offset", "margin", "smooth", "weight")
+        }
+        self.scale = torch.tensor([loss.scale for loss in losses]).to(self.weight)
+        self.offset, self.margin, self.smooth, self.class_weight = tables.values()
+        # A step skips what no loss of the chunk has.
         self.is_plain = not self.offset.any() and not self.margin.any() and bool((self.scale == 1).all())
         self.is_unweighted = bool((self.class_weight == 1).all())
+        self.rate.copy_(-rate * self.lr)
+        self.graphs.clear()  # they hold the tables of the epoch before
 
-    def logits(self, inputs: Tensor) -> Tensor:
-        """Inputs (B, D + 1) -> (B, S, C)."""
-        return (inputs @ self.weight.T).view(len(inputs), self.heads, self.classes)
+    def step(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        if not features.is_cuda:
+            return self._step(features, labels)
+        if len(labels) not in self.graphs:
+            self.graphs[len(labels)] = _Graph(self, features, labels)
+        return self.graphs[len(labels)].replay(features, labels)
 
-    def step(self, inputs: Tensor, labels: Tensor, rate: float) -> None:
-        """One step on inputs (B, D + 1) and labels (B,); ``rate`` multiplies the learning rates."""
+    def _step(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        inputs = torch.cat([features, features.new_ones(len(features), 1)], dim=1)
         index = labels[:, None, None].expand(-1, self.heads, 1)
-        z = self.logits(inputs)
+        z = (inputs @ self.weight.T).view(len(inputs), self.heads, self.classes)
+        hits = (z.gather(2, index)[:, :, 0] >= z.amax(dim=2)).sum(dim=0)
         if not self.is_plain:
-            z = z + self.offset
+            z += self.offset
             z.scatter_add_(2, index, -self.margin.T[labels][:, :, None])
             z *= self.scale[:, None]
-        rows = z.softmax(dim=2)
-        smooth = self.smooth.T[labels][:, :, None]  # (B, S, 1)
-        rows -= smooth / self.classes
-        rows.scatter_add_(2, index, smooth - 1)
+        log_p = z.log_softmax(dim=2)
+        smooth = self.smooth.T[labels]  # (B, S)
+        losses = (smooth - 1) * log_p.gather(2, index)[:, :, 0] - smooth * log_p.mean(dim=2)
+        rows = log_p.exp_()
+        rows -= (smooth / self.classes)[:, :, None]
+        rows.scatter_add_(2, index, smooth[:, :, None] - 1)
         if self.is_unweighted:
             rows *= (self.scale / len(labels))[:, None]
+            loss = losses.mean(dim=0)
         else:
             weight = self.class_weight.T[labels]  # (B, S)
-            rows *= (self.scale * weight / weight.sum(dim=0))[:, :, None]
+            weight = weight / weight.sum(dim=0)
+            rows *= (self.scale * weight)[:, :, None]
+            loss = (losses * weight).sum(dim=0)
         flat = rows.view(len(labels), -1)
         if self.nesterov:
             gradient = flat.T @ inputs
             if self.decays:
-                gradient.add_(self.wd * self.weight)
+                gradient.addcmul_(self.wd, self.weight)
             self.velocity.mul_(self.momentum).add_(gradient)
             update = gradient.add_(self.velocity, alpha=self.momentum)
         else:
             self.velocity.addmm_(flat.T, inputs, beta=self.momentum)
             if self.decays:
-                self.velocity.add_(self.wd * self.weight)
+                self.velocity.addcmul_(self.wd, self.weight)
             update = self.velocity
-        self.weight.sub_(self.lr * rate * update)
+        self.weight.addcmul_(self.rate, update)
+        return loss, hits
+
+    def end(self) -> None:
+        rows = self.weight.view(self.heads, self.classes, -1)
+        for trainee, row in zip(self.trainees, rows):
+            head: nn.Linear = trainee.head  # type: ignore[assignment]
+            with torch.no_grad():
+                head.weight.copy_(row[:, :-1])
+                head.bias.copy_(row[:, -1])
+                if trainee.project is not None:
+                    trainee.project()
+                    row[:, :-1].copy_(head.weight)
 
 
-class LinearHeads:
-    """S linear classifiers that start from the same weights.
+class _Graph:
+    """A chunk's step on a GPU as one CUDA graph, for one batch size."""
 
-    Args:
-        weight, bias: (C, D) and (C,) float, where all start.
-        losses: S members of the softmax family.
-        lr, wd: S learning rates and weight decays; both act on weight and bias alike, as torch's SGD does.
-        momentum, nesterov: shared, as in ``torch.optim.SGD``.
-        chunk: heads per matrix product; None for 8 on a CPU, all elsewhere.
+    def __init__(self, chunk: _LinearChunk, features: Tensor, labels: Tensor) -> None:
+        self.features, self.labels = features.clone(), labels.clone()
+        before = chunk.weight.clone(), chunk.velocity.clone()
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # capture wants some steps before it, which are then taken back
+            for _ in range(3):
+                chunk._step(self.features, self.labels)
+        torch.cuda.current_stream().wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.result = chunk._step(self.features, self.labels)
+        chunk.weight.copy_(before[0])
+        chunk.velocity.copy_(before[1])
+
+    def replay(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        self.features.copy_(features)
+        self.labels.copy_(labels)
+        self.graph.replay()
+        loss, hits = self.result
+        return loss.clone(), hits.clone()
+
+
+class _Alone:
+    """Any head, by autograd."""
+
+    def __init__(self, place: int, trainee: Trainee, momentum: float, nesterov: bool) -> None:
+        self.places, self.trainee = [place], trainee
+        parameters = [p for p in trainee.head.parameters() if p.requires_grad]
+        self.optimizer = SGD(parameters, trainee.lr, momentum=momentum, weight_decay=trainee.wd, nesterov=nesterov)
+
+    def begin(self, progress: float, rate: float) -> None:
+        self.loss = self.trainee.loss(progress).to(next(self.trainee.head.parameters()).device)
+        self.optimizer.param_groups[0]["lr"] = self.trainee.lr * rate
+
+    def step(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        logits = self.trainee.head(features)
+        loss: Tensor = self.loss(logits, labels)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        if self.trainee.project is not None and self.trainee.each_step:
+            self.trainee.project()
+        return loss.detach()[None], (logits.detach().argmax(dim=1) == labels).sum()[None]
+
+    def end(self) -> None:
+        if self.trainee.project is not None:
+            self.trainee.project()
+
+
+class Solver:
+    """Trains classifiers side by side with SGD; ``momentum`` and ``nesterov`` are shared, as in ``torch.optim.SGD``.
+
+    ``chunk`` is the number of linear heads per matrix product; None for 8 on a CPU, all elsewhere.
+
+    Attributes:
+        seconds: (S,) time in each head's steps so far; heads that are stepped together share theirs evenly.
     """
 
     def __init__(
-        self,
-        weight: Tensor,
-        bias: Tensor,
-        losses: Sequence[SoftmaxLoss],
-        lr: Sequence[float],
-        wd: Sequence[float],
-        momentum: float = 0.9,
-        nesterov: bool = False,
-        chunk: int | None = None,
+        self, trainees: Sequence[Trainee], momentum: float = 0.9, nesterov: bool = False, chunk: int | None = None
     ) -> None:
-        start = torch.cat([weight.detach(), bias.detach()[:, None]], dim=1)
-        size = chunk or (CPU_CHUNK if start.device.type == "cpu" else len(losses))
-        lrs, wds = torch.tensor(lr, dtype=torch.float64), torch.tensor(wd, dtype=torch.float64)
-        self.chunks = [
-            _Chunk(start, losses[i : i + size], lrs[i : i + size], wds[i : i + size], momentum, nesterov)
-            for i in range(0, len(losses), size)
-        ]
+        together = [i for i, trainee in enumerate(trainees) if _is_linear(trainee)]
+        if together and chunk is None:
+            on_cpu = next(trainees[together[0]].head.parameters()).device.type == "cpu"
+            chunk = CPU_CHUNK if on_cpu else len(together)
+        self.parts: list[_Part] = []
+        for first in range(0, len(together), chunk or 1):
+            places = together[first : first + (chunk or 1)]
+            self.parts.append(_LinearChunk(places, [trainees[i] for i in places], momentum, nesterov))
+        alone = [i for i in range(len(trainees)) if i not in together]
+        self.parts += [_Alone(i, trainees[i], momentum, nesterov) for i in alone]
+        self.seconds = [0.0] * len(trainees)
 
-    def train_epoch(self, steps: Iterable[tuple[Tensor, Tensor]], rate: float = 1.0) -> None:
-        """One SGD step of every head on each (features (B, D), labels (B,)), learning rates times ``rate``."""
-        for features, labels in steps:
-            inputs = _with_one(features)
-            for chunk in self.chunks:
-                chunk.step(inputs, labels, rate)
+    def train_epoch(self, steps: Steps, progress: float, rate: float) -> list[tuple[float, float]]:
+        """One SGD step of every head on each (features (B, D), labels (B,)).
 
-    def logits(self, features: Tensor) -> Iterable[Tensor]:
-        """The logits (N, C) of each head in turn on features (N, D)."""
-        inputs = _with_one(features)
-        for chunk in self.chunks:
-            yield from chunk.logits(inputs).unbind(dim=1)
+        ``progress`` is the share of the epochs that is over, ``rate`` multiplies the learning rates. Returns each
+        head's (loss in nats, top-1 as a fraction), means over the images as it saw them.
+        """
+        for part in self.parts:
+            part.begin(progress, rate)
+        images = 0
+        totals: list[Tensor | float] = [0.0] * len(self.parts)
+        for window in _windows(iter(steps), WINDOW):
+            images += sum(len(labels) for _, labels in window)
+            for i, part in enumerate(self.parts):
+                began = time.perf_counter()
+                for features, labels in window:
+                    loss, hits = part.step(features, labels)
+                    totals[i] = totals[i] + torch.stack([loss * len(labels), hits])
+                for place in part.places:
+                    self.seconds[place] += (time.perf_counter() - began) / len(part.places)
+        results = [(0.0, 0.0)] * len(self.seconds)
+        for part, total in zip(self.parts, totals):
+            part.end()
+            assert isinstance(total, Tensor)
+            for place, (loss_sum, correct) in zip(part.places, total.T.tolist()):
+                results[place] = (loss_sum / images, correct / images)
+        return results
 
-    def weights(self) -> list[tuple[Tensor, Tensor]]:
-        """The (weight (C, D), bias (C,)) of each head."""
-        rows = [part for chunk in self.chunks for part in chunk.weight.view(chunk.heads, chunk.classes, -1)]
-        return [(row[:, :-1].clone(), row[:, -1].clone()) for row in rows]
+
+def _is_linear(trainee: Trainee) -> bool:
+    return (
+        type(trainee.head) is nn.Linear
+        and not trainee.each_step
+        and all(p.requires_grad for p in trainee.head.parameters())
+        and isinstance(trainee.loss(0.0), SoftmaxLoss)
+    )
 
 
-def _with_one(features: Tensor) -> Tensor:
-    """Features (B, D) -> (B, D + 1), the last column 1: the bias becomes a weight."""
-    return torch.cat([features, features.new_ones(len(features), 1)], dim=1)
+def _windows(steps: Iterator[tuple[Tensor, Tensor]], size: int) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    while window := list(islice(steps, size)):
+        yield window

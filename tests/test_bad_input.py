@@ -91,7 +91,7 @@ ROWS = [  # script, arguments, words that the two lines must hold
     ("evaluate.py", "--pretrained_pth other.pt", "other.pt another program digits_exp100_resnet8_stage1.pt"),
     ("evaluate.py", "--pretrained_pth unknown.pt", "unknown.pt resnet34, resnet18"),
     ("evaluate.py", "--pretrained_pth seven.pt --dataset digits", "seven.pt 7 classes 10"),
-    ("evaluate.py", "--pretrained_pth newer.pt", "newer.pt format 99 1"),
+    ("evaluate.py", "--pretrained_pth newer.pt", "newer.pt format 99 2"),
     ("evaluate.py", "--pretrained_pth field.pt", "field.pt metrics None"),
     ("evaluate.py", "--pretrained_pth mean.pt", "mean.pt mean"),
     ("evaluate.py", "--pretrained_pth bit.pt", "bit.pt damaged"),
@@ -155,4 +155,4 @@ def test_data_that_cannot_be_downloaded(workdir: Path, monkeypatch, capsys) -> N
 def test_as_a_process(shell) -> None:
     process = shell("main_stage2.py", "--label_smooth", "1.5")
     assert process.returncode == 2 and not process.stdout
-    assert process.stderr == "error: --label_smooth 1.5\nallowed: a number in [0, 1] or auto\n"
+    assert process.stderr == "error: --label_smooth 1.5\nallowed: a number in [0, 1] or auto; each value once\n"

@@ -78,7 +78,12 @@ def test_what_a_run_leaves(workdir, capsys) -> None:
         assert (folder / figure).read_bytes().startswith(b"\x89PNG")
 
     content = torch.load(STAGE1, weights_only=True)
-    assert content["format"] == 1 and content["stage"] == "stage1" and content["network"] == "resnet8"
+    assert (
+        content["format"] == 2
+        and content["head"] == "linear"
+        and content["stage"] == "stage1"
+        and content["network"] == "resnet8"
+    )
     assert content["options"]["seed"] == 0 and content["options"]["wd"] == 5e-3
     assert content["data"]["class_counts"] == [124, 74, 44, 26, 16, 9, 5, 3, 2, 1]
     assert content["data"]["class_names"] == list("0123456789") and content["data"]["val_indices"] == []

@@ -5,8 +5,8 @@ from PIL import Image
 from torchvision import transforms
 
 import datasets
-from datasets import DATASETS, Augment, Batches
-from datasets.batches import crop_flip, draw_epoch
+from datasets import DATASETS, SAMPLERS, Augment, Batches
+from datasets.batches import Draws, crop_flip
 from datasets.longtail import choose_subset, class_sizes, hold_out
 from utils.metrics import GROUPS, group_of
 from utils.options import UsageError
@@ -106,8 +106,8 @@ def test_batches_equal_the_pil_pipeline(name: str, small_cifar10: str) -> None:
     """Same draws, same pixels: crop with zero padding, flip, ToTensor, Normalize of torchvision on PIL images."""
     spec, data = DATASETS[name], datasets.load(name, small_cifar10, imb_ratio=2)
     n, pad = len(data.train), spec.augment.pad
-    draws = draw_epoch(n, spec.augment, seed=(3,), epoch=2)
     batches = Batches(data.train.images, data.train.labels, 32, spec.mean, spec.std, CPU, spec.augment, seed=(3,))
+    draws = batches.draws(2)
     got = list(batches.epoch(2))
     assert len(got) == len(batches) == -(-n // 32) and len(got[-1][1]) == (n % 32 or 32)
     images, labels = torch.cat([i for i, _ in got]), torch.cat([j for _, j in got])
@@ -122,16 +122,31 @@ def test_batches_equal_the_pil_pipeline(name: str, small_cifar10: str) -> None:
         assert (images[row] - expected).abs().max() < 1e-6
 
 
+def draw(n: int, augment: Augment, seed: tuple[int, ...], epoch: int) -> Draws:
+    images, labels = torch.zeros(n, 1, 1, 1, dtype=torch.uint8), torch.zeros(n, dtype=torch.int64)
+    return Batches(images, labels, 64, (0.0,), (1.0,), CPU, augment, seed).draws(epoch)
+
+
 def test_draws_follow_their_law() -> None:
-    draws = draw_epoch(20_000, Augment(pad=4, flip=True), seed=(0,), epoch=0)
+    draws = draw(20_000, Augment(pad=4, flip=True), seed=(0,), epoch=0)
     assert torch.equal(draws.order.sort().values, torch.arange(20_000))
     for offsets in (draws.top, draws.left):
         histogram = torch.bincount(offsets, minlength=9).double()
         assert len(histogram) == 9 and (histogram - 20_000 / 9).abs().max() < 4 * (20_000 / 9 * 8 / 9) ** 0.5
     assert abs(draws.flip.double().mean() - 0.5) < 4 * 0.5 / 20_000**0.5
-    assert not draw_epoch(100, Augment(pad=1, flip=False), (0,), 0).flip.any()
-    assert not torch.equal(draws.order, draw_epoch(20_000, Augment(4, True), seed=(0,), epoch=1).order)
-    assert not torch.equal(draws.order, draw_epoch(20_000, Augment(4, True), seed=(0, 1), epoch=0).order)
+    assert not draw(100, Augment(pad=1, flip=False), (0,), 0).flip.any()
+    assert not torch.equal(draws.order, draw(20_000, Augment(4, True), seed=(0,), epoch=1).order)
+    assert not torch.equal(draws.order, draw(20_000, Augment(4, True), seed=(0, 1), epoch=0).order)
+
+
+def test_batches_follow_their_sampler() -> None:
+    labels = torch.tensor([0] * 90 + [1] * 10)
+    images = torch.zeros(100, 1, 1, 1, dtype=torch.uint8)
+    for epoch, expected in ((0, 50), (1, 50)):
+        batches = Batches(images, labels, 8, (0.0,), (1.0,), CPU, Augment(0, False), (7,), SAMPLERS["class"], 2)
+        got = torch.cat([batch for _, batch in batches.epoch(epoch)])
+        assert len(got) == 100 and abs(int(got.sum()) - expected) <= 4
+        assert torch.equal(got, labels[batches.draws(epoch).order])
 
 
 def test_crop_flip_by_hand() -> None:

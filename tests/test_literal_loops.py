@@ -12,18 +12,30 @@ import datasets
 import evaluate
 import main_stage1
 import main_stage2
-from datasets import DATASETS
-from datasets.batches import draw_epoch
+from datasets import DATASETS, Batches
+from datasets.batches import Draws, draw_windows, seeded
 from losses import auto_label_smooth
 from models import build_model
+from retraining.features import VIEWS_STREAM
 from utils import checkpoints
 from utils.metrics import report
 
 SPEC = DATASETS["digits"]
 
 
-def literal_batches(data, size: int, seed: int, stage: int, epoch: int):
-    draws = draw_epoch(len(data.train), SPEC.augment, (seed, stage), epoch)
+def draw_epoch(data, seed: int, stage: int, epoch: int) -> Draws:
+    pixels = (data.train.images, data.train.labels, 1, SPEC.mean, SPEC.std, torch.device("cpu"))
+    return Batches(*pixels, SPEC.augment, (seed, stage)).draws(epoch)
+
+
+def draw_view(data, seed: int, epoch: int, views: int) -> Draws:
+    """The order of the epoch; crops and flips of the view, which belong to the image and not to the step."""
+    order = draw_epoch(data, seed, 2, epoch).order
+    windows = draw_windows(len(data.train), SPEC.augment, seeded(0, VIEWS_STREAM, epoch % views))
+    return Draws(order, *(part[order] for part in windows))
+
+
+def literal_batches(data, size: int, draws: Draws):
     for start in range(0, len(data.train), size):
         images, labels = [], []
         for row in range(start, min(start + size, len(data.train))):
@@ -35,12 +47,12 @@ def literal_batches(data, size: int, seed: int, stage: int, epoch: int):
         yield torch.stack(images), torch.tensor(labels)
 
 
-def literal_run(model, parameters, data, *, stage, seed, epochs, size, lr, momentum, nesterov, wd, smooth, train):
+def literal_run(model, parameters, data, *, draws, size, lr, momentum, nesterov, wd, smooth, train):
     optimizer = SGD(parameters, lr, momentum=momentum, nesterov=nesterov, weight_decay=wd)
-    scheduler = CosineAnnealingLR(optimizer, epochs)
-    for epoch in range(epochs):
+    scheduler = CosineAnnealingLR(optimizer, len(draws))
+    for each in draws:
         model.train(train)
-        for images, labels in literal_batches(data, size, seed, stage, epoch):
+        for images, labels in literal_batches(data, size, each):
             optimizer.zero_grad()
             F.cross_entropy(model(images), labels, label_smoothing=smooth).backward()
             optimizer.step()
@@ -63,32 +75,41 @@ def test_stage1_is_the_literal_loop(workdir) -> None:
     torch.manual_seed(5)
     model = build_model("resnet8", 10, 1)
     literal_run(
-        model, model.parameters(), data, stage=1, seed=5, epochs=3, size=50, lr=0.02, momentum=0.8, nesterov=True,
-        wd=0.003, smooth=0.2, train=True,
+        model, model.parameters(), data, draws=[draw_epoch(data, 5, 1, epoch) for epoch in range(3)], size=50, lr=0.02,
+        momentum=0.8, nesterov=True, wd=0.003, smooth=0.2, train=True,
     )  # fmt: skip
     file = checkpoints.read("checkpoints/digits_step50_resnet8_stage1.pt")
     assert_equal(file.model, model.state_dict())
     assert file.data["class_counts"] == data.class_counts
 
 
-@pytest.mark.parametrize("features, smooth", [("views", "auto"), ("replay", "0.7")])
+@pytest.mark.parametrize("features, smooth", [("views", "auto"), ("replay", "0.7"), ("orbit", "0.5")])
 def test_stage2_is_the_literal_loop(workdir, features: str, smooth: str) -> None:
     main_stage1.main("--dataset digits --seed 1 --epochs 3".split())
     start = checkpoints.read("checkpoints/digits_exp100_resnet8_stage1.pt").model
     main_stage2.main(
         f"--dataset digits --seed 6 --finetune_epoch 3 --finetune_lr 0.03 --finetune_wd 0.01 --momentum 0.7 --nesterov "
-        f"--batch_size 60 --label_smooth {smooth} --features {features}".split()
+        f"--batch_size 60 --label_smooth {smooth} --features {features} {'--views 2' * (features == 'views')}".split()
     )
     data = datasets.load("digits", "")
     model = build_model("resnet8", 10, 1)
     model.load_state_dict(start)
     d = auto_label_smooth(10) if smooth == "auto" else float(smooth)
+    draws = [draw_view(data, 6, e, 2) if features == "views" else draw_epoch(data, 6, 2, e) for e in range(3)]
     literal_run(
-        model, model.fc.parameters(), data, stage=2, seed=6, epochs=3, size=60, lr=0.03, momentum=0.7, nesterov=True,
-        wd=0.01, smooth=d, train=features == "replay",
+        model, model.fc.parameters(), data, draws=draws, size=60, lr=0.03, momentum=0.7, nesterov=True, wd=0.01,
+        smooth=d, train=features == "replay",
     )  # fmt: skip
     file = checkpoints.read("checkpoints/digits_exp100_resnet8_stage2.pt")
+    assert len(data.train) % 60 != 0  # there is a tail batch
     assert_equal(file.model, model.state_dict())
+    drifted = (file.model["bn1.running_mean"] - start["bn1.running_mean"]).abs().max() > 1e-6
+    assert drifted == (features == "replay")
+    ours = build_model("resnet8", 10, 1)
+    ours.load_state_dict(file.model)
+    images = (data.test.images.float() / 255 - SPEC.mean[0]) / SPEC.std[0]
+    with torch.no_grad():
+        assert (ours.eval()(images) - model.eval()(images)).abs().max() < 1e-5
     assert (file.model["fc.weight"] - start["fc.weight"]).abs().max() > 1e-2
     assert file.options["label_smooth"] == d
 

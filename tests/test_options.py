@@ -6,6 +6,9 @@ import pytest
 
 import main_stage1
 import main_stage2
+from losses import auto_label_smooth
+from retraining.methods import METHODS
+from retraining.settings import make_settings
 from stages import fill_options
 from utils.options import (
     Choice,
@@ -104,18 +107,20 @@ def test_command_turns_mistakes_into_a_message_and_status(capsys: pytest.Capture
 
 
 PUBLISHED = {  # Label Over-Smooth's released defaults
-    main_stage1: {"epochs": 200, "lr": 0.01, "wd": 5e-3, "label_smooth": 0.0},
-    main_stage2: {"finetune_epoch": 20, "finetune_lr": 5e-4, "finetune_wd": 0.0},
+    main_stage1: {"epochs": 200, "lr": 0.01, "wd": 5e-3, "label_smooth": 0.0, "batch_size": 64},
+    main_stage2: {"method": ("los",), "finetune_epoch": (20,), "batch_size": (64,)},
 }
 COMMON = {
     "dataset": "cifar100",
     "imb_ratio": 100,
     "network": "resnet34",
-    "batch_size": 64,
     "momentum": 0.9,
     "nesterov": False,
     "out": "output",
 }
+
+
+COMMON_VALUES = {"seed": (0,), "batch_size": (64,), "finetune_epoch": (20,)}
 
 
 @pytest.mark.parametrize("script", PUBLISHED)
@@ -125,6 +130,8 @@ def test_defaults_are_the_published_ones(script) -> None:
     for name, value in {**COMMON, **PUBLISHED[script], "cur_stage": stage, "data_dir": "data/"}.items():
         assert getattr(options, name) == value, name
     assert (options.protocol, options.select, options.flip_tta, options.eval_every) == ("honest", "last", False, 10)
+    los = METHODS["los"].options
+    assert (los["finetune_lr"], los["finetune_wd"]) == (5e-4, 0.0)
 
 
 def test_published_protocol() -> None:
@@ -132,7 +139,10 @@ def test_published_protocol() -> None:
     two = fill_options(main_stage2.Options, {"protocol": "published", "select": "last"}, "stage2").options
     assert (one.select, one.flip_tta, one.eval_every, one.label_smooth) == ("best_test", True, 1, 0)
     assert (two.select, two.flip_tta, two.eval_every) == ("last", True, 1)  # a typed flag wins
-    assert (two.features, two.label_smooth) == ("replay", 0.98)
+    assert two.features == "replay"
+    for published, label_smooth in ((True, 0.98), (False, auto_label_smooth(100))):
+        settings = make_settings(["los", "crt"], COMMON_VALUES, [], 100, published=published)
+        assert [setting.values["label_smooth"] for setting in settings] == [label_smooth, 0.0]
     assert published_values(main_stage1.Options) == {"select": "best_test", "flip_tta": True, "eval_every": 1}
 
 

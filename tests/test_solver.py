@@ -1,12 +1,16 @@
 """S heads at once equal S separate torch.optim.SGD runs, whatever their losses and settings."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
 from losses import softmax
 from losses.softmax import SoftmaxLoss
-from retraining.solver import LinearHeads
+from losses.weighted import Focal
+from models.heads import CosineHead
+from retraining.solver import Solver, Trainee
 
 COUNTS = [60, 20, 9, 4, 2]
 LOSSES = [
@@ -29,32 +33,87 @@ def stream(epoch: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
     return list(zip(features.split(16), labels.split(16)))  # the last batch has six
 
 
+def trainees(start: nn.Linear) -> list[Trainee]:
+    return [Trainee(copy.deepcopy(start), lambda _, loss=loss: loss, lr, wd) for loss, lr, wd in zip(LOSSES, LR, WD)]
+
+
+def literal(head: nn.Module, loss: nn.Module, lr: float, wd: float, nesterov: bool, project=None) -> nn.Module:
+    optimizer = torch.optim.SGD(head.parameters(), lr, momentum=0.9, weight_decay=wd, nesterov=nesterov)
+    for epoch in range(3):
+        optimizer.param_groups[0]["lr"] = lr * (1 - epoch / 3)
+        for features, labels in stream(epoch):
+            optimizer.zero_grad()
+            loss(head(features), labels).backward()
+            optimizer.step()
+        if project is not None:
+            project(head)
+    return head
+
+
 @pytest.mark.parametrize("nesterov", [False, True])
 @pytest.mark.parametrize("chunk", [None, 1, 3])
 def test_heads_equal_separate_runs(chunk: int | None, nesterov: bool) -> None:
     torch.manual_seed(0)
     start = nn.Linear(12, 5)
-    heads = LinearHeads(start.weight, start.bias, LOSSES, LR, WD, 0.9, nesterov, chunk)
+    group = trainees(start)
+    solver = Solver(group, 0.9, nesterov, chunk)
     for epoch in range(3):
-        heads.train_epoch(stream(epoch), rate=1 - epoch / 3)
-    for loss, lr, wd, (weight, bias) in zip(LOSSES, LR, WD, heads.weights()):
-        alone = nn.Linear(12, 5)
-        alone.load_state_dict(start.state_dict())
-        optimizer = torch.optim.SGD(alone.parameters(), lr, momentum=0.9, weight_decay=wd, nesterov=nesterov)
-        for epoch in range(3):
-            optimizer.param_groups[0]["lr"] = lr * (1 - epoch / 3)
-            for features, labels in stream(epoch):
-                optimizer.zero_grad()
-                loss(alone(features), labels).backward()
-                optimizer.step()
+        solver.train_epoch(iter(stream(epoch)), epoch / 3, rate=1 - epoch / 3)
+    for trainee, loss, lr, wd in zip(group, LOSSES, LR, WD):
+        alone = literal(copy.deepcopy(start), loss, lr, wd, nesterov)
         assert (alone.weight - start.weight).abs().max() > 1e-3
-        assert (weight - alone.weight).abs().max() < 1e-6 and (bias - alone.bias).abs().max() < 1e-6
+        for ours, theirs in zip(trainee.head.parameters(), alone.parameters()):
+            assert (ours - theirs).abs().max() < 1e-6
 
 
-def test_logits_are_each_heads() -> None:
+def test_any_head_and_loss_and_projection_beside_them() -> None:
+    """Autograd heads, a loss that changes, and projections train on the same steps as the wide product."""
+    torch.manual_seed(0)
     start = nn.Linear(12, 5)
-    heads = LinearHeads(start.weight, start.bias, LOSSES, LR, WD, chunk=3)
-    heads.train_epoch(stream(0))
-    features = torch.randn(7, 12)
-    for logits, (weight, bias) in zip(heads.logits(features), heads.weights(), strict=True):
-        assert torch.allclose(logits, features @ weight.T + bias, atol=1e-6)
+
+    def shrink(head: nn.Linear) -> None:
+        with torch.no_grad():
+            head.weight.mul_(0.5)
+
+    cosine, projected, focal, changing = CosineHead(12, 5, 4.0), *(copy.deepcopy(start) for _ in range(3))
+    group = [
+        *trainees(start),
+        Trainee(copy.deepcopy(cosine), lambda _: SoftmaxLoss(5), 0.1, 1e-3),
+        Trainee(projected, lambda _: SoftmaxLoss(5), 0.1, 0.0, lambda: shrink(projected)),
+        Trainee(focal, lambda _: Focal(2.0), 0.1, 0.0),
+        Trainee(changing, lambda progress: SoftmaxLoss(5, smooth=0.5 if progress > 0.5 else 0.0), 0.1, 0.0),
+    ]
+    solver = Solver(group)
+    for epoch in range(3):
+        results = solver.train_epoch(stream(epoch), epoch / 3, rate=1 - epoch / 3)
+    assert len(results) == len(solver.seconds) == len(group) and min(solver.seconds) > 0
+    expected = [
+        literal(copy.deepcopy(cosine), SoftmaxLoss(5), 0.1, 1e-3, False),
+        literal(copy.deepcopy(start), SoftmaxLoss(5), 0.1, 0.0, False, shrink),
+        literal(copy.deepcopy(start), Focal(2.0), 0.1, 0.0, False),
+    ]
+    for trainee, theirs in zip(group[len(LOSSES) :], expected):
+        for name, value in theirs.named_parameters():
+            assert (trainee.head.get_parameter(name) - value).abs().max() < 1e-6
+    plain = literal(copy.deepcopy(start), SoftmaxLoss(5), 0.1, 0.0, False)
+    assert (changing.weight - plain.weight).abs().max() > 1e-3
+
+
+def test_projection_after_every_step() -> None:
+    head, calls = nn.Linear(12, 5), []
+    Solver([Trainee(head, lambda _: SoftmaxLoss(5), 0.1, 0.0, lambda: calls.append(1), each_step=True)]).train_epoch(
+        stream(0), 0.0, 1.0
+    )
+    assert len(calls) >= len(stream(0))
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_training_figures_are_those_before_each_step(loss: SoftmaxLoss) -> None:
+    torch.manual_seed(1)
+    start = nn.Linear(12, 5)
+    group = [Trainee(copy.deepcopy(start), lambda _: loss, 0.0, 0.0) for _ in range(2)]
+    (mean, top1), _ = Solver(group).train_epoch(stream(0), 0.0, 1.0)
+    logits = [(start(features).detach(), labels) for features, labels in stream(0)]
+    losses = sum(float(loss(z, labels)) * len(labels) for z, labels in logits)
+    correct = sum(int((z.argmax(1) == labels).sum()) for z, labels in logits)
+    assert mean == pytest.approx(losses / 70, rel=1e-5) and top1 == correct / 70

@@ -25,13 +25,13 @@ from torch import Tensor
 from utils.files import atomic
 from utils.options import UsageError
 
-FORMAT = 1
+FORMAT = 2  # 1 had no head: it was linear
 FOLDER = Path("checkpoints")
 STAGES = ("stage1", "stage2")
 SELECT = ("last", "best_test", "best_val")
 IDENTITY = ("dataset", "imb_type", "imb_ratio", "subset", "subset_seed", "network")
 #: Options that do not change what a run computes: two files that differ in these alone are the same result.
-INCIDENTAL = ("out", "data_dir", "device", "gpu", "workers", "cur_stage", "pretrained_pth")
+INCIDENTAL = ("out", "data_dir", "device", "gpu", "workers", "cur_stage", "pretrained_pth", "cache_dir")
 
 
 @dataclass
@@ -40,7 +40,7 @@ class Checkpoint:
 
     Attributes:
         stage: "stage1" or "stage2"; None for a bare state dict.
-        network, num_classes, in_channels: what to build.
+        network, num_classes, in_channels, head: what to build.
         model: its state dict, on the CPU.
         options: every option of the run that made it ({} for a bare state dict).
         data: dataset, imb_type, imb_ratio, subset, subset_seed, class_names (C,), class_counts (C,), mean, std and
@@ -61,6 +61,7 @@ class Checkpoint:
     metrics: dict[str, Any] = field(default_factory=dict)
     parent: dict[str, Any] | None = None
     provenance: dict[str, Any] = field(default_factory=dict)
+    head: str = "linear"
     path: Path | None = None
     sha256: str | None = None
 
@@ -79,6 +80,7 @@ _TYPES: dict[str, type | tuple[type, ...]] = {
     "network": str,
     "num_classes": int,
     "in_channels": int,
+    "head": str,
     "model": dict,
     "options": dict,
     "data": dict,
@@ -171,6 +173,8 @@ def read(path: str | Path) -> Checkpoint:
     source: dict[str, Any] = {"path": path, "sha256": hashlib.sha256(blob).hexdigest()}
     if isinstance(content, Mapping) and content and all(isinstance(v, Tensor) for v in content.values()):
         return Checkpoint(None, "unknown", 0, 0, {str(k): v for k, v in content.items()}, **source)
+    if isinstance(content, dict) and content.get("format") == 1:
+        content["head"] = "linear"
     if not isinstance(content, dict) or not {"format", *_STORED} <= set(content):
         raise UsageError(f"{path} is a checkpoint of another program", f"a bare state dict or this one's; {_listing()}")
     for name, kind in _TYPES.items():

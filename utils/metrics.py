@@ -26,24 +26,47 @@ def group_of(class_count: int) -> str:
 
 
 def report(logits: Tensor, labels: Tensor, class_counts: Sequence[int]) -> Report:
-    """All accuracies of a set of predictions.
+    """All measures of a set of predictions: those of :func:`accuracies`, and others.
 
-    Group accuracies and ``class_mean`` are means over classes, of which those without an image are left out; on the
-    balanced test sets ``class_mean`` equals ``top1``. An empty group's accuracy is None. With fewer than five classes
-    top-5 is 1. ``harmonic_mean`` and ``worst_class`` are over the per-class accuracies, ``macro_f1`` is the mean over
-    classes that are present or predicted, ``ece`` is :func:`calibration_error`.
+    ``top5``, 1 with fewer than five classes; ``harmonic_mean`` and ``worst_class`` over the per-class accuracies;
+    ``macro_f1``, the mean over classes that are present or predicted; ``ece``, see :func:`calibration_error`.
 
     logits (N, C) float, labels (N,) int64, class_counts (C,) training images -> Report.
     """
     num_classes = len(class_counts)
     top = logits.topk(min(5, num_classes), dim=1).indices
-    hits = top == labels[:, None]
+    found = accuracies(top[:, 0], labels, class_counts)
+    present = [accuracy for accuracy in found["per_class"] if accuracy is not None]
     images = torch.bincount(labels, minlength=num_classes)
-    correct = torch.bincount(labels[hits[:, 0]], minlength=num_classes)
-    per_class = [c / n if n else None for c, n in zip(correct.tolist(), images.tolist())]
+    correct = torch.bincount(labels[top[:, 0] == labels], minlength=num_classes)
     predicted = torch.bincount(top[:, 0], minlength=num_classes)
     seen = images + predicted > 0
-    accuracies = [accuracy for accuracy in per_class if accuracy is not None]
+    return {
+        "top1": found["top1"],
+        "top5": int((top == labels[:, None]).sum()) / len(labels),
+        "class_mean": found["class_mean"],
+        "worst_class": min(present),
+        "harmonic_mean": statistics.harmonic_mean(present),
+        "macro_f1": float((2 * correct[seen] / (images + predicted)[seen]).double().mean()),
+        "ece": calibration_error(logits, labels),
+        "groups": found["groups"],
+        "per_class": found["per_class"],
+        "test_images": images.tolist(),
+    }
+
+
+def accuracies(predicted: Tensor, labels: Tensor, class_counts: Sequence[int]) -> Report:
+    """top1, class_mean, groups and per_class of predicted classes.
+
+    Group accuracies and ``class_mean`` are means over classes, of which those without an image are left out; on the
+    balanced test sets ``class_mean`` equals ``top1``. An empty group's accuracy is None.
+
+    predicted (N,) int64, labels (N,) int64, class_counts (C,) training images -> Report.
+    """
+    num_classes = len(class_counts)
+    images = torch.bincount(labels, minlength=num_classes).tolist()
+    correct = torch.bincount(labels[predicted == labels], minlength=num_classes).tolist()
+    per_class = [c / n if n else None for c, n in zip(correct, images)]
     groups = {}
     for group in GROUPS:
         members = [i for i, count in enumerate(class_counts) if group_of(count) == group]
@@ -53,16 +76,10 @@ def report(logits: Tensor, labels: Tensor, class_counts: Sequence[int]) -> Repor
             "train_images": sum(class_counts[i] for i in members),
         }
     return {
-        "top1": int(hits[:, 0].sum()) / len(labels),
-        "top5": int(hits.sum()) / len(labels),
+        "top1": sum(correct) / len(labels),
         "class_mean": _mean(per_class),
-        "worst_class": min(accuracies),
-        "harmonic_mean": statistics.harmonic_mean(accuracies),
-        "macro_f1": float((2 * correct[seen] / (images + predicted)[seen]).double().mean()),
-        "ece": calibration_error(logits, labels),
         "groups": groups,
         "per_class": per_class,
-        "test_images": images.tolist(),
     }
 
 

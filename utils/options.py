@@ -133,7 +133,24 @@ class Flag:
         return value
 
 
-Kind = Number | Choice | Text | Flag
+@dataclass(frozen=True)
+class Many:
+    """One or more values of a kind, each different; a single one stands for itself."""
+
+    kind: Number | Choice
+
+    def __call__(self, value: Any) -> tuple[Any, ...]:
+        values = tuple(self.kind(each) for each in (value if isinstance(value, list | tuple) else [value]))
+        if not values or len(set(values)) < len(values):
+            raise ValueError
+        return values
+
+    @property
+    def allowed(self) -> str:
+        return f"{self.kind.allowed}; each value once"
+
+
+Kind = Number | Choice | Text | Flag | Many
 
 
 def ratio_number(value: Any) -> float:
@@ -168,7 +185,12 @@ def _convert(field: dataclasses.Field[Any], value: Any) -> Any:
     try:
         return kind(value)
     except (ValueError, TypeError, OverflowError):
-        raise UsageError(f"--{field.name} {value}", kind.allowed) from None
+        raise UsageError(f"--{field.name} {shown(value)}", kind.allowed) from None
+
+
+def shown(value: Any) -> str:
+    """A value as it is typed: several with a space between."""
+    return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
 class _OnOff(argparse.Action):
@@ -203,16 +225,19 @@ def make_parser(cls: type[Any], prog: str, description: str | None) -> argparse.
         if isinstance(kind, Flag):
             names += [f"--{no}{field.name}" for no in ("no_", "no-")]
         names = list(dict.fromkeys([*names, *(f"--{name[2:].replace('_', '-')}" for name in names)]))
-        text = f"{field.metadata['help']} (default: {field.default}"
+        text = f"{field.metadata['help']} (default: {shown(field.default)}"
         if "published" in field.metadata:
             text += f"; --protocol published: {field.metadata['published']}"
         text = (text + ")").replace("%", "%%")
         if isinstance(kind, Flag):
             parser.add_argument(*names, dest=field.name, action=_OnOff, nargs=0, help=text)
         else:
-            if isinstance(kind, Choice) or (isinstance(kind, Number) and (kind.low is not None or kind.words)):
+            one = kind.kind if isinstance(kind, Many) else kind
+            if isinstance(one, Choice) or (isinstance(one, Number) and (one.low is not None or one.words)):
                 text += f" [{kind.allowed.replace('%', '%%')}]"
-            parser.add_argument(*names, dest=field.name, metavar=field.name.split("_")[-1].upper(), help=text)
+            nargs = "+" if isinstance(kind, Many) else None
+            metavar = field.name.split("_")[-1].upper()
+            parser.add_argument(*names, dest=field.name, nargs=nargs, metavar=metavar, help=text)
     return parser
 
 
@@ -251,7 +276,7 @@ class Resolved(Generic[T]):
         """The values grouped by where they came from, one line a group."""
         groups: dict[str, list[str]] = {}
         for name, source in self.sources.items():
-            groups.setdefault(source, []).append(f"{name} {getattr(self.options, name)}")
+            groups.setdefault(source, []).append(f"{name} {shown(getattr(self.options, name))}")
         last = groups.pop("default", None)
         if last is not None:
             groups["default"] = last

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,14 @@ from matplotlib.figure import Figure
 from utils.metrics import GROUPS, Report, percent
 
 #: Colour-blind safe (Okabe and Ito, 2008).
-COLOURS = {"train": "#999999", "test": "#000000", "many": "#0072B2", "medium": "#009E73", "few": "#D55E00"}
+COLOURS = {
+    "train": "#999999",
+    "test": "#000000",
+    "all": "#000000",
+    "many": "#0072B2",
+    "medium": "#009E73",
+    "few": "#D55E00",
+}
 
 
 def _figure(width: float, height: float) -> Figure:
@@ -78,4 +86,76 @@ def per_class_accuracy(rep: Report, rows: Sequence[Mapping[str, Any]], title: st
     counts.set(yscale="log", ylabel="training images")
     axes.set_title(title)
     figure.legend(loc="outside lower center", ncols=4, fontsize="small")
+    figure.savefig(path)
+
+
+def label_smooth_curves(curves: Mapping[str, Sequence[tuple[float, Any]]], title: str, path: Path) -> None:
+    """Test accuracy of all classes and the three groups against label_smooth, one panel per method.
+
+    Args:
+        curves: per method (label_smooth, measures) in rising order; measures maps all, many, medium, few to mean and
+            standard deviation over seeds as fractions, or None for an empty group.
+        title: heading of the figure.
+        path: PNG to write.
+    """
+    figure = _figure(max(5.0, 3.6 * len(curves)), 4)
+    panels = figure.subplots(1, len(curves), sharey=True, squeeze=False)[0]
+    for axes, (method, points) in zip(panels, curves.items()):
+        places = range(len(points))
+        for name in ("all", *GROUPS):
+            found = [(place, pair) for place, (_, measures) in zip(places, points) if (pair := measures[name])]
+            if found:
+                heights, bars = ([100 * pair[k] for _, pair in found] for k in (0, 1))
+                axes.errorbar(
+                    [place for place, _ in found],
+                    heights,
+                    bars,
+                    label=name,
+                    color=COLOURS[name],
+                    marker="o",
+                    ms=3,
+                    capsize=2,
+                )
+        axes.set(title=method, xlabel="label_smooth (evenly spaced)")
+        axes.set_xticks(places, [f"{value:.4g}" for value, _ in points], rotation=60 if len(points) > 6 else 0)
+        axes.grid(alpha=0.3)
+    panels[0].set(ylabel="test top-1 accuracy (%)")
+    panels[0].legend(fontsize="small", ncols=2)
+    figure.suptitle(title)
+    figure.savefig(path)
+
+
+def class_profiles(
+    profiles: Mapping[str, Mapping[str, Sequence[float | None]]], class_counts: Sequence[int], title: str, path: Path
+) -> None:
+    """Accuracy, Logits Magnitude and weight norm of every class against its training images, a colour per method.
+
+    Args:
+        profiles: per method per_class, logits_magnitude and weight_norm, (C,) each. Magnitude and norm are drawn
+            relative to their mean over classes, since their scale differs between kinds of classifier.
+        class_counts: (C,) training images.
+        title: heading of the figure.
+        path: PNG to write.
+    """
+    figure = _figure(12, 4.2)
+    panels = figure.subplots(1, 3)
+    order = sorted(range(len(class_counts)), key=lambda i: class_counts[i])
+    window = max(1, len(order) // 10)  # lines are running means over a tenth of the classes
+    for place, (method, measures) in enumerate(profiles.items()):
+        for axes, name in zip(panels, ("per_class", "logits_magnitude", "weight_norm")):
+            found = [(class_counts[i], value) for i in order if (value := measures[name][i]) is not None]
+            values = [value for _, value in found]
+            scale = 100 if name == "per_class" else len(values) / sum(values)
+            colour = f"C{place}"
+            axes.plot([x for x, _ in found], [scale * y for y in values], ".", ms=3, alpha=0.4, color=colour)
+            ends = range(window, len(found) + 1)
+            xs = [math.exp(sum(math.log(x) for x, _ in found[e - window : e]) / window) for e in ends]
+            ys = [scale * sum(values[e - window : e]) / window for e in ends]
+            axes.plot(xs, ys, color=colour, label=method)
+    for axes, heading in zip(panels, ("top-1 accuracy (%)", "Logits Magnitude / mean", "weight norm / mean")):
+        axes.set(xscale="log", xlabel="training images of the class", ylabel=heading)
+        axes.grid(alpha=0.3)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(profiles), fontsize="small")
+    figure.suptitle(title)
     figure.savefig(path)

@@ -51,26 +51,27 @@ def table_row(record: dict[str, Any] | None, columns: Iterable[tuple[str, str, s
 
 
 class Run:
-    """A folder of its own under ``out`` for one run: out/<name>/<date>-<time>_seed<seed>.
+    """A folder of its own under ``out`` for one run: out/<name>/<date>-<time>_<label>.
 
-    ``epochs`` holds the records passed to :meth:`log` so far.
+    ``epochs`` holds the records passed to :meth:`log` so far; ``is_sweep`` makes :meth:`log_many` brief.
 
     Raises:
         UsageError: the folder cannot be made.
     """
 
-    def __init__(self, out: str, name: str, seed: int) -> None:
+    def __init__(self, out: str, name: str, label: str) -> None:
         stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
         parent = Path(out, name)
         require_writable("--out", parent)
         for attempt in range(1, 1000):  # two runs may start in the same second
-            self.folder = parent / (f"{stamp}_seed{seed}" + (f"_{attempt}" if attempt > 1 else ""))
+            self.folder = parent / (f"{stamp}_{label}" + (f"_{attempt}" if attempt > 1 else ""))
             try:
                 self.folder.mkdir()
                 break
             except FileExistsError:
                 continue
         self.epochs: list[dict[str, Any]] = []
+        self.is_sweep = False
         self.started = time.perf_counter()
         self._open = ExitStack()
         self._log = self._open.enter_context(open(self.folder / "log.txt", "w", buffering=1))
@@ -122,3 +123,17 @@ class Run:
         for key, value in record.items():
             if key != "epoch" and value is not None:
                 self._board.add_scalar(key.replace("_", "/", 1), value, record["epoch"])
+
+    def log_many(self, records: dict[str, dict[str, Any]], heading: str) -> None:
+        """One epoch of some classifiers, {setting: record}: as :meth:`log` does, or in a sweep as one line for all."""
+        if not self.is_sweep:
+            for record in records.values():
+                self.log(record)
+            return
+        for name, record in records.items():
+            self._metrics.write(json.dumps({"setting": name, **record}) + "\n")
+        measured = [record["test_top1"] for record in records.values() if "test_top1" in record]
+        if measured:
+            last = next(reversed(records.values()))
+            low, high = percent(min(measured)), percent(max(measured))
+            self.say(f"{heading}, epoch {last['epoch']}: {len(measured)} classifiers, test {low} to {high} %")

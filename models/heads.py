@@ -1,0 +1,138 @@
+"""Classifier heads on frozen features. ``HEADS`` maps the name in a checkpoint to a module: features (B, D) -> (B, C).
+
+Every head has ``weight`` (C, D), whose rows are what weight norms are measured on. :class:`ScaledLinear` and
+:class:`MARC` are linear in the features: they are trained in their own parameters and stored as a linear head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class CosineHead(nn.Module):
+    """z_j = s cos(f, w_j), without bias (Gidaris and Komodakis, CVPR 2018); s is fixed, 30 in LDAM-DRW's code."""
+
+    scale: Tensor
+
+    def __init__(self, num_features: int, num_classes: int, scale: float = 30.0) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_classes, num_features))
+        nn.init.kaiming_uniform_(self.weight, a=5**0.5)
+        self.register_buffer("scale", torch.tensor(scale))
+
+    def forward(self, features: Tensor) -> Tensor:
+        cosines: Tensor = F.linear(F.normalize(features), F.normalize(self.weight))
+        return self.scale * cosines
+
+
+class PrototypeHead(nn.Module):
+    """Nearest class mean: z_j = -|f' - m_j|^2 + |f'|^2 = 2 f' m_j - |m_j|^2 (Kang et al., ICLR 2020).
+
+    f' = f - center, scaled to length 1 where ``unit`` says so. The term |f'|^2 changes neither ranking nor softmax.
+    """
+
+    center: Tensor
+    unit: Tensor
+
+    def __init__(self, num_features: int, num_classes: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(num_classes, num_features), requires_grad=False)
+        self.register_buffer("center", torch.zeros(num_features))
+        self.register_buffer("unit", torch.tensor(False))
+
+    def transform(self, features: Tensor) -> Tensor:
+        """Features f (B, D) -> f' (B, D)."""
+        moved = features - self.center
+        return F.normalize(moved) if self.unit else moved
+
+    def forward(self, features: Tensor) -> Tensor:
+        return 2 * F.linear(self.transform(features), self.weight) - self.weight.square().sum(dim=1)
+
+
+class DisAlignHead(nn.Module):
+    """z'_j = (1 + c a_j) z_j + c b_j with confidence c = sigmoid(u f + v) (Zhang et al., DisAlign, CVPR 2021).
+
+    z = W f + b is stage 1's classifier, which stays as it is; a starts at 1, b at 0, u at 0.1, v at 0, as published.
+    """
+
+    def __init__(self, num_features: int, num_classes: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_classes, num_features), requires_grad=False)
+        self.bias = nn.Parameter(torch.empty(num_classes), requires_grad=False)
+        self.scale = nn.Parameter(torch.ones(num_classes))
+        self.shift = nn.Parameter(torch.zeros(num_classes))
+        self.confidence = nn.Linear(num_features, 1)
+        nn.init.constant_(self.confidence.weight, 0.1)
+        nn.init.zeros_(self.confidence.bias)
+
+    def forward(self, features: Tensor) -> Tensor:
+        logits = F.linear(features, self.weight, self.bias)
+        confidence = self.confidence(features).sigmoid()
+        aligned: Tensor = (1 + confidence * self.scale) * logits + confidence * self.shift
+        return aligned
+
+
+class ScaledLinear(nn.Module):
+    """z'_j = s_j (w_j f + b_j): learnable weight scaling, s from 1 (Kang et al., ICLR 2020); the bias is scaled too."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.linear = linear.requires_grad_(False)
+        self.scale = nn.Parameter(torch.ones(linear.out_features))
+
+    def forward(self, features: Tensor) -> Tensor:
+        scaled: Tensor = self.scale * self.linear(features)
+        return scaled
+
+    def to_linear(self) -> nn.Linear:
+        """The linear head of the same logits."""
+        scale = self.scale.detach()
+        return make_linear(scale[:, None] * self.linear.weight, scale * self.linear.bias)
+
+
+class MARC(nn.Module):
+    """z'_j = a_j z_j + b_j |w_j| with z = W f + bias (Wang et al., MARC, ACML 2022); a starts at 1, b at 0."""
+
+    norms: Tensor
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.linear = linear.requires_grad_(False)
+        self.scale = nn.Parameter(torch.ones(linear.out_features))
+        self.shift = nn.Parameter(torch.zeros(linear.out_features))
+        self.register_buffer("norms", linear.weight.detach().norm(dim=1))
+
+    def forward(self, features: Tensor) -> Tensor:
+        calibrated: Tensor = self.scale * self.linear(features) + self.shift * self.norms
+        return calibrated
+
+    def to_linear(self) -> nn.Linear:
+        """The linear head of the same logits."""
+        scale, shift = self.scale.detach(), self.shift.detach()
+        return make_linear(scale[:, None] * self.linear.weight, scale * self.linear.bias + shift * self.norms)
+
+
+def make_linear(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
+    """A linear head of copies of a weight (C, D) and a bias (C,), zero where there is none."""
+    with torch.device("meta"):
+        linear = nn.Linear(weight.shape[1], weight.shape[0])
+    bias = weight.new_zeros(len(weight)) if bias is None else bias
+    linear.weight, linear.bias = (nn.Parameter(part.detach().clone()) for part in (weight, bias))
+    return linear
+
+
+HEADS: dict[str, Callable[[int, int], nn.Module]] = {
+    "linear": nn.Linear,
+    "cosine": CosineHead,
+    "prototypes": PrototypeHead,
+    "disalign": DisAlignHead,
+}
+
+
+def head_name(head: nn.Module) -> str:
+    """The key of ``HEADS`` that a head is stored under."""
+    return next(name for name, kind in HEADS.items() if type(head) is kind)

@@ -1,0 +1,361 @@
+"""Feature sources: what a frozen backbone makes of the training batches, computed once and kept in a cache on disk.
+
+``FEATURES`` maps a --features name to a source. All share the order of images that the sampler and the seed give, and
+differ in BatchNorm and augmentation:
+
+* ``views``: BatchNorm in eval mode, V augmented views of every image; epoch e shows view e mod V.
+* ``orbit``: eval mode, every crop and flip there is (162 of a CIFAR image); an epoch draws its own.
+* ``replay``: train mode, as published: each batch normalises by its own statistics, and the running ones drift.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from datasets import SAMPLERS, Batches, ImageSet, LongTailed
+from datasets.batches import Batch, Draws, draw_windows, seeded
+from models import ResNet
+from utils.files import atomic, require_writable
+from utils.options import UsageError
+
+#: Raise it when the way features are computed changes, so that no old file is taken for a new one.
+FORMAT = 1
+#: Keeps the views' random numbers apart from the stages'.
+VIEWS_STREAM = 3
+#: The largest image side of which all crops and flips are kept.
+ORBIT_SIDE = 64
+
+#: (steps, their number, what they are) -> the steps, shown as they pass.
+Progress = Callable[[Iterable[Batch], int, str], Iterator[Batch]]
+
+
+class Stream(NamedTuple):
+    """What decides the batches of an epoch."""
+
+    seed: int
+    sampler: str
+    batch_size: int
+    epochs: int
+
+    def describe(self) -> str:
+        """One phrase for the log."""
+        return f"seed {self.seed}, {self.sampler} sampler, batch {self.batch_size}"
+
+
+class FeatureCache:
+    """Named arrays in a folder of their own, chosen by a fingerprint of everything that their content depends on.
+
+    A file is written beside its final name and renamed when it is whole, so an interrupted write leaves nothing to be
+    mistaken for it, and two runs that want the same file at once each write the same bytes. Arrays are .npy files,
+    float32, and come back memory-mapped.
+
+    Attributes:
+        folder: where the files are.
+        computed, reused: bytes of arrays written and found.
+    """
+
+    def __init__(self, root: str | Path, about: dict[str, Any]) -> None:
+        text = json.dumps(about, sort_keys=True, indent=1)
+        self.folder = Path(root, hashlib.sha256(text.encode()).hexdigest()[:16])
+        require_writable("--cache_dir", self.folder)
+        with atomic(self.folder / "about.json") as path:
+            path.write_text(text + "\n")
+        self.computed = self.reused = 0
+        self._seen: set[str] = set()
+
+    def has(self, name: str) -> bool:
+        """Whether the array is there."""
+        return (self.folder / f"{name}.npy").is_file()
+
+    def array(self, name: str, rows: int, compute: Callable[[], Iterator[Tensor]]) -> Tensor:
+        """The array (rows, D); where it is missing, made of the pieces (B, D) that ``compute`` yields."""
+        path = self.folder / f"{name}.npy"
+        if path.is_file():
+            self._count(name, path, new=False)
+        else:
+            with atomic(path) as temporary:
+                self._write(temporary, rows, compute())
+            self._count(name, path, new=True)
+        return torch.from_numpy(np.load(path, mmap_mode="c"))  # copy-on-write: torch wants writable memory
+
+    @staticmethod
+    def _write(path: Path, rows: int, pieces: Iterator[Tensor]) -> None:
+        array, start = None, 0
+        for piece in pieces:
+            if array is None:
+                array = np.lib.format.open_memmap(path, "w+", np.float32, (rows, piece.shape[1]))
+            array[start : start + len(piece)] = piece.cpu().numpy()
+            start += len(piece)
+        assert array is not None and start == rows
+        array.flush()
+
+    def tensors(self, name: str) -> Path:
+        """The path of a small file of tensors beside the arrays."""
+        return self.folder / f"{name}.pt"
+
+    def _count(self, name: str, path: Path, new: bool) -> None:
+        if name not in self._seen:
+            self._seen.add(name)
+            size = os.path.getsize(path)
+            self.computed += size * new
+            self.reused += size * (not new)
+
+
+@dataclass
+class FeatureSource:
+    """The features of a frozen backbone, as its classifiers are to see them.
+
+    Attributes:
+        model: the network; its classifier is not used.
+        data: the data set.
+        device: where the features go.
+        cache_dir, checkpoint: the cache's root, and the SHA-256 of the file that the weights came from.
+        flip: whether test and held-out images come with their mirror images.
+        progress: shows the passes over the backbone.
+        eval_batch: images per step where BatchNorm is in eval mode.
+        num_views, view_seed: number of views and the seed of their crops and flips (``views``).
+    """
+
+    model: ResNet
+    data: LongTailed
+    device: torch.device
+    cache_dir: str
+    checkpoint: str
+    flip: bool
+    progress: Progress
+    eval_batch: int
+    num_views: int = 20
+    view_seed: int = 0
+
+    def __post_init__(self) -> None:
+        self.model = self.model.to(self.device).eval().requires_grad_(False)
+        self.labels = self.data.train.labels.to(self.device)
+        self.caches: dict[str, FeatureCache] = {}
+        self._fingerprints = {
+            part: None if images is None else _fingerprint(images)
+            for part, images in (("train", self.data.train), ("val", self.data.val), ("test", self.data.test))
+        }
+
+    def epoch(self, stream: Stream, epoch: int) -> Iterator[Batch]:
+        """The steps of an epoch (from 0): features (B, D) and labels (B,)."""
+        raise NotImplementedError
+
+    def evaluated(self, part: str, stream: Stream | None = None, epoch: int = -1) -> list[Tensor]:
+        """Features (N, D) of "test", "val" or "train" as they are, followed by their mirror images' where wanted.
+
+        ``stream`` and ``epoch`` say after which epoch; -1 is stage 1's backbone. Training images are never mirrored.
+        """
+        raise NotImplementedError
+
+    def backbone(self, stream: Stream | None, epoch: int) -> dict[str, Tensor]:
+        """The network's state dict after an epoch, on the CPU."""
+        return {name: value.detach().cpu().clone() for name, value in self.model.state_dict().items()}
+
+    @property
+    def size(self) -> str:
+        """One line: where the cache is, and how much was computed and found there."""
+        caches = self.caches.values()
+        computed, reused = (sum(getattr(cache, name) for cache in caches) / 1e6 for name in ("computed", "reused"))
+        return f"features in {self.cache_dir}: {computed:,.0f} MB computed, {reused:,.0f} MB reused"
+
+    def cache(self, batchnorm: str, part: str, **more: Any) -> FeatureCache:
+        """The folder of one part's features."""
+        spec = self.data.spec
+        about = {
+            "format": FORMAT,
+            "checkpoint": self.checkpoint,
+            "images": self._fingerprints[part],
+            "part": part,
+            "mean": list(spec.mean),
+            "std": list(spec.std),
+            "batchnorm": batchnorm,
+            "torch": str(torch.__version__),
+            "device": self.device.type,
+            **more,
+        }
+        key = json.dumps(about, sort_keys=True)
+        if key not in self.caches:
+            self.caches[key] = FeatureCache(self.cache_dir, about)
+        return self.caches[key]
+
+    def plain(self, part: str, cache: FeatureCache, name: str, prepare: Callable[[], None]) -> list[Tensor]:
+        """The features of a part's images, not augmented, and of their mirror images where wanted."""
+        images: ImageSet = getattr(self.data, part)
+        batches = Batches(images.images, images.labels, self.eval_batch, *self._pixels(), self.device)
+
+        def compute(mirrored: bool = False) -> Iterator[Tensor]:
+            prepare()
+            for pixels, _ in self.progress(batches.epoch(), len(batches), f"features of {part} images"):
+                yield self.features(pixels.flip(dims=(3,)) if mirrored else pixels)
+
+        found = [cache.array(name, len(images), compute)]
+        if self.flip and part != "train":
+            found.append(cache.array(f"{name}_mirrored", len(images), partial(compute, mirrored=True)))
+        return [array.to(self.device) for array in found]
+
+    @torch.no_grad()
+    def features(self, pixels: Tensor) -> Tensor:
+        """Images (B, c, H, W) -> features (B, D)."""
+        return self.model.features(pixels)
+
+    def train_batches(self, stream: Stream) -> Batches:
+        """The published batches of a stream: the sampler's order, each image newly cropped and flipped."""
+        train, spec = self.data.train, self.data.spec
+        sampler = SAMPLERS[stream.sampler]
+        pixels = (*self._pixels(), self.device, spec.augment)
+        seed = (stream.seed, 2)
+        return Batches(train.images, train.labels, stream.batch_size, *pixels, seed, sampler, stream.epochs)
+
+    def _pixels(self) -> tuple[Any, Any]:
+        return self.data.spec.mean, self.data.spec.std
+
+
+class _EvalMode(FeatureSource):
+    """What views and orbit share: a backbone that never changes."""
+
+    def evaluated(self, part: str, stream: Stream | None = None, epoch: int = -1) -> list[Tensor]:
+        return self.plain(part, self.cache("eval", part, eval_batch=self.eval_batch), "features", lambda: None)
+
+    def view(self, cache: FeatureCache, name: str, top: Tensor, left: Tensor, flip: Tensor) -> Tensor:
+        """The features (N, D) of all training images under one crop and flip each, in file order."""
+        train, augment = self.data.train, self.data.spec.augment
+        batches = Batches(train.images, train.labels, self.eval_batch, *self._pixels(), self.device, augment)
+
+        def compute() -> Iterator[Tensor]:
+            steps = batches.cut(Draws(torch.arange(len(train)), top, left, flip))
+            for pixels, _ in self.progress(steps, len(batches), name.replace("_", " ")):
+                yield self.features(pixels)
+
+        return cache.array(name, len(train), compute)
+
+
+class Views(_EvalMode):
+    """V augmented views of every image, shared by all seeds and samplers; epoch e shows view e mod V."""
+
+    def epoch(self, stream: Stream, epoch: int) -> Iterator[Batch]:
+        augment, view = self.data.spec.augment, epoch % self.num_views
+        more = {"view_seed": self.view_seed, "pad": augment.pad, "flip": augment.flip, "eval_batch": self.eval_batch}
+        windows = draw_windows(len(self.labels), augment, seeded(self.view_seed, VIEWS_STREAM, view))
+        features = self.view(self.cache("eval", "train", **more), f"view_{view}", *windows).to(self.device)
+        for order in self.train_batches(stream).draws(epoch).order.to(self.device).split(stream.batch_size):
+            yield features[order], self.labels[order]
+
+
+class Orbit(_EvalMode):
+    """Every crop and flip of every image; an epoch's draws are replay's."""
+
+    def __post_init__(self) -> None:
+        height, width = self.data.train.images.shape[2:]
+        if max(height, width) > ORBIT_SIDE:
+            raise UsageError(f"--features orbit on {height}x{width} images: too many crops to keep", "views, replay")
+        super().__post_init__()
+
+    def epoch(self, stream: Stream, epoch: int) -> Iterator[Batch]:
+        augment = self.data.spec.augment
+        offsets, sides = 2 * augment.pad + 1, 1 + augment.flip
+        draws = self.train_batches(stream).draws(epoch)
+        wanted = (draws.top * offsets + draws.left) * sides + draws.flip
+        cache = self.cache("eval", "train", orbit=True, pad=augment.pad, eval_batch=self.eval_batch)
+        features = torch.empty(0)
+        for number in range(offsets * offsets * sides):
+            top, left, flip = number // sides // offsets, number // sides % offsets, number % sides
+            ones = torch.ones(len(self.labels), dtype=torch.int64)
+            array = self.view(cache, f"orbit_{top}_{left}_{flip}", top * ones, left * ones, flip * ones > 0)
+            rows = torch.nonzero(wanted == number).flatten()
+            features = array.new_empty(len(wanted), array.shape[1]) if len(features) == 0 else features
+            features[rows] = array[draws.order[rows]]
+        labels = self.labels[draws.order.to(self.device)]
+        yield from zip(features.to(self.device).split(stream.batch_size), labels.split(stream.batch_size))
+
+
+class Replay(FeatureSource):
+    """The published loop: train-mode BatchNorm on each batch, running statistics that drift from epoch to epoch."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.start = self._buffers()
+
+    def epoch(self, stream: Stream, epoch: int) -> Iterator[Batch]:
+        batches, cache = self.train_batches(stream), self._cache(stream, "train")
+        draws = batches.draws(epoch)
+
+        def compute() -> Iterator[Tensor]:
+            self._load(stream, epoch - 1)
+            self.model.train()
+            for pixels, _ in self.progress(batches.cut(draws), len(batches), f"replay of epoch {epoch + 1}"):
+                try:
+                    yield self.features(pixels)
+                except ValueError as error:
+                    if len(pixels) > 1 or "more than 1 value per channel" not in str(error):
+                        raise
+                    problem = "a last batch of one image, which BatchNorm cannot take"
+                    raise UsageError(problem, "another --batch_size") from None
+            self.model.eval()
+            with atomic(cache.tensors(f"batchnorm_{epoch}")) as path, open(path, "wb") as file:
+                torch.save(self._buffers(), file)
+
+        features = cache.array(f"epoch_{epoch}", len(draws.order), compute).to(self.device)
+        labels = self.labels[draws.order.to(self.device)]
+        yield from zip(features.split(stream.batch_size), labels.split(stream.batch_size))
+
+    def evaluated(self, part: str, stream: Stream | None = None, epoch: int = -1) -> list[Tensor]:
+        if stream is None or epoch < 0:
+            self._load(None, -1)
+            return self.plain(part, self.cache("eval", part, eval_batch=self.eval_batch), "features", lambda: None)
+        cache = self._cache(stream, part)
+        return self.plain(part, cache, f"after_epoch_{epoch}", lambda: self._load(stream, epoch))
+
+    def backbone(self, stream: Stream | None, epoch: int) -> dict[str, Tensor]:
+        self._load(stream, epoch)
+        return super().backbone(stream, epoch)
+
+    def _cache(self, stream: Stream, part: str) -> FeatureCache:
+        augment = self.data.spec.augment
+        more = stream._asdict() | {"pad": augment.pad, "flip": augment.flip}
+        if stream.sampler != "progressive":
+            del more["epochs"]  # the order of an epoch does not depend on how many follow
+        more |= {"trained_on": self._fingerprints["train"], "eval_batch": self.eval_batch}
+        return self.cache("train", part, **more)
+
+    def _load(self, stream: Stream | None, epoch: int) -> None:
+        """Sets the running statistics to those after an epoch; -1 is stage 1's."""
+        self.model.eval()
+        state = self.start
+        if stream is not None and epoch >= 0:
+            state = torch.load(self._cache(stream, "train").tensors(f"batchnorm_{epoch}"), weights_only=True)
+        for name, value in self.model.named_buffers():
+            value.copy_(state[name])
+
+    def _buffers(self) -> dict[str, Tensor]:
+        return {name: value.detach().cpu().clone() for name, value in self.model.named_buffers()}
+
+
+FEATURES: dict[str, type[FeatureSource]] = {"views": Views, "orbit": Orbit, "replay": Replay}
+
+
+def predict_features(head: nn.Module, parts: list[Tensor], batch: int) -> Tensor:
+    """Logits (N, C) of features (N, D) on the CPU; with mirror images' features too, the mean of both logits.
+
+    In batches of ``batch`` images, as :func:`engine.predict` makes them, so that both agree to the last bit.
+    """
+    with torch.inference_mode():
+        sides = [torch.cat([head(piece).cpu() for piece in part.split(batch)]) for part in parts]
+    return sides[0] if len(sides) == 1 else (sides[0] + sides[1]) / 2
+
+
+def _fingerprint(images: ImageSet) -> str:
+    digest = hashlib.sha256(str(tuple(images.images.shape)).encode())
+    for part in (images.images, images.labels):
+        digest.update(part.numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,470 @@
+"""The ways to re-train a classifier on frozen features. ``METHODS`` maps a --method name to one small class each.
+
+A method says where its head starts, which loss it follows, what is done to the head afterwards, and which options it
+takes with which defaults. The sampler is an option like any other, so that sampler and loss combine freely. C classes
+have n_j training images; pi_j = n_j / sum n. Values published for another data set or batch size are marked so: the
+methods share a budget of 20 epochs at batch 64, learning rates published for larger batches are scaled to 64, and
+``grid`` gives each method at most nine settings to be tuned over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from losses.label_smoothing import AUTO_EXCESS
+from losses.softmax import (
+    SoftmaxLoss,
+    balanced_softmax,
+    class_balanced_weights,
+    class_frequencies,
+    generalised_reweighting,
+    label_aware_smoothing,
+    ldam,
+    logit_adjustment,
+)
+from losses.weighted import LADE, ClassBalancedBCE, Focal
+from models.heads import MARC, CosineHead, DisAlignHead, PrototypeHead, ScaledLinear, make_linear
+from utils.metrics import accuracies
+from utils.options import UsageError
+
+#: One value per option: what one classifier is trained with.
+Values = Mapping[str, Any]
+
+#: Label Over-Smooth's on CIFAR-100-LT; where nothing was published for stage 2, the others continue with them.
+FINE_TUNE = {"finetune_lr": 5e-4, "finetune_wd": 0.0}
+
+
+@dataclass(frozen=True)
+class Start:
+    """What every method may start from.
+
+    Attributes:
+        linear: stage 1's classifier.
+        class_counts: (C,) images that are trained on.
+        clean: -> (features (N, D), labels (N,)) of the training images, not augmented.
+        held_out: -> the same of the held-out images; None where stage 1 held none out.
+    """
+
+    linear: nn.Linear
+    class_counts: list[int]
+    clean: Callable[[], tuple[Tensor, Tensor]]
+    held_out: Callable[[], tuple[Tensor, Tensor]] | None
+
+    @property
+    def num_classes(self) -> int:
+        return self.linear.out_features
+
+
+class Method:
+    """What the methods have in common: stage 1's classifier, fine-tuned by SGD with a (smoothed) cross-entropy.
+
+    Attributes:
+        options: the options that a method takes, with its defaults; those of every trained method are in settings.py.
+        published: the papers' values where a default departs from them.
+        tuned: {option: values} that the grid multiplies out.
+        is_trained: whether there is anything to train; post-hoc methods have none.
+        projects: whether :meth:`project` does anything.
+        takes_scope: whether its head can also be trained together with the backbone.
+    """
+
+    options: Values = FINE_TUNE
+    published: Values = {}
+    tuned: Mapping[str, tuple[Any, ...]] = {"finetune_wd": (0.0, 5e-4, 5e-3)}
+    is_trained = True
+    projects = False
+    takes_scope = True
+
+    def head(self, start: Start, values: Values) -> nn.Module:
+        """A head of its own to train; features (B, D) -> logits (B, C)."""
+        return make_linear(start.linear.weight, start.linear.bias)
+
+    def loss(self, start: Start, values: Values, progress: float) -> nn.Module:
+        """The loss at a share ``progress`` of the epochs: (logits (B, C), labels (B,)) -> scalar, nats."""
+        return SoftmaxLoss(start.num_classes, smooth=values.get("label_smooth", 0.0))
+
+    def project(self, head: nn.Module, start: Start, values: Values) -> None:
+        """Puts the head back where it must be, after a step or an epoch."""
+
+    def finished(self, head: nn.Module) -> nn.Module:
+        """The head to evaluate and store: one of ``models.heads.HEADS``."""
+        return head.to_linear() if isinstance(head, ScaledLinear | MARC) else head
+
+    def check(self, values: Values) -> None:
+        """Raises UsageError where the options' values do not go together."""
+
+    def grid(self, values: Values, num_classes: int) -> dict[str, tuple[Any, ...]]:
+        """What --tune tries around ``values``: learning rates five times lower and higher, times ``tuned``."""
+        lr = values.get("finetune_lr")
+        rates = {} if lr is None else {"finetune_lr": (lr / 5, lr, lr * 5)}
+        return {**rates, **self.tuned}
+
+
+class LOS(Method):
+    """Label Over-Smooth (Sun et al., ICLR 2025): cross-entropy with label smoothing d near 1, stage 1's classifier.
+
+    The true class gets 1 - d + d/C, the others d/C. Published with d 0.98 on CIFAR-100-LT, lr 5e-4, no weight decay,
+    instance-balanced. Needs no class counts. LORT, the title of the paper's preprint (arXiv 2403.00250v1), describes
+    the same split of the label in its abstract; the bodies were not compared, and there is no method of that name here.
+    """
+
+    options = {**FINE_TUNE, "label_smooth": "auto"}
+    tuned = {}
+    published = {"label_smooth": 0.98}
+
+    def grid(self, values: Values, num_classes: int) -> dict[str, tuple[Any, ...]]:
+        # The true class's label over the others' is 1 + excess: at C = 100 these are 0.907, 0.980, 0.995.
+        smooths = tuple(num_classes / (num_classes + excess) for excess in (10.2, AUTO_EXCESS, 0.51))
+        return super().grid(values, num_classes) | {"label_smooth": smooths}
+
+
+class CE(Method):
+    """Cross-entropy, stage 1's classifier trained on: the plain baseline. Needs no class counts."""
+
+    options = {**FINE_TUNE, "label_smooth": 0.0}
+
+
+class CRT(Method):
+    """Classifier re-training (Kang et al., ICLR 2020): a fresh classifier, cross-entropy, class-balanced sampling.
+
+    Published with lr 0.2 at batch 512, weight decay 5e-4 and 10 epochs on ImageNet-LT; the lr is scaled to batch 64.
+    Needs class counts through its sampler alone.
+    """
+
+    options = {"finetune_lr": 0.025, "finetune_wd": 5e-4, "label_smooth": 0.0, "sampler": "class"}
+
+    def head(self, start: Start, values: Values) -> nn.Module:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(values["seed"])
+            return nn.Linear(start.linear.in_features, start.num_classes).to(start.linear.weight.device)
+
+
+class LWS(Method):
+    """Learnable weight scaling (Kang et al., ICLR 2020): z'_j = s_j (w_j f + b_j), s alone is trained, from 1.
+
+    Published with class-balanced sampling, lr 0.2 at batch 512, weight decay 5e-4 and 5 epochs on ImageNet-LT; the lr
+    is scaled to batch 64. Needs class counts through its sampler alone.
+    """
+
+    options = {"finetune_lr": 0.025, "finetune_wd": 5e-4, "label_smooth": 0.0, "sampler": "class"}
+    takes_scope = False
+
+    def head(self, start: Start, values: Values) -> nn.Module:
+        return ScaledLinear(make_linear(start.linear.weight, start.linear.bias))
+
+
+class PostHoc(Method):
+    """Methods that train nothing."""
+
+    options: Values = {}
+    tuned: Mapping[str, tuple[Any, ...]] = {}
+    is_trained = False
+    takes_scope = False
+
+
+class Joint(PostHoc):
+    """Stage 1's classifier as it is, trained jointly with the backbone (Kang et al.'s name): what the others improve.
+
+    Needs no class counts.
+    """
+
+    def head(self, start: Start, values: Values) -> nn.Module:
+        return make_linear(start.linear.weight, start.linear.bias)
+
+
+class TauNorm(PostHoc):
+    """tau-normalisation (Kang et al., ICLR 2020): w_j / |w_j|^tau, the bias dropped; post-hoc.
+
+    tau ``val``: of 0, 0.1, ..., 2 the one of best class-mean accuracy on the held-out images, as published on
+    ImageNet-LT. Without held-out images the default is 1; Weight Balancing took 1.9 after a tuned weight decay on
+    CIFAR-100-LT. Needs no class counts.
+    """
+
+    options = {"tau": "val"}
+    tuned = {"tau": (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0, 2.5)}
+
+    def head(self, start: Start, values: Values) -> nn.Module:
+        weight, norms = start.linear.weight, start.linear.weight.norm(dim=1, keepdim=True)
+        if values["tau"] != "val":
+            return make_linear(weight / norms ** values["tau"])
+        if start.held_out is None:
+            return make_linear(weight / norms)
+        features, labels = start.held_out()
+
+        def class_mean(tau: float) -> float:
+            logits = features @ (weight / norms**tau).T
+            score: float = accuracies(logits.argmax(dim=1), labels, start.class_counts)["class_mean"]
+            return score
+
+        return make_linear(weight / norms ** max((i / 10 for i in range(21)), key=class_mean))
+
+
+class L2Norm(PostHoc):
+    """Weight Balancing's L2 normalisation (Alshammari et al., CVPR 2022): w_j / |w_j|, the bias kept; post-hoc.
+
+    Published on CIFAR-100-LT, no parameter. Needs no class counts.
+    """
+
+    def head(self, start: Start, values: Values) -> nn.Module:
+        weight = start.linear.weight
+        return make_linear(weight / weight.norm(dim=1, keepdim=True), start.linear.bias)
+
+
+class NCM(PostHoc):
+    """Nearest class mean (Kang et al., ICLR 2020): argmin_j |f' - m_j|, m_j the mean of class j's training features.
+
+    ncm_metric ``centred``: f' = (f - mean) / |f - mean|, the code's default; ``cosine``: f' = f / |f| and m_j of length
+    1; ``l2``: f' = f. Published for ImageNet-LT. The means are of images that are not augmented. Needs no class counts.
+    """
+
+    options = {"ncm_metric": "centred"}
+    tuned = {"ncm_metric": ("centred", "cosine", "l2")}
+
+    def head(self, start: Start, values: Values) -> nn.Module:
+        features, labels = start.clean()
+        head = PrototypeHead(features.shape[1], start.num_classes).to(features.device)
+        head.unit.fill_(values["ncm_metric"] != "l2")
+        if values["ncm_metric"] == "centred":
+            head.center.copy_(features.mean(dim=0))
+        sums = torch.zeros_like(head.weight).index_add_(0, labels, head.transform(features))
+        means = sums / torch.bincount(labels, minlength=start.num_classes)[:, None]
+        head.weight.data.copy_(nn.functional.normalize(means) if values["ncm_metric"] == "cosine" else means)
+        return head
+
+
+class LogitAdjustmentPostHoc(PostHoc):
+    """Post-hoc logit adjustment (Menon et al., ICLR 2021): z_j - tau log pi_j, of stage 1's classifier.
+
+    Published with tau 1 on CIFAR-LT and ImageNet-LT. Needs class counts.
+    """
+
+    options = {"la_tau": 1.0}
+    tuned = {"la_tau": (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0, 2.5)}
+
+    def head(self, start: Start, values: Values) -> nn.Module:
+        log_prior = class_frequencies(start.class_counts).log().to(start.linear.bias)
+        return make_linear(start.linear.weight, start.linear.bias - values["la_tau"] * log_prior)
+
+
+class LogitAdjustment(Method):
+    """Logit-adjusted training (Menon et al., ICLR 2021): CE(z + tau log pi) in training, z at test.
+
+    Published with tau 1 on CIFAR-LT and ImageNet-LT, there for whole networks. Needs class counts.
+    """
+
+    options = {**FINE_TUNE, "la_tau": 1.0}
+    tuned = {"la_tau": (0.5, 1.0, 1.5)}
+
+    def loss(self, start: Start, values: Values, progress: float) -> nn.Module:
+        return logit_adjustment(start.class_counts, values["la_tau"])
+
+
+class BalancedSoftmax(Method):
+    """Balanced softmax (Ren et al., NeurIPS 2020): CE(z + log n) in training, z at test; no parameter.
+
+    Published for whole networks and, as here, for the classifier alone. Equals train-time logit adjustment with tau 1.
+    Needs class counts.
+    """
+
+    def loss(self, start: Start, values: Values, progress: float) -> nn.Module:
+        return balanced_softmax(start.class_counts)
+
+
+class FocalLoss(Method):
+    """Focal loss (Lin et al., ICCV 2017): -(1 - p_y)^gamma log p_y.
+
+    gamma 1 is LDAM-DRW's on CIFAR-LT, 2 the paper's for object detection. Needs no class counts.
+    """
+
+    options = {**FINE_TUNE, "focal_gamma": 1.0}
+    tuned = {"focal_gamma": (0.5, 1.0, 2.0)}
+
+    def loss(self, start: Start, values: Values, progress: float) -> nn.Module:
+        return Focal(values["focal_gamma"])
+
+
+class ClassBalanced(Method):
+    """Class-balanced loss (Cui et al., CVPR 2019): weights (1 - beta) / (1 - beta^n_y), summing to C.
+
+    cb_form ``ce``: weighted cross-entropy; ``bce``: binary cross-entropy between softmax and one-hot, as in Weight
+    Balancing's code. Published with beta 0.9999 on CIFAR-LT. Needs class counts.
+    """
+
+    options = {**FINE_TUNE, "cb_beta": 0.9999, "cb_form": "ce"}
+    tuned = {"cb_beta": (0.99, 0.999, 0.9999)}
+
+    def loss(self, start: Start, values: Values, progress: float) -> nn.Module:
+        if values["cb_form"] == "bce":
+            return ClassBalancedBCE(start.class_counts, values["cb_beta"])
+        weights = class_balanced_weights(start.class_counts, values["cb_beta"])
+        return SoftmaxLoss(start.num_classes, weight=weights, smooth=values.get("label_smooth", 0.0))
+
+
+class WeightDecay(ClassBalanced):
+    """Weight Balancing's classifier with weight decay alone (CVPR 2022, "+ WD"): class-balanced loss, strong decay.
+
+    Published with lr 0.01, weight decay 0.1, the ``bce`` form and 10 epochs on CIFAR-100-LT. Needs class counts.
+    """
+
+    options = {"finetune_lr": 0.01, "finetune_wd": 0.1, "cb_beta": 0.9999, "cb_form": "bce"}
+    tuned = {"finetune_wd": (0.02, 0.1, 0.5)}
+
+
+class MaxNorm(WeightDecay):
+    """Weight Balancing (CVPR 2022, Eq. 5): weight decay, class-balanced loss and w_j <- min(1, r / |w_j|) w_j.
+
+    maxnorm_radius ``published``: r = min |w_j| + 0.1 (max |w_j| - min |w_j|) of stage 1's rows; maxnorm_every ``epoch``
+    as in its code, ``step`` as in its text. The bias is free. Published as :class:`WeightDecay` is. label_smooth
+    takes the ``ce`` form. Needs class counts for the loss, none for the projection.
+    """
+
+    options = {
+        **WeightDecay.options,
+        "label_smooth": 0.0,
+        "maxnorm_radius": "published",
+        "maxnorm_every": "epoch",
+    }
+
+    projects = True
+
+    def check(self, values: Values) -> None:
+        if values["label_smooth"] and values["cb_form"] == "bce":
+            raise UsageError("--method maxnorm with --label_smooth and --cb_form bce", "--cb_form ce")
+        if values["maxnorm_every"] == "step" and values["finetune_scope"] != "fc":
+            raise UsageError(f"--maxnorm_every step with --finetune_scope {values['finetune_scope']}", "epoch")
+
+    def project(self, head: nn.Module, start: Start, values: Values) -> None:
+        radius = values["maxnorm_radius"]
+        if radius == "published":
+            norms = start.linear.weight.norm(dim=1)
+            radius = float(norms.min() + 0.1 * (norms.max() - norms.min()))
+        weight = head.get_parameter("weight")
+        with torch.no_grad():
+            weight.mul_((radius / weight.norm(dim=1, keepdim=True)).clamp(max=1))
+
+
+class Cosine(Method):
+    """Cross-entropy on a cosine head: z_j = s cos(f, w_j), from stage 1's directions, without bias.
+
+    s 30 is LDAM-DRW's on CIFAR-LT. Needs no class counts.
+    """
+
+    options = {**FINE_TUNE, "label_smooth": 0.0, "cosine_scale": 30.0}
+    tuned = {"cosine_scale": (10.0, 20.0, 30.0)}
+
+    def head(self, start: Start, values: Values) -> nn.Module:
+        head = CosineHead(start.linear.in_features, start.num_classes, values["cosine_scale"])
+        head.weight = nn.Parameter(start.linear.weight.detach().clone())
+        return head.to(start.linear.weight.device)
+
+
+class LDAM(Cosine):
+    """LDAM with deferred re-weighting (Cao et al., NeurIPS 2019): CE(s (cos - m_y 1_y)), m_j ~ n_j^(-1/4), at most m.
+
+    From the share ``drw`` of the epochs on, with class-balanced weights of beta 0.9999. Published on CIFAR-LT for whole
+    networks with m 0.5, s 30 and drw 0.8 (epoch 160 of 200). Needs class counts.
+    """
+
+    options = {**FINE_TUNE, "ldam_margin": 0.5, "cosine_scale": 30.0, "drw": 0.8, "cb_beta": 0.9999}
+    tuned = {"ldam_margin": (0.1, 0.3, 0.5)}
+
+    def loss(self, start: Start, values: Values, progress: float) -> nn.Module:
+        # The head's logits have the factor s already.
+        margin = ldam(start.class_counts, values["ldam_margin"]).margin * values["cosine_scale"]
+        deferred = class_balanced_weights(start.class_counts, values["cb_beta"])
+        return SoftmaxLoss(start.num_classes, margin=margin, weight=deferred if progress >= values["drw"] else 1.0)
+
+
+class LabelAwareSmoothing(Method):
+    """Label-aware smoothing (Zhong et al., MiSLAS, CVPR 2021): smoothing that grows with n_y from tail to head.
+
+    Published with class-balanced sampling, head 0.4 and tail 0.1 on CIFAR-100-LT at ratio 100. Its code also learns a
+    scale per class and lets BatchNorm adapt to the sampler, as --features replay does here. Needs class counts.
+    """
+
+    options = {**FINE_TUNE, "las_head": 0.4, "las_tail": 0.1, "sampler": "class"}
+    tuned = {"las_head": (0.2, 0.4, 0.6)}
+
+    def loss(self, start: Start, values: Values, progress: float) -> nn.Module:
+        return label_aware_smoothing(start.class_counts, values["las_head"], values["las_tail"])
+
+
+class DisAlign(Method):
+    """Distribution alignment (Zhang et al., CVPR 2021): z'_j = (1 + c a_j) z_j + c b_j, c = sigmoid(u f + v).
+
+    Cross-entropy weighted by pi^(-rho); stage 1's classifier stays as it is. Published with rho 1.2, lr 0.1 at batch
+    256, weight decay 5e-4 on ImageNet-LT; the lr is scaled to batch 64. Needs class counts.
+    """
+
+    options = {"finetune_lr": 0.025, "finetune_wd": 5e-4, "grw_rho": 1.2}
+    tuned = {"grw_rho": (0.8, 1.2, 1.5)}
+    takes_scope = False
+
+    def head(self, start: Start, values: Values) -> nn.Module:
+        head = DisAlignHead(start.linear.in_features, start.num_classes).to(start.linear.weight.device)
+        head.weight.data.copy_(start.linear.weight)
+        head.bias.data.copy_(start.linear.bias)
+        return head
+
+    def loss(self, start: Start, values: Values, progress: float) -> nn.Module:
+        return generalised_reweighting(start.class_counts, values["grw_rho"])
+
+
+class MarginCalibration(Method):
+    """MARC (Wang et al., ACML 2022): z'_j = a_j z_j + b_j |w_j|, a and b alone are trained, from 1 and 0.
+
+    Cross-entropy weighted by pi^(-rho). Published with rho 1.2, lr 0.05 at batch 512, weight decay 5e-4 and 2000 steps
+    on CIFAR-LT; the lr is scaled to batch 64, and its warm-up left out. Needs class counts.
+    """
+
+    options = {"finetune_lr": 0.00625, "finetune_wd": 5e-4, "grw_rho": 1.2}
+    tuned = {"grw_rho": (0.8, 1.2, 1.5)}
+    takes_scope = False
+
+    def head(self, start: Start, values: Values) -> nn.Module:
+        return MARC(make_linear(start.linear.weight, start.linear.bias))
+
+    def loss(self, start: Start, values: Values, progress: float) -> nn.Module:
+        return generalised_reweighting(start.class_counts, values["grw_rho"])
+
+
+class LadeLoss(Method):
+    """LADE (Hong et al., CVPR 2021): balanced softmax plus alpha times a regularised bound on each class's density.
+
+    Published with alpha 0.1, lambda 0.01 on CIFAR-100-LT at ratio 100, for whole networks. Needs class counts.
+    """
+
+    options = {**FINE_TUNE, "lade_alpha": 0.1, "lade_lambda": 0.01}
+    tuned = {"lade_alpha": (0.02, 0.1, 0.5)}
+
+    def loss(self, start: Start, values: Values, progress: float) -> nn.Module:
+        return LADE(start.class_counts, values["lade_alpha"], values["lade_lambda"])
+
+
+METHODS: dict[str, Method] = {
+    "joint": Joint(),
+    "los": LOS(),
+    "ce": CE(),
+    "crt": CRT(),
+    "lws": LWS(),
+    "tau-norm": TauNorm(),
+    "ncm": NCM(),
+    "focal": FocalLoss(),
+    "class-balanced": ClassBalanced(),
+    "ldam": LDAM(),
+    "balanced-softmax": BalancedSoftmax(),
+    "logit-adjustment": LogitAdjustment(),
+    "logit-adjustment-posthoc": LogitAdjustmentPostHoc(),
+    "label-aware-smoothing": LabelAwareSmoothing(),
+    "disalign": DisAlign(),
+    "marc": MarginCalibration(),
+    "lade": LadeLoss(),
+    "l2-norm": L2Norm(),
+    "weight-decay": WeightDecay(),
+    "maxnorm": MaxNorm(),
+    "cosine": Cosine(),
+}

@@ -1,0 +1,241 @@
+"""What a sweep is made of: the backbone with its data, one result per setting, and the sorted table over seeds."""
+
+from __future__ import annotations
+
+import copy
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from datasets import Batches, LongTailed
+from engine import Selection, predict
+from models.heads import make_linear
+from retraining.features import FeatureSource, Stream, predict_features
+from retraining.methods import METHODS, Start
+from retraining.settings import Setting, short, varying
+from retraining.solver import Trainee
+from utils.metrics import GROUPS, accuracies, percent
+
+
+class Result:
+    """What became of one setting.
+
+    Attributes:
+        setting: the setting.
+        selection: the selected epoch with its reports; its state is the head's, or the network's (``network``).
+        head: the selected epoch's head, one of models.heads.HEADS, or the whole network.
+        network: whether the backbone was trained too.
+        records: one per epoch, for metrics.jsonl.
+        seconds: time spent on the classifier itself; on the whole network where that is trained.
+        diverged: the epoch (from 1) in which loss or logits were no longer finite; None where all is well.
+    """
+
+    def __init__(self, setting: Setting, select: str) -> None:
+        self.setting, self.selection = setting, Selection(select)
+        self.network = setting.scope != "fc"
+        self.head: nn.Module = nn.Identity()
+        self.records: list[dict[str, Any]] = []
+        self.seconds = 0.0
+        self.diverged: int | None = None
+
+    def after(self, epoch: int, lr: float, train: tuple[float, float], seconds: float) -> bool:
+        """Notes an epoch (from 0) of training loss and top-1 ``train``; False where the result has diverged."""
+        if self.diverged is None and not math.isfinite(train[0]):
+            self.diverged = epoch + 1
+        if self.diverged is None:
+            record = {"epoch": epoch + 1, "lr": lr, "train_loss": train[0], "train_top1": train[1], "seconds": seconds}
+            self.records.append(record)
+        return self.diverged is None
+
+    def offer(self, epoch: int, head: nn.Module, test: Tensor, val: Tensor | None, data: LongTailed) -> None:
+        """Measures logits (N, C) of the test and held-out images and shows them to the selection rule.
+
+        ``epoch`` counts from 1; 0 stands for a method that trains nothing.
+        """
+        if not bool(test.isfinite().all()):
+            self.diverged = epoch
+            return
+        test_report = accuracies(test.argmax(dim=1), data.test.labels, data.class_counts)
+        val_report = None
+        if val is not None and data.val is not None:
+            val_report = accuracies(val.argmax(dim=1), data.val.labels, data.class_counts)
+        self.selection.offer(epoch, head, test_report, val_report)
+        if self.selection.epoch == epoch:
+            self.head = copy.deepcopy(head)
+            self.selection.test = test_report
+        if self.records:
+            groups = {f"test_{group}": test_report["groups"][group]["accuracy"] for group in GROUPS}
+            self.records[-1] |= {"test_top1": test_report["top1"], **groups}
+            if val_report is not None:
+                self.records[-1]["val_class_mean"] = val_report["class_mean"]
+
+
+class Lab:
+    """One stage-1 network, and what its classifiers are made from and measured on.
+
+    Attributes:
+        source: where the features come from.
+        data: the data set.
+        start: what the methods start from.
+    """
+
+    def __init__(self, source: FeatureSource) -> None:
+        self.source, self.data = source, source.data
+        fc = source.model.fc
+        assert isinstance(fc, nn.Linear)
+        counts = torch.bincount(self.data.train.labels, minlength=self.data.num_classes).tolist()
+        held_out = None if self.data.val is None else self._held_out
+        self.start = Start(make_linear(fc.weight, fc.bias).requires_grad_(False), counts, self._clean, held_out)
+
+    def _clean(self) -> tuple[Tensor, Tensor]:
+        return self.source.evaluated("train")[0], self.source.labels
+
+    def _held_out(self) -> tuple[Tensor, Tensor]:
+        assert self.data.val is not None
+        features = self.source.evaluated("val")
+        return torch.stack(features).mean(dim=0), self.data.val.labels.to(features[0].device)
+
+    def trainee(self, setting: Setting) -> Trainee:
+        """A fresh classifier of a setting, ready for the solver."""
+        method, values = METHODS[setting.method], setting.values
+        head = method.head(self.start, values)
+        return Trainee(
+            head,
+            lambda progress: method.loss(self.start, values, progress),
+            values["finetune_lr"],
+            values["finetune_wd"],
+            (lambda: method.project(head, self.start, values)) if method.projects else None,
+            values.get("maxnorm_every") == "step",
+        )
+
+    def measure(self, result: Result, head: nn.Module, epoch: int) -> None:
+        """Evaluates a head on the backbone as it is after an epoch (from 0; -1 for stage 1's)."""
+        stream = result.setting.stream
+        val = None if self.data.val is None else self.logits(head, "val", stream, epoch)
+        result.offer(epoch + 1, head, self.logits(head, "test", stream, epoch), val, self.data)
+
+    def logits(self, head: nn.Module, part: str, stream: Stream | None, epoch: int) -> Tensor:
+        """A head's logits (N, C) on "test" or "val" after an epoch; -1 is stage 1's backbone."""
+        return predict_features(head, self.source.evaluated(part, stream, epoch), self.source.eval_batch)
+
+    def logits_of(self, result: Result, part: str, flip: bool = True) -> Tensor:
+        """The selected epoch's logits (N, C) on "test" or "val"; without flip averaging where ``flip`` is off."""
+        if result.network:
+            return self.network_logits(result.head, part, flip)
+        features = self.source.evaluated(part, result.setting.stream, result.selection.epoch - 1)
+        return predict_features(result.head, features if flip else features[:1], self.source.eval_batch)
+
+    def network_logits(self, model: nn.Module, part: str, flip: bool = True) -> Tensor:
+        """The same of a whole network."""
+        images, spec, source = getattr(self.data, part), self.data.spec, self.source
+        batches = Batches(images.images, images.labels, source.eval_batch, spec.mean, spec.std, source.device)
+        return predict(model, batches, source.flip and flip)[0]
+
+    def state_dict(self, result: Result) -> dict[str, Tensor]:
+        """All weights of the selected epoch: the backbone's and the head's."""
+        if result.network:
+            return result.selection.state
+        backbone = self.source.backbone(result.setting.stream, result.selection.epoch - 1)
+        kept = {name: tensor for name, tensor in backbone.items() if not name.startswith("fc.")}
+        return kept | {f"fc.{name}": tensor for name, tensor in result.selection.state.items()}
+
+
+@dataclass
+class Row:
+    """All seeds of one setting, with means over them.
+
+    ``score`` is what rows are sorted by: the class mean on held-out images where there are any, else test top-1.
+    """
+
+    results: list[Result]
+
+    @property
+    def setting(self) -> Setting:
+        return self.results[0].setting
+
+    @property
+    def score(self) -> float:
+        return statistics.fmean(score_of(result) for result in self.results)
+
+    def figures(self, of: Callable[[Result], float | None]) -> tuple[float, float] | None:
+        """Mean and sample standard deviation over seeds (0 for one seed); None where a seed has none."""
+        values = [of(result) for result in self.results]
+        present = [value for value in values if value is not None]
+        if len(present) < len(values):
+            return None
+        return statistics.fmean(present), statistics.stdev(present) if len(present) > 1 else 0.0
+
+
+def score_of(result: Result) -> float:
+    """Held-out class mean where there is one, else test top-1."""
+    val = result.selection.val
+    return float(result.selection.test["top1"] if val is None else val["class_mean"])
+
+
+def rows_of(results: Sequence[Result]) -> list[Row]:
+    """One row per setting, best first; settings of which a seed diverged are left out."""
+    rows: dict[Any, list[Result]] = {}
+    for result in results:
+        rows.setdefault(result.setting.key, []).append(result)
+    whole = [Row(row) for row in rows.values() if all(result.diverged is None for result in row)]
+    return sorted(whole, key=lambda row: -row.score)
+
+
+MEASURES: dict[str, Callable[[Result], float | None]] = {
+    "all": lambda r: r.selection.test["top1"],
+    **{g: lambda r, g=g: r.selection.test["groups"][g]["accuracy"] for g in GROUPS},  # type: ignore[misc]
+}
+
+
+def table_cells(rows: Sequence[Row]) -> list[dict[str, str]]:
+    """The sorted table: method, the options that differ, and accuracies in percent, mean ± std over seeds."""
+    names = varying([result.setting for row in rows for result in row.results])
+    held_out = any(row.results[0].selection.val is not None for row in rows)
+    measures = ({"val": score_of} if held_out else {}) | MEASURES
+    cells = []
+    for row in rows:
+        values = row.setting.values
+        line = {"method": row.setting.method}
+        line |= {name: short(values[name]) if name in values else "" for name in names}
+        line["seeds"] = str(len(row.results))
+        line |= {name: plus_minus(row.figures(of), len(row.results)) for name, of in measures.items()}
+        cells.append(line)
+    return cells
+
+
+def raw_rows(results: Sequence[Result]) -> list[dict[str, Any]]:
+    """One flat row per setting and seed, accuracies as fractions, for CSV."""
+    lines = []
+    for result in results:
+        line = {"method": result.setting.method, **result.setting.values, "diverged": result.diverged}
+        if result.diverged is None:
+            val = result.selection.val
+            line |= {"epoch": result.selection.epoch, "val_class_mean": None if val is None else val["class_mean"]}
+            line |= {f"test_{name}": of(result) for name, of in MEASURES.items()} | {"seconds": result.seconds}
+        lines.append(line)
+    return lines
+
+
+def smoothing_curves(rows: Sequence[Row]) -> dict[str, list[tuple[float, dict[str, tuple[float, float] | None]]]]:
+    """Per method with several label_smooth: (label_smooth, :data:`MEASURES` of the best row with it), rising."""
+    best: dict[str, dict[float, Row]] = {}
+    for row in reversed(rows):  # the best comes last and stays
+        if "label_smooth" in row.setting.values:
+            best.setdefault(row.setting.method, {})[row.setting.values["label_smooth"]] = row
+    return {
+        method: [(d, {name: row.figures(of) for name, of in MEASURES.items()}) for d, row in sorted(found.items())]
+        for method, found in best.items()
+        if len(found) > 1
+    }
+
+
+def plus_minus(pair: tuple[float, float] | None, seeds: int) -> str:
+    """Fractions as percent: "53.92 ± 0.20", or the mean alone for one seed."""
+    if pair is None:
+        return "-"
+    return percent(pair[0]) if seeds == 1 else f"{percent(pair[0])} ± {percent(pair[1])}"
