@@ -21,7 +21,7 @@ from typing import Any
 import pandas as pd
 
 import main_stage2
-from main_stage2 import SCOPES, make_lab, retrain
+from main_stage2 import SCOPES, check_features, make_lab, require_held_out, retrain
 from retraining.methods import METHODS
 from retraining.settings import TUNABLE, Setting, make_settings, varying
 from retraining.sweep import MEASURES, Lab, Result, Row, plus_minus, rows_of, score_of
@@ -57,7 +57,8 @@ def main(argv: Sequence[str]) -> list[dict[str, Any]]:
         raise UsageError(f"--pretrained_pth {parent.path} is a stage-2 file", "a stage-1 file")
     resolved = fill_options(Options, typed, "stage2", file=parent)
     options: Any = resolved.options
-    main_stage2.require_held_out(parent, options, "--tune" if options.tune else None)
+    check_features(typed, options)
+    require_held_out(parent, options, "--tune" if options.tune else None)
     device = pick_device(options.device, options.gpu)
     data = load_data(options, val_indices=parent.data.get("val_indices", []))
     settings = choose_settings(options, typed, data.num_classes)

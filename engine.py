@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,8 @@ from torch.optim import Optimizer
 from datasets import Batches
 from utils.metrics import Report, report
 from utils.options import Diverged, UsageError
+
+M = TypeVar("M", bound=nn.Module)
 
 
 class TrainStats(NamedTuple):
@@ -60,25 +63,28 @@ def train_epoch(
     return TrainStats(loss_sum / total, int(torch.stack(correct).sum()) / total)
 
 
+def for_evaluation(model: M) -> M:
+    """A copy in eval mode and in the memory format in which convolutions are fastest (up to 1.2x on a CPU)."""
+    return copy.deepcopy(model).eval().requires_grad_(False).to(memory_format=torch.channels_last)
+
+
 @torch.inference_mode()
 def predict(model: nn.Module, batches: Batches, flip_tta: bool = False) -> tuple[Tensor, Tensor]:
-    """Logits of every image in eval mode: (N, C) float and labels (N,) int64, on the CPU. The mode is restored.
+    """Logits of every image in eval mode: (N, C) float and labels (N,) int64, on the CPU. The model stays as it is.
 
     ``flip_tta`` averages the logits of each image and its mirror image.
 
     Raises:
         Diverged: a logit that is not finite.
     """
-    was_training = model.training
-    model.eval()
+    fast = for_evaluation(model)
     logits, labels = [], []
     for images, targets in batches.epoch():
-        output = model(images)
+        output = fast(images)
         if flip_tta:
-            output = (output + model(images.flip(dims=(3,)))) / 2
+            output = (output + fast(images.flip(dims=(3,)))) / 2
         logits.append(output.cpu())
         labels.append(targets.cpu())
-    model.train(was_training)
     outputs = torch.cat(logits)
     if not bool(outputs.isfinite().all()):
         raise Diverged("the model's logits are not finite")

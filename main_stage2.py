@@ -16,7 +16,7 @@ import dataclasses
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,6 +116,7 @@ def main(argv: Sequence[str]) -> Report:
         raise UsageError(f"--pretrained_pth {parent.path} is a stage-2 file", "a stage-1 file")
     resolved = fill_options(Options, typed, "stage2", file=parent)
     options: Any = resolved.options
+    check_features(typed, options)
     require_held_out(parent, options)
     device = pick_device(options.device, options.gpu)
     data = load_data(options, val_indices=parent.data.get("val_indices", []))
@@ -127,6 +128,13 @@ def main(argv: Sequence[str]) -> Report:
         results = retrain(settings, lab, options, run)
         run.say(lab.source.size)
         return conclude(results, lab, options, run, argv, parent)
+
+
+def check_features(typed: Mapping[str, Any], options: Any) -> None:
+    """Raises UsageError where an option of the views is typed beside another feature source."""
+    for name in ("views", "view_seed"):
+        if name in typed and options.features != "views":
+            raise UsageError(f"--{name} with --features {options.features}", "--features views")
 
 
 def require_held_out(parent: Checkpoint, options: Any, flag: str | None = None) -> None:
@@ -153,7 +161,7 @@ def make_lab(parent: Checkpoint, data: LongTailed, device: torch.device, options
         str(parent.sha256),
         options.flip_tta,
         run.bar,
-        EVAL_BATCH,
+        EVAL_BATCH[device.type],
         options.views,
         options.view_seed,
     )

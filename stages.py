@@ -39,7 +39,8 @@ from utils.system import draw_seed, provenance
 
 T = TypeVar("T", bound="DataOptions")
 
-EVAL_BATCH = 250  # images per step of an evaluation; a constant, so that stored and later figures agree to the digit
+#: Images per step of an evaluation, by device; constants, so that stored and later figures agree to the last digit.
+EVAL_BATCH = {"cpu": 50, "cuda": 500}
 BATCH_SIZE = Number(int, 1, 10**9)
 SEED = Number(int, 0, 2**31 - 1, words=("None",))
 HUGE = 1e30  # the largest learning rate or weight decay: beyond, float32 overflows
@@ -174,7 +175,7 @@ def train_batches(data: LongTailed, batch_size: int, seed: int, stage: int, devi
 
 def eval_batches(data: LongTailed, part: ImageSet, device: torch.device) -> Batches:
     """The plain batches of a test or validation split."""
-    return Batches(part.images, part.labels, EVAL_BATCH, data.spec.mean, data.spec.std, device)
+    return Batches(part.images, part.labels, EVAL_BATCH[device.type], data.spec.mean, data.spec.std, device)
 
 
 def open_checkpoint(typed: Mapping[str, Any], stage: str, cls: type[DataOptions]) -> Checkpoint:
@@ -333,7 +334,8 @@ def finish(
     rows = per_class_rows(selection.test, data.class_names, data.class_counts)
     (run.folder / "per_class.csv").write_text(per_class_csv(rows))
     title = f"{options.dataset}, ratio {options.imb_ratio}, {options.network}, {stage}"
-    learning_curves(run.epochs, title, run.folder / "curves.png")
+    if run.epochs:  # some methods train nothing
+        learning_curves(run.epochs, title, run.folder / "curves.png")
     per_class_accuracy(
         selection.test, rows, f"{title}: {percent(selection.test['top1'])} %", run.folder / "per_class.png"
     )

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from datasets import SAMPLERS, Batches, ImageSet, LongTailed
 from datasets.batches import Batch, Draws, draw_windows, seeded
+from engine import for_evaluation
 from models import ResNet
 from utils.files import atomic, require_writable
 from utils.options import UsageError
@@ -189,25 +190,20 @@ class FeatureSource:
             self.caches[key] = FeatureCache(self.cache_dir, about)
         return self.caches[key]
 
-    def plain(self, part: str, cache: FeatureCache, name: str, prepare: Callable[[], None]) -> list[Tensor]:
-        """The features of a part's images, not augmented, and of their mirror images where wanted."""
+    def plain(self, part: str, cache: FeatureCache, name: str, network: Callable[[], ResNet]) -> list[Tensor]:
+        """The features that a network makes of a part's images, and of their mirror images where wanted."""
         images: ImageSet = getattr(self.data, part)
         batches = Batches(images.images, images.labels, self.eval_batch, *self._pixels(), self.device)
 
         def compute(mirrored: bool = False) -> Iterator[Tensor]:
-            prepare()
+            model = network()
             for pixels, _ in self.progress(batches.epoch(), len(batches), f"features of {part} images"):
-                yield self.features(pixels.flip(dims=(3,)) if mirrored else pixels)
+                yield features_of(model, pixels.flip(dims=(3,)) if mirrored else pixels)
 
         found = [cache.array(name, len(images), compute)]
         if self.flip and part != "train":
             found.append(cache.array(f"{name}_mirrored", len(images), partial(compute, mirrored=True)))
         return [array.to(self.device) for array in found]
-
-    @torch.no_grad()
-    def features(self, pixels: Tensor) -> Tensor:
-        """Images (B, c, H, W) -> features (B, D)."""
-        return self.model.features(pixels)
 
     def train_batches(self, stream: Stream) -> Batches:
         """The published batches of a stream: the sampler's order, each image newly cropped and flipped."""
@@ -224,8 +220,12 @@ class FeatureSource:
 class _EvalMode(FeatureSource):
     """What views and orbit share: a backbone that never changes."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.fast = for_evaluation(self.model)
+
     def evaluated(self, part: str, stream: Stream | None = None, epoch: int = -1) -> list[Tensor]:
-        return self.plain(part, self.cache("eval", part, eval_batch=self.eval_batch), "features", lambda: None)
+        return self.plain(part, self.cache("eval", part, eval_batch=self.eval_batch), "features", lambda: self.fast)
 
     def view(self, cache: FeatureCache, name: str, top: Tensor, left: Tensor, flip: Tensor) -> Tensor:
         """The features (N, D) of all training images under one crop and flip each, in file order."""
@@ -235,7 +235,7 @@ class _EvalMode(FeatureSource):
         def compute() -> Iterator[Tensor]:
             steps = batches.cut(Draws(torch.arange(len(train)), top, left, flip))
             for pixels, _ in self.progress(steps, len(batches), name.replace("_", " ")):
-                yield self.features(pixels)
+                yield features_of(self.fast, pixels)
 
         return cache.array(name, len(train), compute)
 
@@ -295,7 +295,7 @@ class Replay(FeatureSource):
             self.model.train()
             for pixels, _ in self.progress(batches.cut(draws), len(batches), f"replay of epoch {epoch + 1}"):
                 try:
-                    yield self.features(pixels)
+                    yield features_of(self.model, pixels)
                 except ValueError as error:
                     if len(pixels) > 1 or "more than 1 value per channel" not in str(error):
                         raise
@@ -310,11 +310,13 @@ class Replay(FeatureSource):
         yield from zip(features.split(stream.batch_size), labels.split(stream.batch_size))
 
     def evaluated(self, part: str, stream: Stream | None = None, epoch: int = -1) -> list[Tensor]:
+        def network() -> ResNet:
+            self._load(stream, epoch)
+            return for_evaluation(self.model)
+
         if stream is None or epoch < 0:
-            self._load(None, -1)
-            return self.plain(part, self.cache("eval", part, eval_batch=self.eval_batch), "features", lambda: None)
-        cache = self._cache(stream, part)
-        return self.plain(part, cache, f"after_epoch_{epoch}", lambda: self._load(stream, epoch))
+            return self.plain(part, self.cache("eval", part, eval_batch=self.eval_batch), "features", network)
+        return self.plain(part, self._cache(stream, part), f"after_epoch_{epoch}", network)
 
     def backbone(self, stream: Stream | None, epoch: int) -> dict[str, Tensor]:
         self._load(stream, epoch)
@@ -342,6 +344,12 @@ class Replay(FeatureSource):
 
 
 FEATURES: dict[str, type[FeatureSource]] = {"views": Views, "orbit": Orbit, "replay": Replay}
+
+
+@torch.no_grad()
+def features_of(model: ResNet, images: Tensor) -> Tensor:
+    """Images (B, c, H, W) -> features (B, D), without gradient."""
+    return model.features(images)
 
 
 def predict_features(head: nn.Module, parts: list[Tensor], batch: int) -> Tensor:

@@ -216,7 +216,8 @@ def raw_rows(results: Sequence[Result]) -> list[dict[str, Any]]:
         if result.diverged is None:
             val = result.selection.val
             line |= {"epoch": result.selection.epoch, "val_class_mean": None if val is None else val["class_mean"]}
-            line |= {f"test_{name}": of(result) for name, of in MEASURES.items()} | {"seconds": result.seconds}
+            measures = {"test_top1" if name == "all" else f"test_{name}": of(result) for name, of in MEASURES.items()}
+            line |= {**measures, "seconds": result.seconds}
         lines.append(line)
     return lines
 

@@ -52,7 +52,7 @@ def require_writable(flag: str, folder: str | Path) -> None:
     """
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
-        probe = Path(folder, f".writable.{os.getpid()}")
+        probe = Path(folder, f".writable.{secrets.token_hex(4)}")
         probe.touch()
         probe.unlink()
     except OSError as error:

@@ -1,0 +1,199 @@
+"""Feature sources and their cache: what they yield, what they reuse, what an interruption leaves."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import datasets
+from datasets import DATASETS
+from datasets.batches import draw_windows, seeded
+from engine import predict
+from models import build_model
+from retraining.features import FEATURES, VIEWS_STREAM, FeatureCache, Stream, predict_features
+from stages import EVAL_BATCH, eval_batches
+from utils.options import UsageError
+
+CPU = torch.device("cpu")
+STREAM = Stream(seed=3, sampler="instance", batch_size=64, epochs=4)
+
+
+def passes(steps, total, label):
+    """Stands for the progress bar; notes every pass over the backbone."""
+    passes.seen.append(label)
+    return iter(steps)
+
+
+@pytest.fixture(autouse=True)
+def _count(monkeypatch) -> None:
+    monkeypatch.setattr(passes, "seen", [], raising=False)
+
+
+def make(kind: str, folder: Path, data=None, flip: bool = False, seed: int = 0, **more):
+    data = data or datasets.load("digits", "")
+    torch.manual_seed(seed)
+    model = build_model("resnet8", 10, data.channels)
+    for name, buffer in model.named_buffers():
+        if "running" in name:
+            buffer.add_(0.1 * torch.rand(buffer.shape))
+    return FEATURES[kind](
+        model, data, CPU, str(folder), f"weights of seed {seed}", flip, passes, EVAL_BATCH["cpu"], **more
+    )
+
+
+def collect(source, epoch: int, stream: Stream = STREAM) -> tuple[torch.Tensor, torch.Tensor]:
+    steps = list(source.epoch(stream, epoch))
+    assert all(len(labels) == stream.batch_size for _, labels in steps[:-1])
+    return torch.cat([features for features, _ in steps]), torch.cat([labels for _, labels in steps])
+
+
+@pytest.mark.parametrize("kind", FEATURES)
+def test_features_are_the_networks_of_the_drawn_images(kind: str, tmp_path: Path) -> None:
+    source = make(kind, tmp_path, num_views=2)
+    data, model = source.data, source.model
+    for epoch in (0, 1, 2):
+        draws = source.train_batches(STREAM).draws(epoch)
+        top, left = draws.top, draws.left  # digits are never flipped
+        if kind == "views":
+            windows = draw_windows(len(data.train), data.spec.augment, seeded(0, VIEWS_STREAM, epoch % 2))
+            top, left = (part[draws.order] for part in windows[:2])
+        padded = torch.nn.functional.pad(data.train.images[draws.order].float() / 255, (1, 1, 1, 1))
+        crops = [padded[i, :, top[i] : top[i] + 8, left[i] : left[i] + 8] for i in range(len(padded))]
+        images = (torch.stack(crops) - data.spec.mean[0]) / data.spec.std[0]
+        features, labels = collect(source, epoch)
+        assert torch.equal(labels, data.train.labels[draws.order])
+        if kind == "replay":
+            reference = build_model("resnet8", 10, 1)
+            reference.load_state_dict(source.backbone(STREAM, epoch - 1))
+            with torch.no_grad():
+                expected = torch.cat([reference.train().features(piece) for piece in images.split(64)])
+            for name, value in reference.named_buffers():
+                assert torch.allclose(value, source.backbone(STREAM, epoch)[name], atol=1e-6), name
+        else:
+            with torch.no_grad():
+                expected = model.eval().features(images)
+        assert (features - expected).abs().max() < 1e-5
+        assert not model.training
+
+
+@pytest.mark.parametrize("kind", FEATURES)
+def test_nothing_is_computed_twice(kind: str, tmp_path: Path) -> None:
+    first = make(kind, tmp_path, num_views=3)
+    kept = [collect(first, epoch)[0].clone() for epoch in range(4)]
+    before = len(passes.seen)
+    assert before == {"views": 3, "orbit": 9, "replay": 4}[kind]
+    second = make(kind, tmp_path, num_views=3)
+    assert all(torch.equal(collect(second, epoch)[0], kept[epoch]) for epoch in range(4))
+    assert len(passes.seen) == before and " 0 MB computed" in second.size
+    other_seed = STREAM._replace(seed=4)
+    collect(second, 0, other_seed)
+    assert len(passes.seen) == before + (kind == "replay")
+    collect(make(kind, tmp_path, seed=1, num_views=3), 0)
+    assert len(passes.seen) > before + (kind == "replay")  # another checkpoint
+
+
+def test_replay_takes_up_where_the_cache_ends(tmp_path: Path) -> None:
+    whole = make("replay", tmp_path / "a")
+    kept = [collect(whole, epoch)[0].clone() for epoch in range(3)]
+    begun = make("replay", tmp_path / "b")
+    collect(begun, 0)
+    again = make("replay", tmp_path / "b")
+    assert all(torch.equal(collect(again, epoch)[0], kept[epoch]) for epoch in range(3))
+    assert passes.seen.count("replay of epoch 1") == 2 and passes.seen.count("replay of epoch 2") == 2
+
+
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("kind", FEATURES)
+def test_evaluation_features_give_the_networks_logits_to_the_bit(
+    kind: str, flip: bool, tmp_path: Path, small_cifar10: str
+) -> None:
+    data = datasets.load("cifar10", small_cifar10, imb_ratio=4, val_fraction=0.3)
+    source = make(kind, tmp_path, data, flip, num_views=2)
+    stream = None if kind != "replay" else STREAM
+    if stream:
+        collect(source, 0, stream)
+    for part in ("test", "val"):
+        features = source.evaluated(part, stream, 0)
+        assert len(features) == 1 + flip
+        reference = build_model("resnet8", 10)
+        reference.load_state_dict(source.backbone(stream, 0))
+        expected, _ = predict(reference, eval_batches(data, getattr(data, part), CPU), flip)
+        assert torch.equal(predict_features(reference.fc, features, source.eval_batch), expected)
+    assert len(source.evaluated("train")) == 1
+
+
+def test_orbit_is_every_crop_and_flip(tmp_path: Path, small_cifar10: str) -> None:
+    source = make("orbit", tmp_path, datasets.load("cifar10", small_cifar10, imb_ratio=10))
+    collect(source, 0)
+    assert len(passes.seen) == 162 and len(list(tmp_path.rglob("orbit_*.npy"))) == 162
+
+
+def test_orbit_refuses_large_images(tmp_path: Path, small_cifar10: str) -> None:
+    data = datasets.load("cifar10", small_cifar10, imb_ratio=10)
+    large = torch.zeros(len(data.train), 3, 224, 224, dtype=torch.uint8)
+    object.__setattr__(data.train, "images", large)
+    with pytest.raises(UsageError, match="--features orbit on 224x224 images"):
+        make("orbit", tmp_path, data)
+
+
+def test_the_key_holds_everything_that_features_depend_on(tmp_path: Path) -> None:
+    base = make("views", tmp_path)
+    folders = {str(base.cache("eval", "train", view_seed=0).folder)}
+    for other in (
+        make("views", tmp_path, seed=1),
+        make("views", tmp_path, datasets.load("digits", "", imb_ratio=50)),
+        make("views", tmp_path, datasets.load("digits", "", subset="shuffled")),
+        make("views", tmp_path, datasets.load("digits", "", val_fraction=0.2)),
+    ):
+        folders.add(str(other.cache("eval", "train", view_seed=0).folder))
+    folders.add(str(base.cache("eval", "train", view_seed=1).folder))
+    folders.add(str(base.cache("train", "train", view_seed=0).folder))
+    folders.add(str(base.cache("eval", "test", view_seed=0).folder))
+    assert len(folders) == 8
+
+
+def test_an_interrupted_write_leaves_nothing(tmp_path: Path) -> None:
+    cache = FeatureCache(tmp_path, {"a": 1})
+
+    def broken():
+        yield torch.ones(2, 3)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        cache.array("x", 4, broken)
+    assert sorted(path.name for path in cache.folder.iterdir()) == ["about.json"] and not cache.has("x")
+    got = cache.array("x", 4, lambda: iter([torch.ones(2, 3), torch.zeros(2, 3)]))
+    assert got.tolist() == [[1.0] * 3] * 2 + [[0.0] * 3] * 2 and cache.has("x")
+    assert torch.equal(FeatureCache(tmp_path, {"a": 1}).array("x", 4, broken), got)
+
+
+def test_arrays_are_mapped_and_not_read(tmp_path: Path) -> None:
+    cache = FeatureCache(tmp_path, {})
+    array = cache.array("x", 2, lambda: iter([torch.ones(2, 3)]))
+    array += 1  # copy-on-write: the file stays as it is
+    assert np.load(cache.folder / "x.npy").max() == 1
+    assert str(cache.folder / "x.npy") in Path("/proc/self/maps").read_text()
+
+
+def test_two_runs_may_want_the_same_file(tmp_path: Path) -> None:
+    barrier = threading.Barrier(4)
+
+    def run(_: int) -> torch.Tensor:
+        cache = FeatureCache(tmp_path, {"a": 1})
+        barrier.wait(60)
+        return cache.array("x", 600, lambda: (torch.full((2, 5), float(i)) for i in range(300)))
+
+    with ThreadPoolExecutor(4) as pool:
+        for got in pool.map(run, range(4)):
+            assert torch.equal(got[:, 0], torch.arange(300.0).repeat_interleave(2))
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_cifar_orbit_has_162_views() -> None:
+    augment = DATASETS["cifar100"].augment
+    assert (2 * augment.pad + 1) ** 2 * (1 + augment.flip) == 162

@@ -1,0 +1,252 @@
+"""Every method of stage 2 against its equation longhand, and the rules of what goes with what."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import main_stage2
+from models.heads import HEADS, head_name, make_linear
+from retraining.methods import METHODS, Start
+from retraining.settings import TUNABLE, Setting, by_stream, make_settings, options_of, varying
+from retraining.solver import Solver, Trainee
+from utils.options import UsageError
+
+COUNTS = [40, 20, 8, 4, 2]
+COMMON = {"seed": (0,), "batch_size": (64,), "finetune_epoch": (20,)}
+
+
+@pytest.fixture(scope="module")
+def start() -> Start:
+    torch.manual_seed(0)
+    labels = torch.arange(5).repeat_interleave(torch.tensor(COUNTS))
+    features = (torch.randn(74, 6) + torch.randn(5, 6)[labels]).relu() + 0.01
+    held_out = (torch.randn(50, 6) + 1).relu(), torch.arange(5).repeat(10)
+    return Start(nn.Linear(6, 5).requires_grad_(False), COUNTS, lambda: (features, labels), lambda: held_out)
+
+
+def only(method: str, **wanted) -> Setting:
+    [setting] = make_settings([method], COMMON | {k: (v,) for k, v in wanted.items()}, wanted, 5)
+    return setting
+
+
+def head_of(start: Start, method: str, **wanted) -> nn.Module:
+    return METHODS[method].head(start, only(method, **wanted).values)
+
+
+def numpy_of(start: Start) -> tuple[np.ndarray, np.ndarray]:
+    return start.linear.weight.numpy().astype(np.float64), start.linear.bias.numpy().astype(np.float64)
+
+
+@pytest.mark.parametrize("tau", [0.0, 0.7, 1.9])
+def test_tau_norm(start, tau: float) -> None:
+    head, (weight, _) = head_of(start, "tau-norm", tau=tau), numpy_of(start)
+    expected = np.stack([row / np.sqrt((row**2).sum()) ** tau for row in weight])
+    assert np.abs(head.weight.detach().numpy() - expected).max() < 1e-6 and not head.bias.any()
+
+
+def test_tau_comes_from_the_held_out_images(start) -> None:
+    weight, _ = numpy_of(start)
+    features, labels = start.held_out()
+    scores = []
+    for tau in np.arange(21) / 10:
+        logits = features.numpy() @ (weight / np.linalg.norm(weight, axis=1, keepdims=True) ** tau).T
+        hits = logits.argmax(axis=1) == labels.numpy()
+        scores.append(np.mean([hits[labels.numpy() == j].mean() for j in range(5)]))
+    assert len(set(scores)) > 2
+    best = np.argmax(scores) / 10
+    assert torch.allclose(head_of(start, "tau-norm").weight, head_of(start, "tau-norm", tau=best).weight)
+    without = dataclasses.replace(start, held_out=None)
+    assert torch.allclose(head_of(without, "tau-norm").weight, head_of(start, "tau-norm", tau=1.0).weight)
+
+
+def test_l2_norm(start) -> None:
+    head, (weight, bias) = head_of(start, "l2-norm"), numpy_of(start)
+    expected = weight / np.linalg.norm(weight, axis=1, keepdims=True)
+    assert np.abs(head.weight.detach().numpy() - expected).max() < 1e-6
+    assert np.abs(head.bias.detach().numpy() - bias).max() < 1e-6
+
+
+@pytest.mark.parametrize("metric", ["centred", "cosine", "l2"])
+def test_ncm(start, metric: str) -> None:
+    features, labels = (part.numpy() for part in start.clean())
+    features = features.astype(np.float64)
+    queries = np.random.default_rng(0).random((30, 6)) * 2
+    if metric == "centred":
+        center = features.mean(axis=0)
+        features, queries_ = features - center, queries - center
+    else:
+        queries_ = queries
+    if metric != "l2":
+        features = features / np.linalg.norm(features, axis=1, keepdims=True)
+        queries_ = queries_ / np.linalg.norm(queries_, axis=1, keepdims=True)
+    means = np.stack([features[labels == j].mean(axis=0) for j in range(5)])
+    if metric == "cosine":
+        expected = (queries_ @ (means / np.linalg.norm(means, axis=1, keepdims=True)).T).argmax(axis=1)
+    else:
+        expected = ((queries_[:, None] - means) ** 2).sum(axis=2).argmin(axis=1)
+    logits = head_of(start, "ncm", ncm_metric=metric)(torch.tensor(queries, dtype=torch.float32))
+    assert len(set(expected)) > 2 and logits.argmax(dim=1).tolist() == expected.tolist()
+
+
+def test_post_hoc_logit_adjustment_and_joint(start) -> None:
+    weight, bias = numpy_of(start)
+    head = head_of(start, "logit-adjustment-posthoc", la_tau=1.5)
+    prior = np.array(COUNTS) / sum(COUNTS)
+    assert np.abs(head.bias.detach().numpy() - (bias - 1.5 * np.log(prior))).max() < 1e-6
+    assert np.abs(head.weight.detach().numpy() - weight).max() == 0
+    joint = head_of(start, "joint")
+    assert torch.equal(joint.weight, start.linear.weight) and torch.equal(joint.bias, start.linear.bias)
+
+
+@pytest.mark.parametrize("radius", ["published", 0.4])
+def test_maxnorm(start, radius) -> None:
+    weight, bias = numpy_of(start)
+    norms = np.linalg.norm(weight, axis=1)
+    limit = norms.min() + 0.1 * (norms.max() - norms.min()) if radius == "published" else radius
+    expected = np.stack([row * min(1, limit / norm) for row, norm in zip(weight, norms)])
+    assert np.abs(expected - weight).max() > 1e-3
+    values = only("maxnorm", maxnorm_radius=radius).values
+    head = METHODS["maxnorm"].head(start, values)
+    METHODS["maxnorm"].project(head, start, values)
+    assert np.abs(head.weight.detach().numpy() - expected).max() < 1e-6
+    assert np.abs(head.bias.detach().numpy() - bias).max() < 1e-7
+
+
+def test_crt_starts_afresh_from_its_seed(start) -> None:
+    one, same, other = (head_of(start, "crt", seed=seed) for seed in (0, 0, 1))
+    assert torch.equal(one.weight, same.weight) and not torch.equal(one.weight, other.weight)
+    assert not torch.equal(one.bias, start.linear.bias)
+    assert options_of(METHODS["crt"])["sampler"] == "class"
+
+
+def test_heads_longhand(start) -> None:
+    generator = torch.Generator().manual_seed(3)
+    features = torch.rand(9, 6, generator=generator)
+    weight, bias = start.linear.weight, start.linear.bias
+    z = features @ weight.T + bias
+    scale, shift = torch.rand(2, 5, generator=generator)
+
+    lws = head_of(start, "lws")
+    assert torch.allclose(lws(features), z, atol=1e-6)
+    lws.scale.data.copy_(scale)
+    assert torch.allclose(lws(features), scale * z, atol=1e-6)
+    marc = head_of(start, "marc")
+    assert torch.allclose(marc(features), z, atol=1e-6)
+    marc.scale.data.copy_(scale)
+    marc.shift.data.copy_(shift)
+    assert torch.allclose(marc(features), scale * z + shift * weight.norm(dim=1), atol=1e-6)
+    for name, head in (("lws", lws), ("marc", marc)):
+        linear = METHODS[name].finished(head)
+        assert head_name(linear) == "linear" and torch.allclose(linear(features), head(features), atol=1e-6)
+        assert {n for n, p in head.named_parameters() if p.requires_grad} <= {"scale", "shift"}
+
+    disalign = head_of(start, "disalign")
+    assert {n.split(".")[0] for n, p in disalign.named_parameters() if p.requires_grad} == {
+        "scale", "shift", "confidence",
+    }  # fmt: skip
+    disalign.scale.data.copy_(scale)
+    disalign.shift.data.copy_(shift)
+    confidence = torch.sigmoid(0.1 * features.sum(dim=1, keepdim=True))
+    assert torch.allclose(disalign(features), (1 + confidence * scale) * z + confidence * shift, atol=1e-6)
+
+    cosine = head_of(start, "cosine", cosine_scale=7.0)
+    expected = 7 * torch.cosine_similarity(features[:, None], weight[None], dim=2)
+    assert torch.allclose(cosine(features), expected, atol=1e-5)
+
+
+def test_ldam_defers_its_weights(start) -> None:
+    values = only("ldam", drw=0.8).values
+    before, after = (METHODS["ldam"].loss(start, values, progress) for progress in (0.75, 0.8))
+    assert bool((before.weight == 1).all()) and after.weight[-1] > after.weight[0]
+    margins = 0.5 * np.array(COUNTS) ** -0.25 / max(np.array(COUNTS) ** -0.25)
+    assert np.abs(before.margin.numpy() - 30 * margins).max() < 1e-5
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_is_made_trained_and_stored(start, name: str) -> None:
+    method, setting = METHODS[name], only(name)
+    assert method.__class__.__doc__ and "class counts" in method.__class__.__doc__
+    head = method.head(start, setting.values)
+    if method.is_trained:
+        before = {key: value.clone() for key, value in head.state_dict().items()}
+        trainee = Trainee(head, lambda progress: method.loss(start, setting.values, progress), 0.1, 0.0)
+        features, labels = start.clean()
+        [(loss, _)] = Solver([trainee]).train_epoch([(features, labels)], 0.0, 1.0)
+        assert np.isfinite(loss)
+        assert any(not torch.equal(before[key], value) for key, value in head.state_dict().items())
+    stored = method.finished(head)
+    again = HEADS[head_name(stored)](6, 5)
+    again.load_state_dict(stored.state_dict())
+    queries = torch.rand(4, 6)
+    assert torch.allclose(again(queries), head(queries), atol=1e-5) and stored.get_parameter("weight").shape == (5, 6)
+
+
+def test_smoothing_combines_with_the_published_plug_ins() -> None:
+    takers = {name for name, method in METHODS.items() if "label_smooth" in method.options}
+    assert takers == {"los", "ce", "crt", "lws", "cosine", "maxnorm"}
+
+
+def test_every_option_of_a_method_is_a_flag_and_the_other_way_round() -> None:
+    flags = {field.name: field for field in dataclasses.fields(main_stage2.Options)}
+    assert set(TUNABLE) <= set(flags)
+    for name, method in METHODS.items():
+        for option, default in options_of(method).items():
+            kind = flags[option].metadata["kind"]
+            assert default is None or kind(default) == (default,), (name, option)
+    several = {name for name, f in flags.items() if type(f.metadata["kind"]).__name__ == "Many"}
+    assert several == {*TUNABLE, "method"}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_grids_have_one_size(name: str) -> None:
+    settings = make_settings([name], COMMON, [], 100, tune=True)
+    default = make_settings([name], COMMON, [], 100)
+    if METHODS[name].is_trained or name in ("tau-norm", "logit-adjustment-posthoc"):
+        assert len(settings) == 9
+    else:
+        assert len(settings) == {"ncm": 3, "l2-norm": 1, "joint": 1}[name]
+    if name != "tau-norm":  # whose default looks at the held-out images itself
+        assert default[0].key in [setting.key for setting in settings]
+
+
+def test_a_sweep_is_the_product_of_what_each_method_takes() -> None:
+    wanted = COMMON | {"seed": (0, 1), "label_smooth": (0.5, "auto"), "tau": (1.0, 1.9), "batch_size": (32, 64)}
+    settings = make_settings(["los", "tau-norm", "lade"], wanted, wanted, 100)
+    by_method = {name: [s for s in settings if s.method == name] for name in ("los", "tau-norm", "lade")}
+    assert {name: len(group) for name, group in by_method.items()} == {"los": 8, "tau-norm": 2, "lade": 4}
+    assert {s.values["label_smooth"] for s in by_method["los"]} == {0.5, 100 / 102.04}
+    assert varying(settings) == ["batch_size", "label_smooth", "tau"]
+    groups = by_stream(settings)
+    assert len(groups) == 5 and len(groups[None]) == 2
+    assert {stream.batch_size for stream in groups if stream} == {32, 64}
+
+
+@pytest.mark.parametrize(
+    "methods, flags, words",
+    [
+        ("los", {"tau": (1.0,)}, "--tau --method los tau-norm"),
+        ("ncm", {"sampler": ("class",)}, "--sampler --method ncm los"),
+        ("tau-norm l2-norm", {"finetune_lr": (0.1,)}, "--finetune_lr tau-norm"),
+        ("lade", {"label_smooth": (0.9,)}, "--label_smooth los ce crt lws maxnorm cosine"),
+        ("lws", {"finetune_scope": ("all",)}, "--finetune_scope all lws"),
+        ("maxnorm", {"label_smooth": (0.9,)}, "--label_smooth --cb_form ce"),
+        ("maxnorm", {"maxnorm_every": ("step",), "finetune_scope": ("all",)}, "--maxnorm_every step"),
+    ],
+)
+def test_wrong_combinations_are_refused_by_name(methods: str, flags: dict, words: str) -> None:
+    with pytest.raises(UsageError) as error:
+        make_settings(methods.split(), COMMON | flags, flags, 10)
+    for word in words.split():
+        assert word in str(error.value)
+
+
+def test_a_linear_head_is_a_copy(start) -> None:
+    head = make_linear(start.linear.weight, start.linear.bias)
+    with torch.no_grad():
+        head.weight.add_(1)
+    assert not torch.equal(head.weight, start.linear.weight)
