@@ -90,16 +90,20 @@ class FeatureCache:
             self._count(name, path, new=True)
         return torch.from_numpy(np.load(path, mmap_mode="c"))  # copy-on-write: torch wants writable memory
 
-    @staticmethod
-    def _write(path: Path, rows: int, pieces: Iterator[Tensor]) -> None:
-        array, start = None, 0
-        for piece in pieces:
-            if array is None:
-                array = np.lib.format.open_memmap(path, "w+", np.float32, (rows, piece.shape[1]))
-            array[start : start + len(piece)] = piece.cpu().numpy()
-            start += len(piece)
-        assert array is not None and start == rows
-        array.flush()
+    def _write(self, path: Path, rows: int, pieces: Iterator[Tensor]) -> None:
+        # Plain writes: on a full disk they fail with an error, a memory map with the process.
+        written = 0
+        try:
+            with open(path, "wb") as file:
+                for piece in pieces:
+                    if written == 0:
+                        header = {"descr": "<f4", "fortran_order": False, "shape": (rows, piece.shape[1])}
+                        np.lib.format.write_array_header_1_0(file, header)
+                    file.write(piece.cpu().numpy().astype("<f4", copy=False).tobytes())
+                    written += len(piece)
+        except OSError as error:
+            raise UsageError(f"--cache_dir {self.folder}: {error.strerror}", "a folder with more room") from None
+        assert written == rows
 
     def tensors(self, name: str) -> Path:
         """The path of a small file of tensors beside the arrays."""

@@ -9,12 +9,15 @@ import pytest
 import torch
 from conftest import ROOT
 
+import compare
 import evaluate
 import main_stage1
 import main_stage2
-from datasets import DATASETS
+from datasets import DATASETS, SAMPLERS
 from datasets.longtail import class_sizes
 from models import BACKBONES
+from retraining.features import FEATURES
+from retraining.methods import METHODS
 from utils.metrics import GROUPS, group_of
 from utils.options import make_parser, parse_typed, published_values
 
@@ -23,6 +26,7 @@ OPTIONS = {
     "main_stage1.py": main_stage1.Options,
     "main_stage2.py": main_stage2.Options,
     "evaluate.py": evaluate.Options,
+    "compare.py": compare.Options,
 }
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
 COMMANDS = [line.split("#")[0].strip() for block in BLOCKS for line in block.splitlines() if line.strip()]
@@ -66,8 +70,15 @@ def test_every_departure_from_a_published_default_is_listed() -> None:
 
 
 def test_every_data_set_and_network_is_described() -> None:
-    for name in (*DATASETS, *BACKBONES):
+    for name in (*DATASETS, *BACKBONES, *SAMPLERS, *FEATURES):
         assert f"`{name}`" in README
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_table_of_methods(name: str) -> None:
+    [row] = [line for line in README.splitlines() if line.startswith(f"| `{name}` |")]
+    shared = {"finetune_lr", "finetune_wd", "sampler"}
+    assert set(re.findall("`--(.*?)`", row)) == set(METHODS[name].options) - shared
 
 
 @pytest.mark.parametrize("name, n_max", [("cifar100", 500), ("cifar10", 5000), ("digits", 124)])
