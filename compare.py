@@ -134,11 +134,10 @@ def best_of_each(rows: Iterable[Row]) -> list[Row]:
 
 def measure(result: Result, lab: Lab) -> dict[str, Any]:
     """The whole test report, with per-class Logits Magnitude, RSD and weight norms (without flip averaging)."""
-    labels, head = lab.data.test.labels, result.head
-    classifier = head.get_submodule("fc") if result.network else head
+    labels = lab.data.test.labels
     found = report(lab.logits_of(result, "test"), labels, lab.data.class_counts)
     found |= logit_statistics(lab.logits_of(result, "test", flip=False), labels)
-    found["weight_norm"] = classifier.get_parameter("weight").norm(dim=1).tolist()
+    found["weight_norm"] = result.classifier.get_parameter("weight").norm(dim=1).tolist()
     found["temperature"] = found["ece_calibrated"] = None
     if lab.data.val is not None:
         found["temperature"] = fit_temperature(lab.logits_of(result, "val"), lab.data.val.labels)

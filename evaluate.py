@@ -52,6 +52,7 @@ class Options(DataOptions):
     cur_stage: str | None = option(None, Choice(STAGES), "which stage's file; without it, the latest there is")
     pretrained_pth: str | None = option(None, Text(), "the checkpoint; without it, the one left by default")
     flip_tta: bool | None = option(None, Flag(), "average the logits of an image and its mirror; None: as stored")
+    statistics: str = option("test", Choice(("test", "train")), "images that Logits Magnitude and RSD are of")
     json: str | None = option(None, Text("a file to write"), "write the report as JSON")
     csv: str | None = option(None, Text("a file to write"), "write the per-class table as CSV")
 
@@ -88,9 +89,8 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     model = restore(file, data).to(device)
     batches = eval_batches(data, data.test, device)
     logits, labels = predict(model, batches)
-    statistics = logit_statistics(logits, labels) | {
-        "weight_norm": model.fc.get_parameter("weight").norm(dim=1).tolist()
-    }
+    seen = (logits, labels) if options.statistics == "test" else predict(model, eval_batches(data, data.train, device))
+    statistics = logit_statistics(*seen) | {"weight_norm": model.fc.get_parameter("weight").norm(dim=1).tolist()}
     if options.flip_tta:
         logits, _ = predict(model, batches, flip_tta=True)
     report = metrics.report(logits, labels, data.class_counts)
@@ -117,6 +117,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         **{key: value for key, value in report.items() if key not in ("per_class", "test_images")},
         "temperature": temperature,
         "ece_calibrated": calibrated,
+        "statistics": options.statistics,
         **spreads,
         "class_counts": data.class_counts,
         "class_names": data.class_names,

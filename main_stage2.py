@@ -237,14 +237,14 @@ def train_network(setting: Setting, lab: Lab, options: Any, run: Run) -> Result:
         steps = run.bar(batches.epoch(epoch), len(batches), f"epoch {epoch + 1}/{stream.epochs}")
         try:
             stats = train_epoch(model, steps, criterion, optimizer)
+            method.project(model.fc, lab.start, values)
+            result.after(epoch, lr * rate, stats, time.perf_counter() - started)
+            if is_due(epoch, stream.epochs, options.eval_every):
+                val = lab.network_logits(model, "val") if lab.data.val else None
+                result.offer(epoch + 1, model, lab.network_logits(model, "test"), val, lab.data)
         except Diverged:
             result.diverged = epoch + 1
             break
-        method.project(model.fc, lab.start, values)
-        result.after(epoch, lr * rate, stats, time.perf_counter() - started)
-        if is_due(epoch, stream.epochs, options.eval_every):
-            val = lab.network_logits(model, "val") if lab.data.val else None
-            result.offer(epoch + 1, model, lab.network_logits(model, "test"), val, lab.data)
         run.log_many({setting.describe(): result.records[-1]}, setting.describe(["seed", "finetune_scope"]))
 
     result.seconds = time.perf_counter() - began
@@ -282,7 +282,7 @@ def conclude(
     chosen.selection.state = lab.state_dict(chosen)
     stored = dataclasses.asdict(options) | dict.fromkeys(TUNABLE) | dict(chosen.setting.values)
     stored["method"] = chosen.setting.method
-    head = "linear" if chosen.network else head_name(chosen.head)
+    head = head_name(chosen.classifier)
     return finish(run, "stage2", options, data, chosen.selection, argv, lab.source.device, parent, stored, head)
 
 

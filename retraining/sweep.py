@@ -43,6 +43,11 @@ class Result:
         self.seconds = 0.0
         self.diverged: int | None = None
 
+    @property
+    def classifier(self) -> nn.Module:
+        """The selected epoch's classifier alone."""
+        return self.head.get_submodule("fc") if self.network else self.head
+
     def after(self, epoch: int, lr: float, train: tuple[float, float], seconds: float) -> bool:
         """Notes an epoch (from 0) of training loss and top-1 ``train``; False where the result has diverged."""
         if self.diverged is None and not math.isfinite(train[0]):

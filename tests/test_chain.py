@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import ROOT
 
+import datasets
 import evaluate
 import main_stage1
 import main_stage2
@@ -30,7 +31,7 @@ STAGE1, STAGE2 = (Path(f"checkpoints/digits_exp100_resnet8_{stage}.pt") for stag
 RESULT_KEYS = {
     *("checkpoint", "sha256", "stage", "dataset", "imb_type", "imb_ratio", "subset", "subset_seed", "network", "seed"),
     *("label_smooth", "select", "epoch", "flip_tta", "top1", "top5", "class_mean", "worst_class", "harmonic_mean"),
-    *("macro_f1", "ece", "groups", "temperature", "ece_calibrated", "logits_magnitude", "rsd", "logits_magnitude_row"),
+    *("macro_f1", "ece", "groups", "temperature", "statistics", "ece_calibrated", "logits_magnitude", "rsd", "logits_magnitude_row"),
     *("rsd_row", "weight_norm", "class_counts", "class_names", "per_class", "training", "provenance"),
 }
 
@@ -268,3 +269,19 @@ def test_the_only_other_network_is_found_and_several_are_listed(workdir, capsys)
 def test_workers_says_that_nothing_is_decoded(workdir, capsys) -> None:
     main_stage1.main([*QUICK, "--workers", "4"])
     assert "--workers 4: digits is held in memory" in capsys.readouterr().out
+
+
+def test_statistics_of_the_training_images_on_request(workdir) -> None:
+    main_stage1.main(QUICK)
+    test, train = (evaluate.main(["--dataset", "digits", *flags]) for flags in ([], ["--statistics", "train"]))
+    assert test["top1"] == train["top1"] and test["weight_norm"] == train["weight_norm"]
+    assert test["logits_magnitude"] != train["logits_magnitude"] and train["statistics"] == "train"
+    file, data = checkpoints.read(STAGE1), datasets.load("digits", "")
+    model = build_model("resnet8", 10, 1)
+    model.load_state_dict(file.model)
+    images = (data.train.images.float() / 255 - data.spec.mean[0]) / data.spec.std[0]
+    with torch.no_grad():
+        z = model.eval()(images)[:, 3]
+    own = data.train.labels == 3
+    [row] = [row for row in train["per_class"] if row["class"] == 3]
+    assert row["logits_magnitude"] == pytest.approx(float(z[own].mean() - z[~own].mean()), rel=1e-4)

@@ -119,6 +119,20 @@ def test_the_backbone_may_be_trained_too(chain, scope: str, source: str) -> None
     assert evaluate.main(["--dataset", "digits"])["top1"] == after.metrics["top1"]
 
 
+def test_a_cosine_head_may_be_trained_with_the_backbone(chain) -> None:
+    main_stage2.main("--dataset digits --seed 0 --finetune_epoch 1 --finetune_scope all --method ldam cosine".split())
+    file = checkpoints.read(STAGE2)
+    assert file.head == "cosine"
+    assert evaluate.main(["--dataset", "digits"])["top1"] == file.metrics["top1"]
+
+
+def test_a_diverging_backbone_does_not_stop_the_others(chain, capsys) -> None:
+    flags = "--method ce --finetune_scope fc all --finetune_lr 1e20 --finetune_epoch 3"
+    main_stage2.main(f"--dataset digits --seed 0 --views 2 {flags}".split())
+    assert "diverged in epoch" in capsys.readouterr().out
+    assert checkpoints.read(STAGE2).options["finetune_scope"] == "fc"
+
+
 def test_a_setting_that_diverges_does_not_stop_the_others(chain, capsys) -> None:
     main_stage2.main(f"{QUICK} --finetune_lr 0.01 1e25 --finetune_wd 0.1".split())
     printed = capsys.readouterr().out
