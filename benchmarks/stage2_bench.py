@@ -7,6 +7,10 @@ often as --pairs says, and multiplied by how often it occurs; ratios are medians
 step (train mode, the whole network's backward, SGD on fc, loss and top-1/top-5 read back at every step) and its
 evaluation of every epoch with mirror images; its image loader is left out, in its favour. The classifiers alone are
 compared with as many separate runs on cached features (TensorDataset, DataLoader, autograd, loss.item()).
+
+    python -m benchmarks.stage2_bench --memory --data_dir data/
+
+measures the peak memory of main_stage2.py with 32 values instead (one view, one epoch: neither adds to it).
 """
 
 from __future__ import annotations
@@ -14,8 +18,11 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import resource
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -33,7 +40,7 @@ from retraining.features import features_of, predict_features
 from retraining.solver import Solver, Trainee
 from stages import EVAL_BATCH as EVAL_BATCHES
 from utils.metrics import accuracies
-from utils.system import pick_device, provenance
+from utils.system import ROOT, pick_device, provenance
 
 IMAGES, TEST, CLASSES, BATCH, EPOCHS, VALUES, VIEWS = 10_847, 10_000, 100, 64, 20, 32, 20
 COUNTS = class_sizes(500, CLASSES, 100)
@@ -158,13 +165,30 @@ def totals(t: dict[str, float]) -> dict[str, float]:
     return whole
 
 
+def peak_memory(network: str, data_dir: str) -> None:
+    """Runs the sweep's command once on untrained weights and prints the largest resident memory of the process."""
+    values = [f"{0.5 + 0.49 * i / VALUES:.5f}" for i in range(VALUES)]
+    with tempfile.TemporaryDirectory() as folder:
+        torch.save(build_model(network, CLASSES).state_dict(), Path(folder, "start.pt"))
+        command = [sys.executable, str(ROOT / "main_stage2.py"), "--pretrained_pth", "start.pt", "--seed", "0"]
+        command += ["--data_dir", str(Path(data_dir).resolve()), "--label_smooth", *values]
+        subprocess.run([*command, "--views", "1", "--finetune_epoch", "1"], cwd=folder, check=True)
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
+    print(f"peak memory of {VALUES} values, {network}: {peak:,.0f} MiB")
+
+
 def main() -> None:
     """Times all parts in turn; prints a table and appends the raw seconds."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=7)
     parser.add_argument("--network", default="resnet34")
     parser.add_argument("--json", type=Path, help="append the raw seconds of every pair to this file")
+    parser.add_argument("--memory", action="store_true", help="measure peak memory, and nothing else")
+    parser.add_argument("--data_dir", default="data/", help="where CIFAR-100 is, for --memory")
     arguments = parser.parse_args()
+    if arguments.memory:
+        peak_memory(arguments.network, arguments.data_dir)
+        return
 
     torch.manual_seed(0)
     device = pick_device()

@@ -10,7 +10,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Protocol
 
@@ -215,12 +218,11 @@ class Solver:
         self, trainees: Sequence[Trainee], momentum: float = 0.9, nesterov: bool = False, chunk: int | None = None
     ) -> None:
         together = [i for i, trainee in enumerate(trainees) if _is_linear(trainee)]
-        if together and chunk is None:
-            on_cpu = next(trainees[together[0]].head.parameters()).device.type == "cpu"
-            chunk = CPU_CHUNK if on_cpu else len(together)
+        self.device = next(trainees[0].head.parameters()).device
+        chunk = chunk or (CPU_CHUNK if self.device.type == "cpu" else len(together))
         self.parts: list[_Part] = []
-        for first in range(0, len(together), chunk or 1):
-            places = together[first : first + (chunk or 1)]
+        for first in range(0, len(together), max(chunk, 1)):
+            places = together[first : first + chunk]
             self.parts.append(_LinearChunk(places, [trainees[i] for i in places], momentum, nesterov))
         alone = [i for i in range(len(trainees)) if i not in together]
         self.parts += [_Alone(i, trainees[i], momentum, nesterov) for i in alone]
@@ -236,15 +238,11 @@ class Solver:
             part.begin(progress, rate)
         images = 0
         totals: list[Tensor | float] = [0.0] * len(self.parts)
-        for window in _windows(iter(steps), WINDOW):
-            images += sum(len(labels) for _, labels in window)
-            for i, part in enumerate(self.parts):
-                began = time.perf_counter()
-                for features, labels in window:
-                    loss, hits = part.step(features, labels)
-                    totals[i] = totals[i] + torch.stack([loss * len(labels), hits])
-                for place in part.places:
-                    self.seconds[place] += (time.perf_counter() - began) / len(part.places)
+        with self._workers() as apply:
+            for window in _windows(iter(steps), WINDOW):
+                images += sum(len(labels) for _, labels in window)
+                for i, found in enumerate(apply(partial(self._advance, window), self.parts)):
+                    totals[i] = totals[i] + found
         results = [(0.0, 0.0)] * len(self.seconds)
         for part, total in zip(self.parts, totals):
             part.end()
@@ -252,6 +250,26 @@ class Solver:
             for place, (loss_sum, correct) in zip(part.places, total.T.tolist()):
                 results[place] = (loss_sum / images, correct / images)
         return results
+
+    def _advance(self, window: list[tuple[Tensor, Tensor]], part: _Part) -> Tensor:
+        """A part's steps: its heads' sums of losses and hits, (2, S)."""
+        began = time.perf_counter()
+        losses, hits = zip(*(part.step(features, labels) for features, labels in window))
+        sizes = torch.tensor([float(len(labels)) for _, labels in window]).to(losses[0])
+        sums = torch.stack([sizes @ torch.stack(losses), torch.stack(hits).sum(dim=0)])
+        for place in part.places:
+            self.seconds[place] += (time.perf_counter() - began) / len(part.places)
+        return sums
+
+    @contextmanager
+    def _workers(self) -> Iterator[Callable[..., Iterator[Tensor]]]:
+        """A ``map`` over parts: on a CPU a thread for each, since small products gain little from two threads."""
+        number = min(len(self.parts), torch.get_num_threads()) if self.device.type == "cpu" else 1
+        if number == 1:
+            yield map
+            return
+        with ThreadPoolExecutor(number, initializer=partial(torch.set_num_threads, 1)) as pool:
+            yield pool.map
 
 
 def _is_linear(trainee: Trainee) -> bool:

@@ -31,7 +31,17 @@ STAGE1, STAGE2 = (Path(f"checkpoints/digits_exp100_resnet8_{stage}.pt") for stag
 RESULT_KEYS = {
     *("checkpoint", "sha256", "stage", "dataset", "imb_type", "imb_ratio", "subset", "subset_seed", "network", "seed"),
     *("label_smooth", "select", "epoch", "flip_tta", "top1", "top5", "class_mean", "worst_class", "harmonic_mean"),
-    *("macro_f1", "ece", "groups", "temperature", "statistics", "ece_calibrated", "logits_magnitude", "rsd", "logits_magnitude_row"),
+    *(
+        "macro_f1",
+        "ece",
+        "groups",
+        "temperature",
+        "statistics",
+        "ece_calibrated",
+        "logits_magnitude",
+        "rsd",
+        "logits_magnitude_row",
+    ),
     *("rsd_row", "weight_norm", "class_counts", "class_names", "per_class", "training", "provenance"),
 }
 

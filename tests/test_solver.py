@@ -51,8 +51,9 @@ def literal(head: nn.Module, loss: nn.Module, lr: float, wd: float, nesterov: bo
 
 
 @pytest.mark.parametrize("nesterov", [False, True])
-@pytest.mark.parametrize("chunk", [None, 1, 3])
-def test_heads_equal_separate_runs(chunk: int | None, nesterov: bool) -> None:
+@pytest.mark.parametrize("chunk, threads", [(None, 1), (1, 1), (3, 1), (2, 3)])
+def test_heads_equal_separate_runs(chunk: int | None, threads: int, nesterov: bool, monkeypatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     torch.manual_seed(0)
     start = nn.Linear(12, 5)
     group = trainees(start)
