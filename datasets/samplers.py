@@ -22,9 +22,10 @@ def instance_balanced(labels: Tensor, epoch: int, epochs: int, generator: Genera
 
 
 def class_balanced(labels: Tensor, epoch: int, epochs: int, generator: Generator) -> Tensor:
-    """p_j = 1/C, as the published class-aware sampler cycles: see :func:`_from_classes`.
+    """p_j = 1/C, as the published class-aware sampler cycles within an epoch: see :func:`_from_classes`.
 
-    The classes come in rounds of a fresh order, each giving four images in a row; Decoupling's configuration then
+    The published cycles go on over epochs; here each epoch begins its own, so that it follows from its seed alone. The
+    classes come in rounds of a fresh order, each giving four images in a row; Decoupling's configuration then
     shuffles a batch, which does not matter to a loss that is a mean over it.
     """
     present = labels.unique()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -12,7 +13,7 @@ from losses.softmax import class_balanced_weights, class_frequencies
 
 
 class Focal(nn.Module):
-    """Mean over B of -(1 - p_y)^gamma log p_y (Lin et al., ICCV 2017, with softmax p).
+    """Mean over B of -(1 - p_y)^gamma log p_y (Lin et al., ICCV 2017; here p is a softmax, and there is no alpha).
 
     logits (B, C), labels (B,) -> scalar, nats. gamma 2 is the paper's; LDAM-DRW's CIFAR-LT baseline takes 1.
     """
@@ -23,7 +24,8 @@ class Focal(nn.Module):
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
         log_p = -F.cross_entropy(logits, labels, reduction="none")
-        return -((1 - log_p.exp()) ** self.gamma * log_p).mean()
+        rest = (-torch.expm1(log_p)).clamp(min=1e-12)  # at 0 a power below 1 has no derivative
+        return -(rest**self.gamma * log_p).mean()
 
 
 class ClassBalancedBCE(nn.Module):

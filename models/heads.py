@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 
 class CosineHead(nn.Module):
-    """z_j = s cos(f, w_j), without bias (Gidaris and Komodakis, CVPR 2018); s is fixed, 30 in LDAM-DRW's code."""
+    """z_j = s cos(f, w_j), without bias (Gidaris and Komodakis, CVPR 2018, who learn s); s is fixed, LDAM-DRW's 30."""
 
     scale: Tensor
 
@@ -56,7 +56,8 @@ class PrototypeHead(nn.Module):
 class DisAlignHead(nn.Module):
     """z'_j = (1 + c a_j) z_j + c b_j with confidence c = sigmoid(u f + v) (Zhang et al., DisAlign, CVPR 2021).
 
-    z = W f + b is stage 1's classifier, which stays as it is; a starts at 1, b at 0, u at 0.1, v at 0, as published.
+    z = W f + b is stage 1's classifier, which stays as it is. As in its classification code a starts at 1, so that
+    z' = (1 + c) z at first, b at 0 and u at 0.1; v starts at 0 here.
     """
 
     def __init__(self, num_features: int, num_classes: int) -> None:

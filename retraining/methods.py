@@ -35,7 +35,7 @@ from utils.options import UsageError
 #: One value per option: what one classifier is trained with.
 Values = Mapping[str, Any]
 
-#: Label Over-Smooth's on CIFAR-100-LT; where nothing was published for stage 2, the others continue with them.
+#: Label Over-Smooth's on CIFAR-100-LT, and this project's choice where nothing was published for stage 2.
 FINE_TUNE = {"finetune_lr": 5e-4, "finetune_wd": 0.0}
 
 
@@ -65,7 +65,7 @@ class Method:
 
     Attributes:
         options: the options that a method takes, with its defaults; those of every trained method are in settings.py.
-        published: the papers' values where a default departs from them.
+        published: what --protocol published takes instead of a default that departs from the paper on purpose.
         tuned: {option: values} that the grid multiplies out.
         is_trained: whether there is anything to train; post-hoc methods have none.
         projects: whether :meth:`project` does anything.
@@ -108,8 +108,8 @@ class LOS(Method):
     """Label Over-Smooth (Sun et al., ICLR 2025): cross-entropy with label smoothing d near 1, stage 1's classifier.
 
     The true class gets 1 - d + d/C, the others d/C. Published with d 0.98 on CIFAR-100-LT, lr 5e-4, no weight decay,
-    instance-balanced. Needs no class counts. LORT, the title of the paper's preprint (arXiv 2403.00250v1), describes
-    the same split of the label in its abstract; the bodies were not compared, and there is no method of that name here.
+    instance-balanced. Needs no class counts. LORT, the method of the paper's preprint (arXiv 2403.00250v1), splits the
+    label in the same way by its abstract; the bodies were not compared, and there is no method of that name here.
     """
 
     options = {**FINE_TUNE, "label_smooth": "auto"}
@@ -180,12 +180,12 @@ class TauNorm(PostHoc):
     """tau-normalisation (Kang et al., ICLR 2020): w_j / |w_j|^tau, the bias dropped; post-hoc.
 
     tau ``val``: of 0, 0.1, ..., 2 the one of best class-mean accuracy on the held-out images, as published on
-    ImageNet-LT. Without held-out images the default is 1; Weight Balancing took 1.9 after a tuned weight decay on
-    CIFAR-100-LT. Needs no class counts.
+    ImageNet-LT; 1 where there are none. Weight Balancing took 1.9 after a tuned weight decay on CIFAR-100-LT, and kept
+    the bias. Needs no class counts.
     """
 
     options = {"tau": "val"}
-    tuned = {"tau": (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0, 2.5)}
+    tuned = {"tau": (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0)}
 
     def head(self, start: Start, values: Values) -> nn.Module:
         weight, norms = start.linear.weight, start.linear.weight.norm(dim=1, keepdim=True)
@@ -206,7 +206,7 @@ class TauNorm(PostHoc):
 class L2Norm(PostHoc):
     """Weight Balancing's L2 normalisation (Alshammari et al., CVPR 2022): w_j / |w_j|, the bias kept; post-hoc.
 
-    Published on CIFAR-100-LT, no parameter. Needs no class counts.
+    Published on CIFAR-100-LT, ImageNet-LT and iNaturalist 2018, no parameter. Needs no class counts.
     """
 
     def head(self, start: Start, values: Values) -> nn.Module:
@@ -217,8 +217,9 @@ class L2Norm(PostHoc):
 class NCM(PostHoc):
     """Nearest class mean (Kang et al., ICLR 2020): argmin_j |f' - m_j|, m_j the mean of class j's training features.
 
-    ncm_metric ``centred``: f' = (f - mean) / |f - mean|, the code's default; ``cosine``: f' = f / |f| and m_j of length
-    1; ``l2``: f' = f. Published for ImageNet-LT. The means are of images that are not augmented. Needs no class counts.
+    ncm_metric ``centred``: f' = (f - mean) / |f - mean|, the published code's default on ImageNet-LT; ``cosine``:
+    f' = f / |f| and m_j of length 1; ``l2``: f' = f. The means are of images that are not augmented. Needs no class
+    counts.
     """
 
     options = {"ncm_metric": "centred"}
@@ -266,9 +267,12 @@ class LogitAdjustment(Method):
 class BalancedSoftmax(Method):
     """Balanced softmax (Ren et al., NeurIPS 2020): CE(z + log n) in training, z at test; no parameter.
 
-    Published for whole networks and, as here, for the classifier alone. Equals train-time logit adjustment with tau 1.
+    Published for whole networks on CIFAR-LT and, as here, for the classifier alone: Places-LT with lr 0.02 at batch
+    256, weight decay 5e-4, 10 epochs; the lr is scaled to batch 64. Equals train-time logit adjustment with tau 1.
     Needs class counts.
     """
+
+    options = {"finetune_lr": 0.005, "finetune_wd": 5e-4}
 
     def loss(self, start: Start, values: Values, progress: float) -> nn.Module:
         return balanced_softmax(start.class_counts)
@@ -277,7 +281,8 @@ class BalancedSoftmax(Method):
 class FocalLoss(Method):
     """Focal loss (Lin et al., ICCV 2017): -(1 - p_y)^gamma log p_y.
 
-    gamma 1 is LDAM-DRW's on CIFAR-LT, 2 the paper's for object detection. Needs no class counts.
+    p is a softmax here, a sigmoid in the paper, whose alpha is left out. gamma 1 is LDAM-DRW's for whole networks on
+    CIFAR-LT, 2 the paper's for object detection. Needs no class counts.
     """
 
     options = {**FINE_TUNE, "focal_gamma": 1.0}
@@ -291,7 +296,8 @@ class ClassBalanced(Method):
     """Class-balanced loss (Cui et al., CVPR 2019): weights (1 - beta) / (1 - beta^n_y), summing to C.
 
     cb_form ``ce``: weighted cross-entropy; ``bce``: binary cross-entropy between softmax and one-hot, as in Weight
-    Balancing's code. Published with beta 0.9999 on CIFAR-LT. Needs class counts.
+    Balancing's code. beta 0.9999 is the paper's for whole networks on CIFAR-10-LT, and Weight Balancing's on
+    CIFAR-100-LT. Needs class counts.
     """
 
     options = {**FINE_TUNE, "cb_beta": 0.9999, "cb_form": "ce"}
@@ -307,7 +313,7 @@ class ClassBalanced(Method):
 class WeightDecay(ClassBalanced):
     """Weight Balancing's classifier with weight decay alone (CVPR 2022, "+ WD"): class-balanced loss, strong decay.
 
-    Published with lr 0.01, weight decay 0.1, the ``bce`` form and 10 epochs on CIFAR-100-LT. Needs class counts.
+    Its own values were not released; lr, weight decay and loss are those of :class:`MaxNorm`. Needs class counts.
     """
 
     options = {"finetune_lr": 0.01, "finetune_wd": 0.1, "cb_beta": 0.9999, "cb_form": "bce"}
@@ -318,8 +324,9 @@ class MaxNorm(WeightDecay):
     """Weight Balancing (CVPR 2022, Eq. 5): weight decay, class-balanced loss and w_j <- min(1, r / |w_j|) w_j.
 
     maxnorm_radius ``published``: r = min |w_j| + 0.1 (max |w_j| - min |w_j|) of stage 1's rows; maxnorm_every ``epoch``
-    as in its code, ``step`` as in its text. The bias is free. Published as :class:`WeightDecay` is. label_smooth
-    takes the ``ce`` form. Needs class counts for the loss, none for the projection.
+    as in its code, ``step`` as in its text. The bias is free. Published with lr 0.01, weight decay 0.1, the ``bce``
+    form, beta 0.9999 and 10 epochs at batch 64 on CIFAR-100-LT. label_smooth takes the ``ce`` form. Needs class counts
+    for the loss, none for the projection.
     """
 
     options = {
@@ -348,9 +355,10 @@ class MaxNorm(WeightDecay):
 
 
 class Cosine(Method):
-    """Cross-entropy on a cosine head: z_j = s cos(f, w_j), from stage 1's directions, without bias.
+    """Cross-entropy on a cosine head (Gidaris and Komodakis, CVPR 2018): z_j = s cos(f, w_j), without bias.
 
-    s 30 is LDAM-DRW's on CIFAR-LT. Needs no class counts.
+    It starts from stage 1's directions. s is fixed; 30 is LDAM-DRW's for whole networks on CIFAR-LT. Needs no class
+    counts.
     """
 
     options = {**FINE_TUNE, "label_smooth": 0.0, "cosine_scale": 30.0}
@@ -382,11 +390,13 @@ class LDAM(Cosine):
 class LabelAwareSmoothing(Method):
     """Label-aware smoothing (Zhong et al., MiSLAS, CVPR 2021): smoothing that grows with n_y from tail to head.
 
-    Published with class-balanced sampling, head 0.4 and tail 0.1 on CIFAR-100-LT at ratio 100. Its code also learns a
-    scale per class and lets BatchNorm adapt to the sampler, as --features replay does here. Needs class counts.
+    e_y = tail + (head - tail) sin(pi (n_y - n_min) / (2 (n_max - n_min))). Published with class-balanced sampling, head
+    0.4, tail 0.1, lr 0.02 at batch 128, weight decay 2e-4 and 10 epochs on CIFAR-100-LT at ratio 100; the lr is scaled
+    to batch 64. Its code also learns a scale per class and lets BatchNorm adapt to the sampler, as --features replay
+    does here. Needs class counts.
     """
 
-    options = {**FINE_TUNE, "las_head": 0.4, "las_tail": 0.1, "sampler": "class"}
+    options = {"finetune_lr": 0.01, "finetune_wd": 2e-4, "las_head": 0.4, "las_tail": 0.1, "sampler": "class"}
     tuned = {"las_head": (0.2, 0.4, 0.6)}
 
     def loss(self, start: Start, values: Values, progress: float) -> nn.Module:
@@ -396,8 +406,9 @@ class LabelAwareSmoothing(Method):
 class DisAlign(Method):
     """Distribution alignment (Zhang et al., CVPR 2021): z'_j = (1 + c a_j) z_j + c b_j, c = sigmoid(u f + v).
 
-    Cross-entropy weighted by pi^(-rho); stage 1's classifier stays as it is. Published with rho 1.2, lr 0.1 at batch
-    256, weight decay 5e-4 on ImageNet-LT; the lr is scaled to batch 64. Needs class counts.
+    The form of its classification code. Cross-entropy weighted by pi^(-rho); stage 1's classifier stays as it is. That
+    code has rho 1.2, lr 0.1 at batch 256, weight decay 5e-4 on ImageNet-LT; the lr is scaled to batch 64. Needs class
+    counts.
     """
 
     options = {"finetune_lr": 0.025, "finetune_wd": 5e-4, "grw_rho": 1.2}
@@ -417,11 +428,12 @@ class DisAlign(Method):
 class MarginCalibration(Method):
     """MARC (Wang et al., ACML 2022): z'_j = a_j z_j + b_j |w_j|, a and b alone are trained, from 1 and 0.
 
-    Cross-entropy weighted by pi^(-rho). Published with rho 1.2, lr 0.05 at batch 512, weight decay 5e-4 and 2000 steps
-    on CIFAR-LT; the lr is scaled to batch 64, and its warm-up left out. Needs class counts.
+    Cross-entropy weighted by pi^(-rho). Published with rho 1.2, weight decay 5e-4 and 2000 steps at batch 512 on
+    CIFAR-LT, the lr rising from 0.05 to 0.1 and then a cosine; 0.1 is scaled to batch 64, the rise left out. Needs
+    class counts.
     """
 
-    options = {"finetune_lr": 0.00625, "finetune_wd": 5e-4, "grw_rho": 1.2}
+    options = {"finetune_lr": 0.0125, "finetune_wd": 5e-4, "grw_rho": 1.2}
     tuned = {"grw_rho": (0.8, 1.2, 1.5)}
     takes_scope = False
 
@@ -433,9 +445,10 @@ class MarginCalibration(Method):
 
 
 class LadeLoss(Method):
-    """LADE (Hong et al., CVPR 2021): balanced softmax plus alpha times a regularised bound on each class's density.
+    """LADE (Hong et al., CVPR 2021): CE(z + log pi) - alpha sum_j pi_j [E_j - L_j - lambda L_j^2].
 
-    Published with alpha 0.1, lambda 0.01 on CIFAR-100-LT at ratio 100, for whole networks. Needs class counts.
+    E_j is the mean logit of class j's images, L_j the log of a mean of exponentials, see losses/weighted.py. Published
+    with alpha 0.1, lambda 0.01 on CIFAR-100-LT at ratio 100, for whole networks. Needs class counts.
     """
 
     options = {**FINE_TUNE, "lade_alpha": 0.1, "lade_lambda": 0.01}

@@ -139,3 +139,10 @@ def test_mistakes_are_refused() -> None:
         SoftmaxLoss(3, smooth=1.2)
     with pytest.raises(ValueError, match="positive"):
         SoftmaxLoss(3, weight=0.0)
+
+
+@pytest.mark.parametrize("gamma", [0.5, 1.0, 2.0])
+def test_focal_has_a_gradient_where_it_is_certain(gamma: float) -> None:
+    logits = torch.tensor([[60.0, 0.0, 0.0], [0.0, 1.0, 0.0]], requires_grad=True)
+    weighted.Focal(gamma)(logits, torch.tensor([0, 0])).backward()
+    assert logits.grad is not None and bool(logits.grad.isfinite().all()) and logits.grad.abs().max() > 0.01

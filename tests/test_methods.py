@@ -170,7 +170,7 @@ def test_ldam_defers_its_weights(start) -> None:
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_is_made_trained_and_stored(start, name: str) -> None:
     method, setting = METHODS[name], only(name)
-    assert method.__class__.__doc__ and "class counts" in method.__class__.__doc__
+    assert "class counts" in " ".join(str(type(method).__doc__).split())
     head = method.head(start, setting.values)
     if method.is_trained:
         before = {key: value.clone() for key, value in head.state_dict().items()}
