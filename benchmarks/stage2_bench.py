@@ -106,11 +106,11 @@ def classifiers(features: Tensor, labels: Tensor, fc: nn.Linear, values: int) ->
 
 
 def evaluations(features: Tensor, labels: Tensor, fc: nn.Linear, values: int) -> Callable[[], None]:
-    """One evaluation of so many classifiers on cached test features."""
+    """One evaluation of so many classifiers on cached features of the test images and their mirror images."""
 
     def run() -> None:
         for _ in range(values):
-            accuracies(predict_features(fc, [features], EVAL_BATCH).argmax(dim=1), labels, COUNTS)
+            accuracies(predict_features(fc, [features, features], EVAL_BATCH).argmax(dim=1), labels, COUNTS)
 
     return run
 
