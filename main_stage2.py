@@ -101,7 +101,9 @@ class Options(TrainOptions):
         "mode and all crops and flips; replay, train mode, so that its statistics drift",
         published="replay",
     )
-    views: int = option(20, Number(int, 1, 10_000), "augmented views of an image; epoch e shows view e mod V")
+    views: int = option(
+        20, Number(int, 0, 10_000), "augmented views of an image; epoch e shows view e mod V; 0: the image as it is"
+    )
     view_seed: int = option(0, Number(int, 0, 2**31 - 1), "seed of the views' crops and flips, shared by all --seed")
     cache_dir: str = option("cache", Text("a folder"), "where features are kept; it may be deleted at any time")
     pretrained_pth: str | None = option(None, Text(), "stage 1's checkpoint; without it, the one it left by default")

@@ -3,7 +3,8 @@
 ``FEATURES`` maps a --features name to a source. All share the order of images that the sampler and the seed give, and
 differ in BatchNorm and augmentation:
 
-* ``views``: BatchNorm in eval mode, V augmented views of every image; epoch e shows view e mod V.
+* ``views``: BatchNorm in eval mode, V augmented views of every image; epoch e shows view e mod V. V = 0 is the image
+  as it is.
 * ``orbit``: eval mode, every crop and flip there is (162 of a CIFAR image); an epoch draws its own.
 * ``replay``: train mode, as published: each batch normalises by its own statistics, and the running ones drift.
 """
@@ -129,7 +130,7 @@ class FeatureSource:
         flip: whether test and held-out images come with their mirror images.
         progress: shows the passes over the backbone.
         eval_batch: images per step where BatchNorm is in eval mode.
-        num_views, view_seed: number of views and the seed of their crops and flips (``views``).
+        num_views, view_seed: number of views (0: images as they are) and the seed of their crops and flips (``views``).
     """
 
     model: ResNet
@@ -147,6 +148,7 @@ class FeatureSource:
         self.model = self.model.to(self.device).eval().requires_grad_(False)
         self.labels = self.data.train.labels.to(self.device)
         self.caches: dict[str, FeatureCache] = {}
+        self._latest: dict[str, tuple[str, list[Tensor]]] = {}
         self._fingerprints = {
             part: None if images is None else _fingerprint(images)
             for part, images in (("train", self.data.train), ("val", self.data.val), ("test", self.data.test))
@@ -204,10 +206,13 @@ class FeatureSource:
             for pixels, _ in self.progress(batches.epoch(), len(batches), f"features of {part} images"):
                 yield features_of(model, pixels.flip(dims=(3,)) if mirrored else pixels)
 
-        found = [cache.array(name, len(images), compute)]
-        if self.flip and part != "train":
-            found.append(cache.array(f"{name}_mirrored", len(images), partial(compute, mirrored=True)))
-        return [array.to(self.device) for array in found]
+        key = f"{cache.folder}/{name}"
+        if self._latest.get(part, ("", []))[0] != key:  # kept for the next classifier that asks
+            found = [cache.array(name, len(images), compute)]
+            if self.flip and part != "train":
+                found.append(cache.array(f"{name}_mirrored", len(images), partial(compute, mirrored=True)))
+            self._latest[part] = key, [array.to(self.device) for array in found]
+        return self._latest[part][1]
 
     def train_batches(self, stream: Stream) -> Batches:
         """The published batches of a stream: the sampler's order, each image newly cropped and flipped."""
@@ -248,12 +253,16 @@ class Views(_EvalMode):
     """V augmented views of every image, shared by all seeds and samplers; epoch e shows view e mod V."""
 
     def epoch(self, stream: Stream, epoch: int) -> Iterator[Batch]:
-        augment, view = self.data.spec.augment, epoch % self.num_views
-        more = {"view_seed": self.view_seed, "pad": augment.pad, "flip": augment.flip, "eval_batch": self.eval_batch}
-        windows = draw_windows(len(self.labels), augment, seeded(self.view_seed, VIEWS_STREAM, view))
-        features = self.view(self.cache("eval", "train", **more), f"view_{view}", *windows).to(self.device)
+        features = self.numbered(epoch % self.num_views) if self.num_views else self.evaluated("train")[0]
         for order in self.train_batches(stream).draws(epoch).order.to(self.device).split(stream.batch_size):
             yield features[order], self.labels[order]
+
+    def numbered(self, view: int) -> Tensor:
+        """The features (N, D) of one view of all training images, in file order."""
+        augment = self.data.spec.augment
+        more = {"view_seed": self.view_seed, "pad": augment.pad, "flip": augment.flip, "eval_batch": self.eval_batch}
+        windows = draw_windows(len(self.labels), augment, seeded(self.view_seed, VIEWS_STREAM, view))
+        return self.view(self.cache("eval", "train", **more), f"view_{view}", *windows).to(self.device)
 
 
 class Orbit(_EvalMode):

@@ -72,7 +72,6 @@ class Result:
         self.selection.offer(epoch, head, test_report, val_report)
         if self.selection.epoch == epoch:
             self.head = copy.deepcopy(head)
-            self.selection.test = test_report
         if self.records:
             groups = {f"test_{group}": test_report["groups"][group]["accuracy"] for group in GROUPS}
             self.records[-1] |= {"test_top1": test_report["top1"], **groups}

@@ -81,6 +81,15 @@ def test_features_are_the_networks_of_the_drawn_images(kind: str, tmp_path: Path
         assert not model.training
 
 
+def test_no_view_is_the_image_as_it_is(tmp_path: Path) -> None:
+    source = make("views", tmp_path, num_views=0)
+    images = (source.data.train.images.float() / 255 - source.data.spec.mean[0]) / source.data.spec.std[0]
+    order = source.train_batches(STREAM).draws(1).order
+    with torch.no_grad():
+        expected = source.model.features(images)[order]
+    assert (collect(source, 1)[0] - expected).abs().max() < 1e-5
+
+
 @pytest.mark.parametrize("kind", FEATURES)
 def test_nothing_is_computed_twice(kind: str, tmp_path: Path) -> None:
     first = make(kind, tmp_path, num_views=3)
