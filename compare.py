@@ -97,8 +97,9 @@ def main(argv: Sequence[str]) -> list[dict[str, Any]]:
         (run.folder / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         shown = {
             label(row.setting, names): measured[id(row.results[0])]
+            for method in options.show
             for row in rows
-            if row.setting.method in options.show and row.setting.scope == "fc"
+            if row.setting.method == method and row.setting.scope == "fc"
         }
         if shown:
             title = f"{data.spec.name}, ratio {options.imb_ratio}, {options.network}"
