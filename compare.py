@@ -27,7 +27,7 @@ from retraining.settings import TUNABLE, Setting, make_settings, varying
 from retraining.sweep import MEASURES, Lab, Result, Row, plus_minus, rows_of, score_of
 from stages import begin, fill_options, load_data, open_checkpoint
 from utils.metrics import calibration_error, fit_temperature, logit_statistics, report, spread
-from utils.options import Choice, Diverged, Flag, Many, UsageError, command, option, parse_typed
+from utils.options import Choice, Diverged, Flag, Many, UsageError, command, option, parse_typed, shown
 from utils.plots import class_profiles
 from utils.system import pick_device, provenance
 
@@ -58,6 +58,8 @@ def main(argv: Sequence[str]) -> list[dict[str, Any]]:
     resolved = fill_options(Options, typed, "stage2", file=parent)
     options: Any = resolved.options
     check_features(typed, options)
+    if "show" in typed and not set(options.show) <= set(options.method):
+        raise UsageError(f"--show {shown(options.show)}", f"methods that are compared: {shown(options.method)}")
     require_held_out(parent, options, "--tune" if options.tune else None)
     device = pick_device(options.device, options.gpu)
     data = load_data(options, val_indices=parent.data.get("val_indices", []))
@@ -73,12 +75,12 @@ def main(argv: Sequence[str]) -> list[dict[str, Any]]:
         rows = rows_of(results)
         if not rows:
             raise Diverged("the loss or the logits are not finite in any setting: a lower --finetune_lr may help")
+        names = varying(settings) if options.tune else varying([row.setting for row in rows])
         rows = best_of_each(rows) if options.tune else rows
         rows.sort(key=lambda row: -(row.figures(MEASURES["all"]) or (0.0,))[0])
         measured = {id(result): measure(result, lab) for row in rows for result in row.results}
         columns = column_figures(data.val is not None, measured)
 
-        names = varying([row.setting for row in rows])
         cells = [
             {"method": label(row.setting, names), "seeds": str(len(row.results))}
             | {name: form(row.figures(of), len(row.results)) for name, (of, form) in columns.items()}
@@ -87,7 +89,7 @@ def main(argv: Sequence[str]) -> list[dict[str, Any]]:
         frame = pd.DataFrame(cells)
         run.say(f"\n{frame.to_string(index=False)}\n")
         numbers = [numeric(row, names, columns) for row in rows]
-        pd.DataFrame(numbers).to_csv(run.folder / "compare.csv", index=False)
+        pd.DataFrame(numbers).convert_dtypes().to_csv(run.folder / "compare.csv", index=False)
         (run.folder / "compare.md").write_text(markdown(cells))
         head = {
             "options": dataclasses.asdict(options),
@@ -95,17 +97,18 @@ def main(argv: Sequence[str]) -> list[dict[str, Any]]:
         }
         lines = [head, *(raw(result, measured[id(result)]) for row in rows for result in row.results)]
         (run.folder / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        shown = {
+        profiles = {
             label(row.setting, names): measured[id(row.results[0])]
             for method in options.show
             for row in rows
             if row.setting.method == method and row.setting.scope == "fc"
         }
-        if shown:
+        if profiles:
             title = f"{data.spec.name}, ratio {options.imb_ratio}, {options.network}"
-            class_profiles(shown, data.class_counts, title, run.folder / "class_profiles.png")
-        how = "each tuned on held-out images" if options.tune else "default values" if not names else "as swept"
-        run.say(f"{how}; sorted by test accuracy; compare.csv, .md, results.jsonl and figures are in {run.folder}")
+            class_profiles(profiles, data.class_counts, title, run.folder / "class_profiles.png")
+        figure = ", class_profiles.png" if profiles else ""
+        run.say(f"{how(options, typed, settings)}; sorted by test accuracy")
+        run.say(f"compare.csv, compare.md, results.jsonl{figure}: {run.folder}")
         return numbers
 
 
@@ -119,10 +122,29 @@ def choose_settings(options: Any, typed: dict[str, Any], num_classes: int) -> li
         frozen = wanted | {"finetune_scope": ("fc",)}
         settings += make_settings(options.method, frozen, typed, num_classes, published, options.tune)
     if beyond and SCOPE_METHOD in options.method:
-        settings += make_settings([SCOPE_METHOD], wanted | {"finetune_scope": beyond}, (), num_classes, published)
-    elif "finetune_scope" in typed and beyond:
-        raise UsageError(f"--finetune_scope {' '.join(beyond)} without --method {SCOPE_METHOD}", f"{SCOPE_METHOD} too")
+        remaining = () if settings else typed
+        settings += make_settings(
+            [SCOPE_METHOD], wanted | {"finetune_scope": beyond}, remaining, num_classes, published
+        )
+    left_out = [method for method in options.method if method not in {setting.method for setting in settings}]
+    if left_out:
+        scope = shown(options.finetune_scope)
+        raise UsageError(
+            f"--finetune_scope {scope} leaves out {shown(left_out)}", f"fc too, or --method {SCOPE_METHOD}"
+        )
     return settings
+
+
+def how(options: Any, typed: Iterable[str], settings: Sequence[Setting]) -> str:
+    """How the options and epochs of the table's rows were chosen, in words."""
+    changed = [name for name in TUNABLE if name in typed and name not in ("seed", "finetune_scope")]
+    words = f"--{' --'.join(changed)} as typed, the rest at its default" if changed else "default values"
+    if options.tune:
+        beyond = any(setting.scope != "fc" for setting in settings)
+        words += f"; tuned on held-out images{', except with the backbone' if beyond else ''}"
+    if options.select == "best_test":
+        words += "; epochs chosen on the TEST set"
+    return words
 
 
 def best_of_each(rows: Iterable[Row]) -> list[Row]:
@@ -136,13 +158,13 @@ def best_of_each(rows: Iterable[Row]) -> list[Row]:
 def measure(result: Result, lab: Lab) -> dict[str, Any]:
     """The whole test report, with per-class Logits Magnitude, RSD and weight norms (without flip averaging)."""
     labels = lab.data.test.labels
-    found = report(lab.logits_of(result, "test"), labels, lab.data.class_counts)
+    logits = lab.logits_of(result, "test")
+    found = report(logits, labels, lab.data.class_counts)
     found |= logit_statistics(lab.logits_of(result, "test", flip=False), labels)
     found["weight_norm"] = result.classifier.get_parameter("weight").norm(dim=1).tolist()
     found["temperature"] = found["ece_calibrated"] = None
     if lab.data.val is not None:
         found["temperature"] = fit_temperature(lab.logits_of(result, "val"), lab.data.val.labels)
-        logits = lab.logits_of(result, "test")
         found["ece_calibrated"] = calibration_error(logits, labels, found["temperature"])
     return found
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -39,12 +39,7 @@ def train_epoch(
     """
     losses, correct, sizes = [], [], []
     for images, labels in batches:
-        try:
-            logits = model(images)
-        except ValueError as error:
-            if len(labels) > 1 or "more than 1 value per channel" not in str(error):
-                raise
-            raise UsageError("a last batch of one image, which BatchNorm cannot take", "another --batch_size") from None
+        logits = forward(model, images)
         loss = criterion(logits, labels)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -61,6 +56,16 @@ def train_epoch(
     total = sum(sizes)
     loss_sum = sum(value * size for value, size in zip(per_step, sizes))
     return TrainStats(loss_sum / total, int(torch.stack(correct).sum()) / total)
+
+
+def forward(network: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    """The network's output; UsageError where BatchNorm in train mode is given a single value per channel."""
+    try:
+        return network(images)
+    except ValueError as error:
+        if len(images) > 1 or "more than 1 value per channel" not in str(error):
+            raise
+        raise UsageError("a last batch of one image, which BatchNorm cannot take", "another --batch_size") from None
 
 
 def for_evaluation(model: M) -> M:

@@ -110,6 +110,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         "stage": file.stage,
         **{key: getattr(options, key) for key in IDENTITY},
         "seed": file.options.get("seed"),
+        "method": file.options.get("method"),
         "label_smooth": file.options.get("label_smooth"),
         "select": file.metrics.get("select"),
         "epoch": file.metrics.get("epoch"),
@@ -132,7 +133,9 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         with atomic(options.csv) as path:
             path.write_text(per_class_csv(rows))
 
-    print(f"{file.path}: {file.stage or 'bare state dict'}, {file.network}, seed {file.options.get('seed', 'unknown')}")
+    method = f" {file.options['method']}" if "method" in file.options else ""
+    seed = file.options.get("seed", "unknown")
+    print(f"{file.path}: {file.stage or 'bare state dict'}{method}, {file.network}, seed {seed}")
     print(f"{data.describe()}, {options.imb_type} ratio {options.imb_ratio}, subset {options.subset}\n")
     print(table(report) + "\n")
     print(f"worst class {percent(report['worst_class'])}, harmonic mean {percent(report['harmonic_mean'])}, ", end="")

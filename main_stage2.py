@@ -105,7 +105,7 @@ class Options(TrainOptions):
         20, Number(int, 0, 10_000), "augmented views of an image; epoch e shows view e mod V; 0: the image as it is"
     )
     view_seed: int = option(0, Number(int, 0, 2**31 - 1), "seed of the views' crops and flips, shared by all --seed")
-    cache_dir: str = option("cache", Text("a folder"), "where features are kept; it may be deleted at any time")
+    cache_dir: str = option("cache", Text("a folder"), "where features are kept; it may be deleted between runs")
     pretrained_pth: str | None = option(None, Text(), "stage 1's checkpoint; without it, the one it left by default")
 
 
@@ -186,12 +186,16 @@ def retrain(settings: Sequence[Setting], lab: Lab, options: Any, run: Run) -> li
 
 def post_hoc(settings: Sequence[Setting], lab: Lab, select: str) -> list[Result]:
     """Methods that train nothing."""
-    results = [Result(setting, select) for setting in settings]
-    for result in results:
-        began = time.perf_counter()
-        head = METHODS[result.setting.method].head(lab.start, result.setting.values)
-        result.seconds = time.perf_counter() - began
+    results = []
+    for setting in settings:
+        began, passes = time.perf_counter(), lab.source.seconds
+        method = METHODS[setting.method]
+        values = method.resolve(lab.start, setting.values)
+        head = method.head(lab.start, values)
+        result = Result(Setting(setting.method, values), select)
+        result.seconds = time.perf_counter() - began - (lab.source.seconds - passes)
         lab.measure(result, head, epoch=-1)
+        results.append(result)
     return results
 
 
@@ -221,7 +225,7 @@ def train_network(setting: Setting, lab: Lab, options: Any, run: Run) -> Result:
     """Trains a classifier together with the backbone or its last block: the ordinary loop."""
     method, values, stream = METHODS[setting.method], setting.values, setting.stream
     assert stream is not None
-    result, began = Result(setting, options.select), time.perf_counter()
+    result = Result(setting, options.select)
     model = copy.deepcopy(lab.source.model)
     model.load_state_dict(lab.source.backbone(None, -1))
     model.fc = method.head(lab.start, values)
@@ -240,7 +244,9 @@ def train_network(setting: Setting, lab: Lab, options: Any, run: Run) -> Result:
         try:
             stats = train_epoch(model, steps, criterion, optimizer)
             method.project(model.fc, lab.start, values)
-            result.after(epoch, lr * rate, stats, time.perf_counter() - started)
+            seconds = time.perf_counter() - started
+            result.seconds += seconds
+            result.after(epoch, lr * rate, stats, seconds)
             if is_due(epoch, stream.epochs, options.eval_every):
                 val = lab.network_logits(model, "val") if lab.data.val else None
                 result.offer(epoch + 1, model, lab.network_logits(model, "test"), val, lab.data)
@@ -248,8 +254,6 @@ def train_network(setting: Setting, lab: Lab, options: Any, run: Run) -> Result:
             result.diverged = epoch + 1
             break
         run.log_many({setting.describe(): result.records[-1]}, setting.describe(["seed", "finetune_scope"]))
-
-    result.seconds = time.perf_counter() - began
     return result
 
 
@@ -268,24 +272,24 @@ def conclude(
             run.say(f"diverged in epoch {result.diverged}: {result.setting.describe()}")
     if not rows:
         raise Diverged("the loss or the logits are not finite in any setting: a lower --finetune_lr may help")
-    chosen = rows[0].results[0]
+    chosen, sweep = rows[0].results[0], None
     if len(results) > 1:
         cells = pd.DataFrame(table_cells(rows))
         run.say(f"\n{cells.to_string(index=False)}\n")
-        pd.DataFrame(raw_rows(results)).to_csv(run.folder / "sweep.csv", index=False)
+        pd.DataFrame(raw_rows(results)).convert_dtypes().to_csv(run.folder / "sweep.csv", index=False)
         curves = smoothing_curves(rows)
         if curves:
             label_smooth_curves(curves, f"{data.spec.name}, ratio {options.imb_ratio}", run.folder / "label_smooth.png")
-        rule = "the TEST set" if data.val is None else "held-out images"
+        sweep = {"settings": len(rows), "chosen_on": "the TEST set" if data.val is None else "held-out images"}
         name = chosen.setting.describe(["seed", *varying(settings)])
-        run.say(f"sorted and chosen by accuracy on {rule}; saved: {name}")
+        run.say(f"sorted and chosen by accuracy on {sweep['chosen_on']}; saved: {name}")
     run.epochs = chosen.records
     chosen.selection.test = report(lab.logits_of(chosen, "test"), data.test.labels, data.class_counts)
     chosen.selection.state = lab.state_dict(chosen)
     stored = dataclasses.asdict(options) | dict.fromkeys(TUNABLE) | dict(chosen.setting.values)
     stored["method"] = chosen.setting.method
-    head = head_name(chosen.classifier)
-    return finish(run, "stage2", options, data, chosen.selection, argv, lab.source.device, parent, stored, head)
+    device, head = lab.source.device, head_name(chosen.classifier)
+    return finish(run, "stage2", options, data, chosen.selection, argv, device, parent, stored, head, sweep)
 
 
 def describe(settings: Sequence[Setting]) -> str:

@@ -102,7 +102,10 @@ def fill_options(cls: type[T], typed: Mapping[str, Any], stage: str, file: Check
         UsageError: a typed flag contradicts the command's stage, the file or the data set.
     """
     if typed.get("cur_stage", stage) != stage:
-        raise UsageError(f"--cur_stage {typed['cur_stage']}: this is main_{stage}.py", stage)
+        raise UsageError(f"--cur_stage {typed['cur_stage']}: this command is {stage}'s", stage)
+    seeds = typed.get("seed")
+    if isinstance(seeds, tuple) and len(seeds) > 1 and "None" in seeds:
+        raise UsageError(f"--seed {shown(seeds)}", "None alone, or numbers")
     layers: dict[str, Mapping[str, Any]] = {}
     if file is not None:
         stored = file_identity(file)
@@ -305,10 +308,12 @@ def finish(
     parent: Checkpoint | None = None,
     stored: Mapping[str, Any] | None = None,
     head: str = "linear",
+    sweep: Mapping[str, Any] | None = None,
 ) -> Report:
     """Writes the checkpoint (run folder and final path), the plots and the per-class table; returns the test report.
 
-    ``stored`` are the options to keep where the run had several values of one, ``head`` the kind of the classifier.
+    ``stored`` are the options to keep where the run had several values of one, ``head`` the kind of the classifier,
+    ``sweep`` how many settings it was chosen from and on what.
     """
     file = Checkpoint(
         stage=stage,
@@ -325,7 +330,9 @@ def finish(
             "std": list(data.spec.std),
             "val_indices": [] if data.val is None else data.val.indices.tolist(),
         },
-        metrics=selection.test | {"epoch": selection.epoch, "select": selection.rule, "flip_tta": options.flip_tta},
+        metrics=selection.test
+        | {"epoch": selection.epoch, "select": selection.rule, "flip_tta": options.flip_tta}
+        | ({"sweep": dict(sweep)} if sweep else {}),
         parent=None if parent is None else checkpoints.describe_parent(parent),
         provenance=provenance(f"main_{stage}.py", argv, device, run.seconds),
         head=head,
@@ -333,7 +340,8 @@ def finish(
     file.save(run.folder / "checkpoint.pt")
     rows = per_class_rows(selection.test, data.class_names, data.class_counts)
     (run.folder / "per_class.csv").write_text(per_class_csv(rows))
-    title = f"{options.dataset}, ratio {options.imb_ratio}, {options.network}, {stage}"
+    method = f" {file.options['method']}" if "method" in file.options else ""
+    title = f"{options.dataset}, ratio {options.imb_ratio}, {options.network}, {stage}{method}"
     if run.epochs:  # some methods train nothing
         learning_curves(run.epochs, title, run.folder / "curves.png")
     per_class_accuracy(
@@ -343,7 +351,7 @@ def finish(
     test, (best_epoch, best) = selection.test, selection.oracle
     groups = ", ".join(f"{group} {percent(test['groups'][group]['accuracy'])}" for group in GROUPS)
     run.say(f"test top-1 {percent(test['top1'])} % ({groups}); {selection_words(file.metrics)}")
-    if selection.rule != "best_test":
+    if selection.rule != "best_test" and not sweep:
         run.say(f"best on the test set, not used: {percent(best['top1'])} % at epoch {best_epoch}")
     run.say(f"{checkpoints.publish(file, _final_path(options, stage))}; {run.seconds:.0f} s")
     return test
@@ -353,7 +361,9 @@ def selection_words(metrics: Mapping[str, Any]) -> str:
     """How the stored epoch was chosen, in words: "epoch 200, the last; no flip averaging"."""
     rule = {"last": "the last", "best_test": "the best on the TEST set", "best_val": "the best on held-out images"}
     flip = "with flip averaging" if metrics["flip_tta"] else "no flip averaging"
-    return f"epoch {metrics['epoch']}, {rule[metrics['select']]}; {flip}"
+    swept = metrics.get("sweep")
+    setting = f"; the best of {swept['settings']} settings on {swept['chosen_on']}" if swept else ""
+    return f"epoch {metrics['epoch']}, {rule[metrics['select']]}{setting}; {flip}"
 
 
 def flags_of(options: DataOptions, *names: str) -> str:

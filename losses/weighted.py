@@ -45,8 +45,10 @@ class ClassBalancedBCE(nn.Module):
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
         targets = F.one_hot(labels, logits.shape[1]).to(logits.dtype)
-        losses = F.binary_cross_entropy(logits.softmax(dim=1), targets, reduction="none").mean(dim=1)
-        return (self.weight[labels] * losses).mean()
+        probabilities = logits.softmax(dim=1)
+        bad = probabilities.isnan()  # torch's loss ends the program at a NaN; here it comes out as a NaN
+        losses = F.binary_cross_entropy(probabilities.masked_fill(bad, 0.5), targets, reduction="none").mean(dim=1)
+        return (self.weight[labels] * losses.masked_fill(bad.any(dim=1), torch.nan)).mean()
 
 
 class LADE(nn.Module):

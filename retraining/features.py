@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
+import pickle
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 
 from datasets import SAMPLERS, Batches, ImageSet, LongTailed
 from datasets.batches import Batch, Draws, draw_windows, seeded
-from engine import for_evaluation
+from engine import for_evaluation, forward
 from models import ResNet
 from utils.files import atomic, require_writable
 from utils.options import UsageError
@@ -60,62 +61,73 @@ class FeatureCache:
 
     A file is written beside its final name and renamed when it is whole, so an interrupted write leaves nothing to be
     mistaken for it, and two runs that want the same file at once each write the same bytes. Arrays are .npy files,
-    float32, and come back memory-mapped.
+    float32, and come back memory-mapped; one that is damaged is made anew.
 
     Attributes:
         folder: where the files are.
         computed, reused: bytes of arrays written and found.
+        seconds: time spent on writing them, the making included.
     """
 
     def __init__(self, root: str | Path, about: dict[str, Any]) -> None:
         text = json.dumps(about, sort_keys=True, indent=1)
         self.folder = Path(root, hashlib.sha256(text.encode()).hexdigest()[:16])
-        require_writable("--cache_dir", self.folder)
-        with atomic(self.folder / "about.json") as path:
-            path.write_text(text + "\n")
+        if not (self.folder / "about.json").is_file():
+            require_writable("--cache_dir", self.folder)
+            with atomic(self.folder / "about.json") as path:
+                path.write_text(text + "\n")
         self.computed = self.reused = 0
+        self.seconds = 0.0
         self._seen: set[str] = set()
 
-    def has(self, name: str) -> bool:
-        """Whether the array is there."""
-        return (self.folder / f"{name}.npy").is_file()
-
-    def array(self, name: str, rows: int, compute: Callable[[], Iterator[Tensor]]) -> Tensor:
-        """The array (rows, D); where it is missing, made of the pieces (B, D) that ``compute`` yields."""
+    def array(self, name: str, rows: int, compute: Callable[[], Iterator[Tensor]], anew: bool = False) -> Tensor:
+        """The array (rows, D); where it is missing or ``anew``, made of the pieces (B, D) that ``compute`` yields."""
         path = self.folder / f"{name}.npy"
-        if path.is_file():
-            self._count(name, path, new=False)
-        else:
-            with atomic(path) as temporary:
-                self._write(temporary, rows, compute())
-            self._count(name, path, new=True)
-        return torch.from_numpy(np.load(path, mmap_mode="c"))  # copy-on-write: torch wants writable memory
+        array = None if anew else _mapped(path, rows)
+        is_new = array is None
+        if array is None:
+            began = time.perf_counter()
+            self._write(path, rows, compute())
+            self.seconds += time.perf_counter() - began
+            array = _mapped(path, rows)
+        if array is None:
+            raise UsageError(f"--cache_dir {self.folder}: {path.name} is gone", "a cache that nobody deletes meanwhile")
+        if name not in self._seen:
+            self._seen.add(name)
+            self.computed += array.nbytes * is_new
+            self.reused += array.nbytes * (not is_new)
+        return torch.from_numpy(array)
 
     def _write(self, path: Path, rows: int, pieces: Iterator[Tensor]) -> None:
         # Plain writes: on a full disk they fail with an error, a memory map with the process.
-        written = 0
-        try:
-            with open(path, "wb") as file:
-                for piece in pieces:
+        require_writable("--cache_dir", self.folder)
+        with atomic(path) as temporary, open(temporary, "wb") as file:
+            written = 0
+            for piece in pieces:
+                header = {"descr": "<f4", "fortran_order": False, "shape": (rows, piece.shape[1])}
+                try:
                     if written == 0:
-                        header = {"descr": "<f4", "fortran_order": False, "shape": (rows, piece.shape[1])}
                         np.lib.format.write_array_header_1_0(file, header)
                     file.write(piece.cpu().numpy().astype("<f4", copy=False).tobytes())
-                    written += len(piece)
-        except OSError as error:
-            raise UsageError(f"--cache_dir {self.folder}: {error.strerror}", "a folder with more room") from None
-        assert written == rows
+                except OSError as error:
+                    raise UsageError(
+                        f"--cache_dir {self.folder}: {error.strerror}", "a folder with more room"
+                    ) from None
+                written += len(piece)
+            assert written == rows
 
     def tensors(self, name: str) -> Path:
         """The path of a small file of tensors beside the arrays."""
         return self.folder / f"{name}.pt"
 
-    def _count(self, name: str, path: Path, new: bool) -> None:
-        if name not in self._seen:
-            self._seen.add(name)
-            size = os.path.getsize(path)
-            self.computed += size * new
-            self.reused += size * (not new)
+
+def _mapped(path: Path, rows: int) -> np.ndarray[Any, np.dtype[np.float32]] | None:
+    """The array of a file, memory-mapped; None where the file is missing, damaged or of another shape."""
+    try:
+        array = np.load(path, mmap_mode="c")  # copy-on-write: torch wants writable memory
+    except (OSError, ValueError, EOFError):
+        return None
+    return array if array.dtype == np.float32 and array.ndim == 2 and len(array) == rows else None
 
 
 @dataclass
@@ -170,11 +182,17 @@ class FeatureSource:
         return {name: value.detach().cpu().clone() for name, value in self.model.state_dict().items()}
 
     @property
+    def seconds(self) -> float:
+        """Time spent on making features so far."""
+        return sum(cache.seconds for cache in self.caches.values())
+
+    @property
     def size(self) -> str:
         """One line: where the cache is, and how much was computed and found there."""
         caches = self.caches.values()
         computed, reused = (sum(getattr(cache, name) for cache in caches) / 1e6 for name in ("computed", "reused"))
-        return f"features in {self.cache_dir}: {computed:,.0f} MB computed, {reused:,.0f} MB reused"
+        made = f"{computed:,.0f} MB computed in {self.seconds:.0f} s"
+        return f"features in {self.cache_dir}: {made}, {reused:,.0f} MB reused"
 
     def cache(self, batchnorm: str, part: str, **more: Any) -> FeatureCache:
         """The folder of one part's features."""
@@ -202,9 +220,8 @@ class FeatureSource:
         batches = Batches(images.images, images.labels, self.eval_batch, *self._pixels(), self.device)
 
         def compute(mirrored: bool = False) -> Iterator[Tensor]:
-            model = network()
-            for pixels, _ in self.progress(batches.epoch(), len(batches), f"features of {part} images"):
-                yield features_of(model, pixels.flip(dims=(3,)) if mirrored else pixels)
+            steps = ((pixels.flip(dims=(3,)) if mirrored else pixels, labels) for pixels, labels in batches.epoch())
+            yield from self.passes(network(), steps, len(batches), f"features of {part} images")
 
         key = f"{cache.folder}/{name}"
         if self._latest.get(part, ("", []))[0] != key:  # kept for the next classifier that asks
@@ -213,6 +230,11 @@ class FeatureSource:
                 found.append(cache.array(f"{name}_mirrored", len(images), partial(compute, mirrored=True)))
             self._latest[part] = key, [array.to(self.device) for array in found]
         return self._latest[part][1]
+
+    def passes(self, model: ResNet, steps: Iterable[Batch], number: int, what: str) -> Iterator[Tensor]:
+        """The features (B, D) of each step's images."""
+        for images, _ in self.progress(steps, number, what):
+            yield features_of(model, images)
 
     def train_batches(self, stream: Stream) -> Batches:
         """The published batches of a stream: the sampler's order, each image newly cropped and flipped."""
@@ -243,8 +265,7 @@ class _EvalMode(FeatureSource):
 
         def compute() -> Iterator[Tensor]:
             steps = batches.cut(Draws(torch.arange(len(train)), top, left, flip))
-            for pixels, _ in self.progress(steps, len(batches), name.replace("_", " ")):
-                yield features_of(self.fast, pixels)
+            yield from self.passes(self.fast, steps, len(batches), name.replace("_", " "))
 
         return cache.array(name, len(train), compute)
 
@@ -306,19 +327,13 @@ class Replay(FeatureSource):
         def compute() -> Iterator[Tensor]:
             self._load(stream, epoch - 1)
             self.model.train()
-            for pixels, _ in self.progress(batches.cut(draws), len(batches), f"replay of epoch {epoch + 1}"):
-                try:
-                    yield features_of(self.model, pixels)
-                except ValueError as error:
-                    if len(pixels) > 1 or "more than 1 value per channel" not in str(error):
-                        raise
-                    problem = "a last batch of one image, which BatchNorm cannot take"
-                    raise UsageError(problem, "another --batch_size") from None
+            yield from self.passes(self.model, batches.cut(draws), len(batches), f"replay of epoch {epoch + 1}")
             self.model.eval()
             with atomic(cache.tensors(f"batchnorm_{epoch}")) as path, open(path, "wb") as file:
                 torch.save(self._buffers(), file)
 
-        features = cache.array(f"epoch_{epoch}", len(draws.order), compute).to(self.device)
+        anew = not cache.tensors(f"batchnorm_{epoch}").is_file()
+        features = cache.array(f"epoch_{epoch}", len(draws.order), compute, anew).to(self.device)
         labels = self.labels[draws.order.to(self.device)]
         yield from zip(features.split(stream.batch_size), labels.split(stream.batch_size))
 
@@ -348,7 +363,11 @@ class Replay(FeatureSource):
         self.model.eval()
         state = self.start
         if stream is not None and epoch >= 0:
-            state = torch.load(self._cache(stream, "train").tensors(f"batchnorm_{epoch}"), weights_only=True)
+            path = self._cache(stream, "train").tensors(f"batchnorm_{epoch}")
+            try:
+                state = torch.load(path, weights_only=True)
+            except (OSError, EOFError, RuntimeError, pickle.UnpicklingError):
+                raise UsageError(f"--cache_dir: {path} is gone or damaged", "a cache without it: delete it") from None
         for name, value in self.model.named_buffers():
             value.copy_(state[name])
 
@@ -362,7 +381,7 @@ FEATURES: dict[str, type[FeatureSource]] = {"views": Views, "orbit": Orbit, "rep
 @torch.no_grad()
 def features_of(model: ResNet, images: Tensor) -> Tensor:
     """Images (B, c, H, W) -> features (B, D), without gradient."""
-    return model.features(images)
+    return forward(model.features, images)
 
 
 def predict_features(head: nn.Module, parts: list[Tensor], batch: int) -> Tensor:

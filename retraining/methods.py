@@ -9,7 +9,7 @@ methods share a budget of 20 epochs at batch 64, learning rates published for la
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,8 +94,12 @@ class Method:
         """The head to evaluate and store: one of ``models.heads.HEADS``."""
         return head.to_linear() if isinstance(head, ScaledLinear | MARC) else head
 
-    def check(self, values: Values) -> None:
-        """Raises UsageError where the options' values do not go together."""
+    def settle(self, values: dict[str, Any], typed: Collection[str]) -> None:
+        """Adapts defaults to the values that were typed; raises UsageError where those do not go together."""
+
+    def resolve(self, start: Start, values: Values) -> Values:
+        """The values with those filled in that are found on held-out images."""
+        return values
 
     def grid(self, values: Values, num_classes: int) -> dict[str, tuple[Any, ...]]:
         """What --tune tries around ``values``: learning rates five times lower and higher, times ``tuned``."""
@@ -188,20 +192,23 @@ class TauNorm(PostHoc):
     options = {"tau": "val"}
     tuned = {"tau": (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0)}
 
-    def head(self, start: Start, values: Values) -> nn.Module:
-        weight, norms = start.linear.weight, start.linear.weight.norm(dim=1, keepdim=True)
+    def resolve(self, start: Start, values: Values) -> Values:
         if values["tau"] != "val":
-            return make_linear(weight / norms ** values["tau"])
+            return values
         if start.held_out is None:
-            return make_linear(weight / norms)
+            return {**values, "tau": 1.0}
         features, labels = start.held_out()
 
         def class_mean(tau: float) -> float:
-            logits = features @ (weight / norms**tau).T
-            score: float = accuracies(logits.argmax(dim=1), labels, start.class_counts)["class_mean"]
+            predicted = self.head(start, {"tau": tau})(features).argmax(dim=1)
+            score: float = accuracies(predicted, labels, start.class_counts)["class_mean"]
             return score
 
-        return make_linear(weight / norms ** max((i / 10 for i in range(21)), key=class_mean))
+        return {**values, "tau": max((i / 10 for i in range(21)), key=class_mean)}
+
+    def head(self, start: Start, values: Values) -> nn.Module:
+        weight = start.linear.weight
+        return make_linear(weight / weight.norm(dim=1, keepdim=True) ** values["tau"])
 
 
 class L2Norm(PostHoc):
@@ -339,9 +346,11 @@ class MaxNorm(WeightDecay):
 
     projects = True
 
-    def check(self, values: Values) -> None:
+    def settle(self, values: dict[str, Any], typed: Collection[str]) -> None:
         if values["label_smooth"] and values["cb_form"] == "bce":
-            raise UsageError("--method maxnorm with --label_smooth and --cb_form bce", "--cb_form ce")
+            if "cb_form" in typed:
+                raise UsageError("--method maxnorm with --label_smooth above 0 and --cb_form bce", "--cb_form ce")
+            values["cb_form"] = "ce"
         if values["maxnorm_every"] == "step" and values["finetune_scope"] != "fc":
             raise UsageError(f"--maxnorm_every step with --finetune_scope {values['finetune_scope']}", "epoch")
 

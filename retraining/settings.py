@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -56,7 +56,7 @@ class Setting:
 def make_settings(
     methods: Sequence[str],
     wanted: Mapping[str, Sequence[Any] | None],
-    typed: Iterable[str],
+    typed: Collection[str],
     num_classes: int,
     published: bool = False,
     tune: bool = False,
@@ -75,7 +75,8 @@ def make_settings(
         UsageError: an option that none of the methods takes, or values that do not go together.
     """
     for name in typed:
-        if name in TUNABLE and name != "seed" and not any(name in options_of(METHODS[m]) for m in methods):
+        harmless = name == "seed" or (name == "finetune_scope" and wanted[name] == ("fc",))
+        if name in TUNABLE and not harmless and not any(name in options_of(METHODS[m]) for m in methods):
             takers = [key for key, method in METHODS.items() if name in options_of(method)]
             raise UsageError(
                 f"--{name} with --method {' '.join(methods)}", f"a method that takes it: {', '.join(takers)}"
@@ -87,7 +88,9 @@ def make_settings(
         values = {name: wanted.get(name) or (default,) for name, default in defaults.items()}
         if tune:
             free = {name: choices[0] for name, choices in values.items() if name not in typed}
-            values |= {name: grid for name, grid in method.grid(free, num_classes).items() if name in free}
+            for name, grid in method.grid(free, num_classes).items():
+                if name in free:  # the default comes first, and so wins where several are equally good
+                    values[name] = tuple(sorted(grid, key=lambda value: value != free[name]))
         for combination in product(*values.values()):
             one = dict(zip(values, combination))
             if one.get("label_smooth") == "auto":
@@ -95,7 +98,7 @@ def make_settings(
             if one.get("finetune_scope", "fc") != "fc" and not method.takes_scope:
                 takers = [name for name, each in METHODS.items() if each.takes_scope]
                 raise UsageError(f"--finetune_scope {one['finetune_scope']} with --method {key}", ", ".join(takers))
-            method.check(one)
+            method.settle(one, typed)
             settings.append(Setting(key, one))
     return list({(s.key, s.values.get("seed")): s for s in settings}.values())
 

@@ -30,7 +30,18 @@ STAGE1, STAGE2 = (Path(f"checkpoints/digits_exp100_resnet8_{stage}.pt") for stag
 
 RESULT_KEYS = {
     *("checkpoint", "sha256", "stage", "dataset", "imb_type", "imb_ratio", "subset", "subset_seed", "network", "seed"),
-    *("label_smooth", "select", "epoch", "flip_tta", "top1", "top5", "class_mean", "worst_class", "harmonic_mean"),
+    *(
+        "method",
+        "label_smooth",
+        "select",
+        "epoch",
+        "flip_tta",
+        "top1",
+        "top5",
+        "class_mean",
+        "worst_class",
+        "harmonic_mean",
+    ),
     *(
         "macro_f1",
         "ece",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -166,6 +167,75 @@ def test_the_key_holds_everything_that_features_depend_on(tmp_path: Path) -> Non
     assert len(folders) == 8
 
 
+@pytest.mark.parametrize(
+    "kind, change",
+    [
+        ("views", {"view_seed": 1}),
+        ("views", {"data": {"val_fraction": 0.2}}),
+        ("views", {"seed": 1}),
+        ("replay", {"stream": {"sampler": "class"}}),
+        ("replay", {"stream": {"batch_size": 32}}),
+        ("replay", {"stream": {"seed": 9}}),
+        ("replay", {"data": {"val_fraction": 0.2}}),
+        ("orbit", {"seed": 1}),
+    ],
+)
+def test_a_cache_that_was_filled_otherwise_is_not_taken(kind: str, change: dict, tmp_path: Path) -> None:
+    """The features of a changed source are the same in a used cache folder as in a fresh one."""
+    stream = STREAM._replace(**change.get("stream", {}))
+    data = datasets.load("digits", "", **change.get("data", {}))
+    other = {key: value for key, value in change.items() if key in ("view_seed", "seed")}
+    collect(make(kind, tmp_path / "used", num_views=2), 0)
+    used = make(kind, tmp_path / "used", data, num_views=2, **other)
+    fresh = make(kind, tmp_path / "fresh", data, num_views=2, **other)
+    assert torch.equal(collect(used, 0, stream)[0], collect(fresh, 0, stream)[0])
+    for part in ("test", "val") if data.val else ("test",):
+        after = stream if kind == "replay" else None
+        assert torch.equal(used.evaluated(part, after, 0)[0], fresh.evaluated(part, after, 0)[0])
+
+
+def test_a_progressive_replay_depends_on_the_number_of_epochs(tmp_path: Path) -> None:
+    source = make("replay", tmp_path)
+    short, long = (Stream(3, "progressive", 64, epochs) for epochs in (2, 9))
+    for epoch in range(2):
+        one, two = collect(source, epoch, short)[1].clone(), collect(source, epoch, long)[1]
+    assert not torch.equal(one, two)
+    fresh = make("replay", tmp_path / "fresh")
+    for epoch in range(2):
+        expected = collect(fresh, epoch, long)[0]
+    assert torch.equal(collect(source, 1, long)[0], expected)
+
+
+def test_normalisation_is_part_of_the_key(tmp_path: Path) -> None:
+    data = datasets.load("digits", "")
+    before = make("views", tmp_path, data).cache("eval", "train").folder
+    for change in ({"mean": (0.1,)}, {"std": (0.9,)}):
+        spec = dataclasses.replace(data.spec, **change)
+        other = make("views", tmp_path, dataclasses.replace(data, spec=spec))
+        assert other.cache("eval", "train").folder != before
+
+
+@pytest.mark.parametrize("damage", [b"", b"garbage", None])
+def test_a_damaged_file_is_made_anew(damage: bytes | None, tmp_path: Path) -> None:
+    whole = collect(make("views", tmp_path, num_views=1), 0)[0].clone()
+    [path] = tmp_path.rglob("view_0.npy")
+    path.write_bytes(path.read_bytes()[:-100] if damage is None else damage)
+    assert torch.equal(collect(make("views", tmp_path, num_views=1), 0)[0], whole)
+    np.save(path, np.zeros((3, 2), np.float32))
+    assert torch.equal(collect(make("views", tmp_path, num_views=1), 0)[0], whole)
+
+
+def test_replay_without_its_running_statistics_is_made_anew(tmp_path: Path) -> None:
+    whole = collect(make("replay", tmp_path), 0)[0].clone()
+    [path] = tmp_path.rglob("batchnorm_0.pt")
+    path.unlink()
+    again = make("replay", tmp_path)
+    assert torch.equal(collect(again, 0)[0], whole) and path.is_file()
+    path.write_bytes(b"x")
+    with pytest.raises(UsageError, match="batchnorm_0"):
+        collect(make("replay", tmp_path), 1)
+
+
 def test_an_interrupted_write_leaves_nothing(tmp_path: Path) -> None:
     cache = FeatureCache(tmp_path, {"a": 1})
 
@@ -175,9 +245,9 @@ def test_an_interrupted_write_leaves_nothing(tmp_path: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         cache.array("x", 4, broken)
-    assert sorted(path.name for path in cache.folder.iterdir()) == ["about.json"] and not cache.has("x")
+    assert sorted(path.name for path in cache.folder.iterdir()) == ["about.json"]
     got = cache.array("x", 4, lambda: iter([torch.ones(2, 3), torch.zeros(2, 3)]))
-    assert got.tolist() == [[1.0] * 3] * 2 + [[0.0] * 3] * 2 and cache.has("x")
+    assert got.tolist() == [[1.0] * 3] * 2 + [[0.0] * 3] * 2
     assert torch.equal(FeatureCache(tmp_path, {"a": 1}).array("x", 4, broken), got)
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import main_stage2
+from losses import weighted
 from models.heads import HEADS, head_name, make_linear
 from retraining.methods import METHODS, Start
 from retraining.settings import TUNABLE, Setting, by_stream, make_settings, options_of, varying
@@ -35,7 +36,7 @@ def only(method: str, **wanted) -> Setting:
 
 
 def head_of(start: Start, method: str, **wanted) -> nn.Module:
-    return METHODS[method].head(start, only(method, **wanted).values)
+    return METHODS[method].head(start, METHODS[method].resolve(start, only(method, **wanted).values))
 
 
 def numpy_of(start: Start) -> tuple[np.ndarray, np.ndarray]:
@@ -146,6 +147,8 @@ def test_heads_longhand(start) -> None:
         assert {n for n, p in head.named_parameters() if p.requires_grad} <= {"scale", "shift"}
 
     disalign = head_of(start, "disalign")
+    first = torch.sigmoid(0.1 * features.sum(dim=1, keepdim=True))
+    assert torch.allclose(disalign(features), (1 + first) * z, atol=1e-6)
     assert {n.split(".")[0] for n, p in disalign.named_parameters() if p.requires_grad} == {
         "scale", "shift", "confidence",
     }  # fmt: skip
@@ -170,6 +173,7 @@ def test_ldam_defers_its_weights(start) -> None:
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_is_made_trained_and_stored(start, name: str) -> None:
     method, setting = METHODS[name], only(name)
+    setting = dataclasses.replace(setting, values=method.resolve(start, setting.values))
     assert "class counts" in " ".join(str(type(method).__doc__).split())
     head = method.head(start, setting.values)
     if method.is_trained:
@@ -234,7 +238,7 @@ def test_a_sweep_is_the_product_of_what_each_method_takes() -> None:
         ("tau-norm l2-norm", {"finetune_lr": (0.1,)}, "--finetune_lr tau-norm"),
         ("lade", {"label_smooth": (0.9,)}, "--label_smooth los ce crt lws maxnorm cosine"),
         ("lws", {"finetune_scope": ("all",)}, "--finetune_scope all lws"),
-        ("maxnorm", {"label_smooth": (0.9,)}, "--label_smooth --cb_form ce"),
+        ("maxnorm", {"label_smooth": (0.9,), "cb_form": ("bce",)}, "--label_smooth --cb_form ce"),
         ("maxnorm", {"maxnorm_every": ("step",), "finetune_scope": ("all",)}, "--maxnorm_every step"),
     ],
 )
@@ -250,3 +254,121 @@ def test_a_linear_head_is_a_copy(start) -> None:
     with torch.no_grad():
         head.weight.add_(1)
     assert not torch.equal(head.weight, start.linear.weight)
+
+
+def test_smoothing_takes_maxnorms_other_loss_along() -> None:
+    wanted = COMMON | {"label_smooth": (0.0, 0.5)}
+    settings = make_settings(["maxnorm"], wanted, ["label_smooth"], 10)
+    assert [s.values["cb_form"] for s in settings] == ["bce", "ce"]
+
+
+LOGITS = torch.randn(12, 5, generator=torch.Generator().manual_seed(9))
+TARGETS = torch.tensor([0, 0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 4])
+N = torch.tensor(COUNTS, dtype=torch.float64)
+PRIOR = N / N.sum()
+
+
+def weighted_ce(z: torch.Tensor, weights: torch.Tensor, smooth: float = 0.0) -> float:
+    log_p = z.double().log_softmax(dim=1)
+    rows = [-(1 - smooth) * p[y] - smooth * p.mean() for p, y in zip(log_p, TARGETS)]
+    chosen = weights.double()[TARGETS]
+    return float((torch.stack(rows) * chosen).sum() / chosen.sum())
+
+
+def effective(beta: float) -> torch.Tensor:
+    return (1 - beta) / (1 - beta**N)
+
+
+LONGHAND = {
+    "los": ({"label_smooth": 0.3}, lambda: weighted_ce(LOGITS, torch.ones(5), 0.3)),
+    "ce": ({"label_smooth": 0.2}, lambda: weighted_ce(LOGITS, torch.ones(5), 0.2)),
+    "crt": ({"label_smooth": 0.1}, lambda: weighted_ce(LOGITS, torch.ones(5), 0.1)),
+    "lws": ({"label_smooth": 0.1}, lambda: weighted_ce(LOGITS, torch.ones(5), 0.1)),
+    "cosine": ({"label_smooth": 0.4}, lambda: weighted_ce(LOGITS, torch.ones(5), 0.4)),
+    "balanced-softmax": ({}, lambda: weighted_ce(LOGITS + N.log(), torch.ones(5))),
+    "logit-adjustment": ({"la_tau": 1.7}, lambda: weighted_ce(LOGITS + 1.7 * PRIOR.log(), torch.ones(5))),
+    "class-balanced": ({"cb_beta": 0.9}, lambda: weighted_ce(LOGITS, effective(0.9))),
+    "maxnorm": (
+        {"cb_beta": 0.9, "label_smooth": 0.5, "cb_form": "ce"},
+        lambda: weighted_ce(LOGITS, effective(0.9), 0.5),
+    ),
+    "disalign": ({"grw_rho": 0.7}, lambda: weighted_ce(LOGITS, PRIOR**-0.7)),
+    "marc": ({"grw_rho": 0.7}, lambda: weighted_ce(LOGITS, PRIOR**-0.7)),
+}
+
+
+@pytest.mark.parametrize("name", LONGHAND)
+def test_losses_longhand_away_from_their_defaults(start, name: str) -> None:
+    wanted, expected = LONGHAND[name]
+    loss = METHODS[name].loss(start, only(name, **wanted).values, 0.0)
+    assert float(loss(LOGITS, TARGETS)) == pytest.approx(expected(), rel=1e-5)
+
+
+def test_the_other_losses_longhand_away_from_their_defaults(start) -> None:
+    def value(name: str, progress: float = 0.0, **wanted) -> float:
+        return float(METHODS[name].loss(start, only(name, **wanted).values, progress)(LOGITS, TARGETS))
+
+    p = LOGITS.double().softmax(dim=1)[range(12), TARGETS]
+    assert value("focal", focal_gamma=1.5) == pytest.approx(float(-((1 - p) ** 1.5 * p.log()).mean()), rel=1e-5)
+    smooth = 0.05 + 0.5 * torch.sin(torch.pi * (N - 2) / (2 * 38))
+    log_p = LOGITS.double().log_softmax(dim=1)
+    rows = [-(1 - smooth[y]) * z[y] - smooth[y] * z.mean() for z, y in zip(log_p, TARGETS)]
+    found = value("label-aware-smoothing", las_head=0.55, las_tail=0.05)
+    assert found == pytest.approx(float(torch.stack(rows).mean()), rel=1e-5)
+    lade = weighted.LADE(COUNTS, alpha=0.3, lam=0.2)
+    assert value("lade", lade_alpha=0.3, lade_lambda=0.2) == pytest.approx(float(lade(LOGITS, TARGETS)), rel=1e-6)
+    assert value("lade", lade_alpha=0.2, lade_lambda=0.3) != pytest.approx(float(lade(LOGITS, TARGETS)), rel=1e-3)
+    bce = weighted.ClassBalancedBCE(COUNTS, 0.9)
+    assert value("weight-decay", cb_beta=0.9) == pytest.approx(float(bce(LOGITS, TARGETS)), rel=1e-6)
+    margins = 0.2 * N**-0.25 / (N**-0.25).max() * 10
+    shifted = LOGITS - margins[None] * torch.nn.functional.one_hot(TARGETS, 5)
+    ldam = {"ldam_margin": 0.2, "cosine_scale": 10.0, "drw": 0.5, "cb_beta": 0.9}
+    assert value("ldam", 0.4, **ldam) == pytest.approx(weighted_ce(shifted, torch.ones(5)), rel=1e-5)
+    assert value("ldam", 0.5, **ldam) == pytest.approx(weighted_ce(shifted, effective(0.9)), rel=1e-5)
+
+
+def test_class_balanced_bce_tells_a_nan_instead_of_ending_the_program() -> None:
+    loss = weighted.ClassBalancedBCE(COUNTS)(torch.full((2, 5), torch.nan), torch.tensor([0, 1]))
+    assert bool(loss.isnan())
+
+
+def test_published_defaults() -> None:
+    expected = {
+        "los": {"finetune_lr": 5e-4, "finetune_wd": 0.0, "label_smooth": "auto"},
+        "crt": {"finetune_lr": 0.2 * 64 / 512, "finetune_wd": 5e-4, "sampler": "class"},
+        "lws": {"finetune_lr": 0.2 * 64 / 512, "finetune_wd": 5e-4, "sampler": "class"},
+        "balanced-softmax": {"finetune_lr": 0.02 * 64 / 256, "finetune_wd": 5e-4},
+        "label-aware-smoothing": {"finetune_lr": 0.02 * 64 / 128, "las_head": 0.4, "las_tail": 0.1, "sampler": "class"},
+        "disalign": {"finetune_lr": 0.1 * 64 / 256, "finetune_wd": 5e-4, "grw_rho": 1.2},
+        "marc": {"finetune_lr": 0.1 * 64 / 512, "finetune_wd": 5e-4, "grw_rho": 1.2},
+        "ldam": {"ldam_margin": 0.5, "cosine_scale": 30.0, "drw": 0.8, "cb_beta": 0.9999},
+        "maxnorm": {"finetune_lr": 0.01, "finetune_wd": 0.1, "cb_form": "bce", "cb_beta": 0.9999},
+        "lade": {"lade_alpha": 0.1, "lade_lambda": 0.01},
+    }
+    for name, values in expected.items():
+        for option, value in values.items():
+            assert options_of(METHODS[name])[option] == pytest.approx(value), (name, option)
+
+
+def test_grids_go_down_and_up_and_begin_with_the_default() -> None:
+    settings = make_settings(["crt"], COMMON, [], 100, tune=True)
+    assert [s.values["finetune_lr"] for s in settings][::3] == pytest.approx([0.025, 0.005, 0.125])
+    assert [s.values["finetune_wd"] for s in settings][:3] == [5e-4, 0.0, 5e-3]
+
+
+def test_tau_goes_by_class_mean_where_the_held_out_images_are_unbalanced(start) -> None:
+    features, _ = start.held_out()
+    weight, _ = numpy_of(start)
+    for seed in range(200):  # labels for which the two rules disagree
+        labels = np.random.default_rng(seed).choice(5, 50, p=[0.7, 0.15, 0.05, 0.05, 0.05])
+        if len(set(labels)) < 5:
+            continue
+        hits = [
+            (features.numpy() @ (weight / np.linalg.norm(weight, axis=1, keepdims=True) ** tau).T).argmax(1) == labels
+            for tau in np.arange(21) / 10
+        ]
+        by_class = [np.mean([hit[labels == j].mean() for j in range(5)]) for hit in hits]
+        if np.argmax(by_class) != np.argmax([hit.mean() for hit in hits]):
+            break
+    lopsided = dataclasses.replace(start, held_out=lambda: (features, torch.tensor(labels)))
+    assert METHODS["tau-norm"].resolve(lopsided, {"tau": "val"})["tau"] == pytest.approx(np.argmax(by_class) / 10)

@@ -77,11 +77,13 @@ def test_any_head_and_loss_and_projection_beside_them() -> None:
             head.weight.mul_(0.5)
 
     cosine, projected, focal, changing = CosineHead(12, 5, 4.0), *(copy.deepcopy(start) for _ in range(3))
+    alone = copy.deepcopy(start)
     group = [
         *trainees(start),
         Trainee(copy.deepcopy(cosine), lambda _: SoftmaxLoss(5), 0.1, 1e-3),
         Trainee(projected, lambda _: SoftmaxLoss(5), 0.1, 0.0, lambda: shrink(projected)),
         Trainee(focal, lambda _: Focal(2.0), 0.1, 0.0),
+        Trainee(alone, lambda _: Focal(2.0), 0.1, 0.0, lambda: shrink(alone)),
         Trainee(changing, lambda progress: SoftmaxLoss(5, smooth=0.5 if progress > 0.5 else 0.0), 0.1, 0.0),
     ]
     solver = Solver(group)
@@ -92,6 +94,7 @@ def test_any_head_and_loss_and_projection_beside_them() -> None:
         literal(copy.deepcopy(cosine), SoftmaxLoss(5), 0.1, 1e-3, False),
         literal(copy.deepcopy(start), SoftmaxLoss(5), 0.1, 0.0, False, shrink),
         literal(copy.deepcopy(start), Focal(2.0), 0.1, 0.0, False),
+        literal(copy.deepcopy(start), Focal(2.0), 0.1, 0.0, False, shrink),
     ]
     for trainee, theirs in zip(group[len(LOSSES) :], expected):
         for name, value in theirs.named_parameters():

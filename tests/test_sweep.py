@@ -8,14 +8,22 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from torch import nn
 
 import compare
+import datasets
 import evaluate
 import main_stage1
 import main_stage2
+from datasets import Batches
+from losses.weighted import ClassBalancedBCE
+from models import build_model
 from retraining import features
 from retraining.methods import METHODS
+from retraining.settings import Setting
+from retraining.sweep import Result, rows_of, smoothing_curves
 from utils import checkpoints
+from utils.metrics import GROUPS, calibration_error, fit_temperature, logit_statistics
 
 STAGE1 = "--dataset digits --seed 0 --epochs 4"
 QUICK = "--dataset digits --seed 0 --finetune_epoch 2 --views 2"
@@ -119,6 +127,148 @@ def test_the_backbone_may_be_trained_too(chain, scope: str, source: str) -> None
     assert evaluate.main(["--dataset", "digits"])["top1"] == after.metrics["top1"]
 
 
+def literal_network(start: dict, scope: str, epochs: int, lr: float, wd: float, loss_of, project=None) -> dict:
+    """The ordinary loop written out, for --finetune_scope beyond fc: seed 0, batch 64, digits, ce's sampler."""
+    data = datasets.load("digits", "")
+    model = build_model("resnet8", 10, 1)
+    model.load_state_dict(start)
+    trained = model if scope == "all" else nn.ModuleList([model.layer3[-1], model.fc])
+    model.eval().requires_grad_(False)
+    optimizer = torch.optim.SGD(trained.requires_grad_(True).parameters(), lr, momentum=0.9, weight_decay=wd)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
+    pixels = (data.train.images, data.train.labels, 64, data.spec.mean, data.spec.std, torch.device("cpu"))
+    for epoch in range(epochs):
+        trained.train()
+        for images, labels in Batches(*pixels, data.spec.augment, (0, 2)).epoch(epoch):
+            optimizer.zero_grad()
+            loss_of(epoch)(model(images), labels).backward()
+            optimizer.step()
+        schedule.step()
+        if project:
+            project(model.fc)
+    return model.state_dict()
+
+
+@pytest.mark.parametrize("scope", ["last_block", "all"])
+def test_beyond_fc_it_is_the_ordinary_loop(chain, scope: str) -> None:
+    flags = "--method ce --label_smooth 0.3 --finetune_epoch 3 --finetune_lr 0.02 --finetune_wd 0.01"
+    main_stage2.main(f"--dataset digits --seed 0 {flags} --finetune_scope {scope}".split())
+    start = checkpoints.read("checkpoints/digits_exp100_resnet8_stage1.pt").model
+    expected = literal_network(start, scope, 3, 0.02, 0.01, lambda _: nn.CrossEntropyLoss(label_smoothing=0.3))
+    for name, value in checkpoints.read(STAGE2).model.items():
+        assert (value - expected[name]).abs().max() < 1e-5, name
+
+
+def test_beyond_fc_losses_change_and_heads_are_projected(chain) -> None:
+    common = "--dataset digits --seed 0 --finetune_epoch 4 --finetune_lr 0.02 --finetune_wd 0.01 --finetune_scope all"
+    start = checkpoints.read("checkpoints/digits_exp100_resnet8_stage1.pt").model
+    main_stage2.main(f"{common} --method maxnorm --maxnorm_radius 0.5".split())
+    counts = datasets.load("digits", "").class_counts
+
+    def project(fc: nn.Linear) -> None:
+        fc.weight.data.mul_((0.5 / fc.weight.data.norm(dim=1, keepdim=True)).clamp(max=1))
+
+    expected = literal_network(start, "all", 4, 0.02, 0.01, lambda _: ClassBalancedBCE(counts), project)
+    for name, value in checkpoints.read(STAGE2).model.items():
+        assert (value - expected[name]).abs().max() < 1e-5, name
+    norms = {}
+    for scope in ("fc", "all"):
+        for drw in ("0.5", "1"):
+            main_stage2.main(f"{common[:-4]} {scope} --method ldam --drw {drw}".split())
+            norms[scope, drw] = checkpoints.read(STAGE2).model["fc.weight"]
+        assert not torch.equal(norms[scope, "0.5"], norms[scope, "1"])
+
+
+@pytest.mark.parametrize("every", ["step", "epoch"])
+def test_maxnorm_holds_after_training(chain, every: str) -> None:
+    main_stage2.main(f"{QUICK} --method maxnorm --maxnorm_radius 0.3 --maxnorm_every {every}".split())
+    weight = checkpoints.read(STAGE2).model["fc.weight"]
+    assert weight.norm(dim=1).max() < 0.3 + 1e-6 and weight.norm(dim=1).min() > 0.1
+
+
+def test_maxnorm_every_step_is_not_every_epoch(chain) -> None:
+    weights = []
+    for every in ("step", "epoch"):
+        main_stage2.main(f"{QUICK} --method maxnorm --maxnorm_radius 0.3 --maxnorm_every {every}".split())
+        weights.append(checkpoints.read(STAGE2).model["fc.bias"])
+    assert not torch.equal(*weights)
+
+
+@pytest.mark.parametrize("source", ["views", "replay"])
+def test_the_stored_head_is_that_of_the_selected_epoch(chain, source: str) -> None:
+    """A learning rate so high that the best epoch is not the last."""
+    flags = f"--finetune_epoch 6 --finetune_lr 3 --select best_test --eval_every 1 --features {source}"
+    for method in ("los", "lws"):
+        main_stage2.main(f"--dataset digits --seed 4 --method {method} {flags}".split())
+        file = checkpoints.read(STAGE2)
+        if file.metrics["epoch"] < 6:
+            break
+    assert file.metrics["epoch"] < 6
+    result = evaluate.main(["--dataset", "digits"])
+    assert result["top1"] == file.metrics["top1"] and result["ece"] == file.metrics["ece"]
+    records = [json.loads(line) for line in (run_folder("stage2") / "metrics.jsonl").read_text().splitlines()]
+    assert max(record["test_top1"] for record in records) == file.metrics["top1"] > records[-1]["test_top1"]
+
+
+def test_what_is_logged(chain) -> None:
+    main_stage2.main(f"{QUICK} --finetune_lr 0.04 --finetune_wd 0.3".split())
+    records = [json.loads(line) for line in (run_folder("stage2") / "metrics.jsonl").read_text().splitlines()]
+    assert [record["lr"] for record in records] == pytest.approx([0.04, 0.02])
+    table_flags = "--method los focal ncm crt --finetune_scope fc --seed 0 1"
+    main_stage2.main(f"{QUICK} {table_flags}".split())
+    assert (pd.read_csv(run_folder("stage2") / "sweep.csv")["seconds"] > 0).all()
+
+
+def test_the_curve_keeps_the_best_row_and_rows_need_all_their_seeds() -> None:
+    def result(d: float, lr: float, seed: int, top1: float, diverged: int | None = None) -> Result:
+        made = Result(Setting("los", {"seed": seed, "finetune_lr": lr, "label_smooth": d}), "last")
+        groups = {group: {"accuracy": top1} for group in GROUPS}
+        made.selection.test, made.diverged = {"top1": top1, "groups": groups}, diverged
+        return made
+
+    results = [result(d, lr, seed, d / 2 + lr + seed / 100) for d in (0.2, 0.4) for lr in (0.1, 0.3) for seed in (0, 1)]
+    rows = rows_of([*results, result(0.9, 0.1, 0, 0.9), result(0.9, 0.1, 1, 0.9, diverged=3)])
+    assert [row.score for row in rows] == pytest.approx([0.505, 0.405, 0.305, 0.205])
+    [(_, points)] = smoothing_curves(rows).items()
+    assert [d for d, _ in points] == [0.2, 0.4]
+    assert [measures["all"][0] for _, measures in points] == pytest.approx([0.405, 0.505])
+    assert points[0][1]["few"][1] == pytest.approx(0.01 / 2**0.5)
+
+
+def test_counts_are_those_of_the_images_trained_on(held_out) -> None:
+    main_stage2.main(f"{QUICK} --method logit-adjustment-posthoc".replace("--finetune_epoch 2 ", "").split())
+    file = checkpoints.read("checkpoints/digits_exp100_resnet8_stage1.pt")
+    data = datasets.load("digits", "", val_indices=file.data["val_indices"])
+    counts = torch.bincount(data.train.labels, minlength=10).double()
+    assert counts.tolist() != data.class_counts
+    moved = file.model["fc.bias"] - checkpoints.read(STAGE2).model["fc.bias"]
+    assert torch.allclose(moved.double(), (counts / counts.sum()).log(), atol=1e-5)
+
+
+def test_the_file_says_that_it_was_chosen_and_on_what(chain, capsys) -> None:
+    main_stage2.main(f"{QUICK} --label_smooth 0.2 0.4".split())
+    assert checkpoints.read(STAGE2).metrics["sweep"] == {"settings": 2, "chosen_on": "the TEST set"}
+    evaluate.main(["--dataset", "digits"])
+    assert "the best of 2 settings on the TEST set" in capsys.readouterr().out
+    main_stage2.main(f"{QUICK} --label_smooth 0.2".split())
+    assert "sweep" not in checkpoints.read(STAGE2).metrics
+
+
+def test_tau_is_stored_as_a_number(chain) -> None:
+    main_stage2.main("--dataset digits --method tau-norm".split())
+    assert checkpoints.read(STAGE2).options["tau"] == 1.0
+
+
+def test_a_diverging_bce_head_does_not_stop_the_others(chain, capsys) -> None:
+    main_stage2.main(f"{QUICK} --method los weight-decay --finetune_wd 0 1e9".split())
+    assert "diverged in epoch" in capsys.readouterr().out
+
+
+def test_huge_weights_are_reported_and_not_crashed_on(chain) -> None:
+    main_stage2.main(f"{QUICK} --finetune_lr 1e22".split())
+    assert evaluate.main(["--dataset", "digits"])["weight_norm"] is None
+
+
 def test_a_cosine_head_may_be_trained_with_the_backbone(chain) -> None:
     main_stage2.main("--dataset digits --seed 0 --finetune_epoch 1 --finetune_scope all --method ldam cosine".split())
     file = checkpoints.read(STAGE2)
@@ -159,6 +309,10 @@ def test_a_setting_that_diverges_does_not_stop_the_others(chain, capsys) -> None
         (main_stage2, "--cache_dir /proc/none", "--cache_dir /proc/none"),
         (compare, "--tune", "--tune --val_split"),
         (compare, "--method los --finetune_scope all", "--finetune_scope crt"),
+        (compare, "--method los crt --finetune_scope all", "leaves out los"),
+        (compare, "--method crt --finetune_scope all --tau 1", "--tau tau-norm"),
+        (compare, "--method joint --show crt", "--show crt joint"),
+        (main_stage2, "--seed None 0", "--seed None alone"),
         (compare, "--pretrained_pth missing.pt", "missing.pt"),
     ],
 )
@@ -212,7 +366,51 @@ def test_compare_tunes_on_held_out_images(held_out, capsys) -> None:
     )  # the typed lr stays, label_smooth is tuned
     [row] = [row for row in rows if row["method"] == "los"]
     assert row["val"] == max(los.values()) and row["ECE_scaled"] is not None
-    assert "each tuned on held-out images" in capsys.readouterr().out
+    assert "tuned on held-out images" in capsys.readouterr().out
+
+
+def test_every_column_of_compare_with_flips_and_held_out_images(workdir, small_cifar10) -> None:
+    data_flags = f"--dataset cifar10 --data_dir {small_cifar10} --imb_ratio 4"
+    main_stage1.main(f"{data_flags} --network resnet8 --epochs 3 --lr 0.05 --val_split 0.3 --seed 0".split())
+    rows = compare.main(f"{data_flags} --method joint los --seed 0 --finetune_scope fc --flip_tta --show los".split())
+    file = checkpoints.read("checkpoints/cifar10_exp4_resnet8_stage1.pt")
+    data = datasets.load("cifar10", small_cifar10, imb_ratio=4, val_indices=file.data["val_indices"])
+    model = build_model("resnet8", 10)
+    model.load_state_dict(file.model)
+    mean, std = (torch.tensor(v)[:, None, None] for v in (data.spec.mean, data.spec.std))
+
+    def logits(part: str, flip: bool) -> torch.Tensor:
+        images = (getattr(data, part).images.float() / 255 - mean) / std
+        with torch.no_grad():
+            plain = model.eval()(images)
+            return (plain + model(images.flip(3))) / 2 if flip else plain
+
+    [row] = [row for row in rows if row["row"] == "joint"]
+    statistics = logit_statistics(logits("test", False), data.test.labels)
+    magnitude, rsd = (torch.tensor(statistics[name]) for name in ("logits_magnitude", "rsd"))
+    assert row["LoMa"] == pytest.approx(float(magnitude.mean()), rel=1e-3)
+    assert row["LoMa_spread"] == pytest.approx(float(magnitude.std(correction=0)), rel=1e-3)
+    assert row["RSD"] == pytest.approx(float(rsd.mean()), rel=1e-2)
+    norms = file.model["fc.weight"].norm(dim=1)
+    assert row["norm_spread"] == pytest.approx(float(norms.std(correction=0)), rel=1e-4)
+    test, val = logits("test", True), logits("val", True)
+    temperature = fit_temperature(val, data.val.labels)
+    assert row["ECE"] == pytest.approx(calibration_error(test, data.test.labels), rel=1e-3)
+    assert row["ECE_scaled"] == pytest.approx(calibration_error(test, data.test.labels, temperature), rel=1e-2)
+    assert abs(row["ECE_scaled"] - row["ECE"]) > 1e-3
+    evaluated = evaluate.main(f"{data_flags} --cur_stage stage1 --flip_tta".split())
+    assert evaluated["temperature"] == pytest.approx(temperature, rel=1e-3)
+    assert evaluated["ece_calibrated"] == pytest.approx(row["ECE_scaled"], rel=1e-3)
+    hits = test.argmax(dim=1) == data.test.labels
+    assert row["all"] == pytest.approx(float(hits.double().mean()))
+
+
+def test_compare_tunes_each_scope_apart_and_shows_what_it_chose(held_out, capsys) -> None:
+    flags = "--dataset digits --seed 0 --finetune_epoch 1 --views 1 --tune --method crt joint tau-norm"
+    rows = compare.main(flags.split())
+    assert [row["method"] for row in rows].count("crt") == 3
+    printed = capsys.readouterr().out
+    assert "except with the backbone" in printed and "tau-norm tau " in printed and "crt lr " in printed
 
 
 def test_one_bare_state_dict_will_do(chain) -> None:

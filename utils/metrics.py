@@ -142,9 +142,11 @@ def logit_statistics(logits: Tensor, labels: Tensor) -> dict[str, list[float | N
 
 
 def spread(values: Sequence[float | None]) -> tuple[float, float] | None:
-    """Mean and standard deviation over classes, those that are None left out; None where all are."""
+    """Mean and deviation over classes, those that are None left out; None where all are, or one is not finite."""
     present = [value for value in values if value is not None]
-    return (statistics.fmean(present), statistics.pstdev(present)) if present else None
+    if not present or not all(map(math.isfinite, present)):
+        return None
+    return statistics.fmean(present), statistics.pstdev(present)
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

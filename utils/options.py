@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import io
 import math
 import os
 import re
@@ -41,6 +42,9 @@ def command(main: Callable[..., T]) -> Callable[..., T]:
 
     @wraps(main)
     def wrapper(argv: Sequence[str] | None = None) -> T:
+        for stream in (sys.stdout, sys.stderr):  # a "±" must not end a run where the locale has none
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="replace")
         try:
             return main(sys.argv[1:] if argv is None else list(argv))
         except UsageError as error:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -145,8 +146,11 @@ def class_profiles(
         for axes, name in zip(panels, ("per_class", "logits_magnitude", "weight_norm")):
             found = [(class_counts[i], value) for i in order if (value := measures[name][i]) is not None]
             values = [value for _, value in found]
-            scale = 100 if name == "per_class" else len(values) / sum(values)
-            colour = f"C{place}"
+            mean = sum(values) / len(values)
+            if name != "per_class" and not (0 < mean < math.inf):
+                continue  # nothing to be relative to
+            scale = 100 if name == "per_class" else 1 / mean
+            colour = f"C{place}" if len(profiles) <= 10 else colormaps["turbo"](place / (len(profiles) - 1))
             axes.plot([x for x, _ in found], [scale * y for y in values], ".", ms=3, alpha=0.4, color=colour)
             ends = range(window, len(found) + 1)
             xs = [math.exp(sum(math.log(x) for x, _ in found[e - window : e]) / window) for e in ends]
@@ -156,6 +160,6 @@ def class_profiles(
         axes.set(xscale="log", xlabel="training images of the class", ylabel=heading)
         axes.grid(alpha=0.3)
     handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(profiles), fontsize="small")
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(profiles), 6), fontsize="small")
     figure.suptitle(title)
     figure.savefig(path)

@@ -74,7 +74,7 @@ class Run:
         self.is_sweep = False
         self.started = time.perf_counter()
         self._open = ExitStack()
-        self._log = self._open.enter_context(open(self.folder / "log.txt", "w", buffering=1))
+        self._log = self._open.enter_context(open(self.folder / "log.txt", "w", buffering=1, encoding="utf-8"))
         self._metrics = self._open.enter_context(open(self.folder / "metrics.jsonl", "w", buffering=1))
         self._board = self._open.enter_context(SummaryWriter(str(self.folder)))
 
@@ -84,7 +84,8 @@ class Run:
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
         with self._open:  # closes the files
             if value is not None and not isinstance(value, BrokenPipeError):
-                self.say(f"ended early, in epoch {len(self.epochs) + 1}: {value!r}")
+                where = "" if self.is_sweep else f", in epoch {len(self.epochs) + 1}"
+                self.say(f"ended early{where}: {' '.join((str(value) or repr(value)).split())}")
 
     @property
     def seconds(self) -> float:
