@@ -185,7 +185,9 @@ def test_a_cache_that_was_filled_otherwise_is_not_taken(kind: str, change: dict,
     stream = STREAM._replace(**change.get("stream", {}))
     data = datasets.load("digits", "", **change.get("data", {}))
     other = {key: value for key, value in change.items() if key in ("view_seed", "seed")}
-    collect(make(kind, tmp_path / "used", num_views=2), 0)
+    first = make(kind, tmp_path / "used", num_views=2)
+    collect(first, 0)
+    first.evaluated("test", STREAM if kind == "replay" else None, 0)
     used = make(kind, tmp_path / "used", data, num_views=2, **other)
     fresh = make(kind, tmp_path / "fresh", data, num_views=2, **other)
     assert torch.equal(collect(used, 0, stream)[0], collect(fresh, 0, stream)[0])
