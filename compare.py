@@ -21,13 +21,13 @@ from typing import Any
 import pandas as pd
 
 import main_stage2
-from main_stage2 import SCOPES, check_features, make_lab, require_held_out, retrain
+from main_stage2 import SCOPES, check_features, make_lab, require_held_out, retrain, rows_that_stand
 from retraining.methods import METHODS
 from retraining.settings import TUNABLE, Setting, make_settings, varying
-from retraining.sweep import MEASURES, Lab, Result, Row, plus_minus, rows_of, score_of
+from retraining.sweep import MEASURES, Lab, Result, Row, plus_minus, score_of
 from stages import begin, fill_options, load_data, open_checkpoint
 from utils.metrics import calibration_error, fit_temperature, logit_statistics, report, spread
-from utils.options import Choice, Diverged, Flag, Many, UsageError, command, option, parse_typed, shown
+from utils.options import Choice, Flag, Many, UsageError, command, option, parse_typed, shown
 from utils.plots import class_profiles
 from utils.system import pick_device, provenance
 
@@ -69,12 +69,7 @@ def main(argv: Sequence[str]) -> list[dict[str, Any]]:
         run.say(f"from {parent.path}: {len(settings)} classifiers")
         results = retrain(settings, lab, options, run)
         run.say(lab.source.size)
-        for result in results:
-            if result.diverged is not None:
-                run.say(f"diverged in epoch {result.diverged}: {result.setting.describe()}")
-        rows = rows_of(results)
-        if not rows:
-            raise Diverged("the loss or the logits are not finite in any setting: a lower --finetune_lr may help")
+        rows = rows_that_stand(results, run)
         names = varying(settings) if options.tune else varying([row.setting for row in rows])
         rows = best_of_each(rows) if options.tune else rows
         rows.sort(key=lambda row: -(row.figures(MEASURES["all"]) or (0.0,))[0])

@@ -32,7 +32,7 @@ from retraining.features import FEATURES, Stream
 from retraining.methods import METHODS
 from retraining.settings import TUNABLE, Setting, by_stream, make_settings, varying
 from retraining.solver import Solver
-from retraining.sweep import Lab, Result, raw_rows, rows_of, smoothing_curves, table_cells
+from retraining.sweep import Lab, Result, Row, raw_rows, rows_of, smoothing_curves, table_cells
 from stages import (
     BATCH_SIZE,
     EVAL_BATCH,
@@ -262,16 +262,22 @@ def cosine(epoch: int, epochs: int) -> float:
     return (1 + math.cos(math.pi * epoch / epochs)) / 2
 
 
+def rows_that_stand(results: list[Result], run: Run) -> list[Row]:
+    """The sorted rows; says which settings diverged, and raises Diverged where all did."""
+    for result in results:
+        if result.diverged is not None:
+            run.say(f"diverged in epoch {result.diverged}: {result.setting.describe()}")
+    rows = rows_of(results)
+    if not rows:
+        raise Diverged("the loss or the logits are not finite in any setting: a lower --finetune_lr may help")
+    return rows
+
+
 def conclude(
     results: list[Result], lab: Lab, options: Any, run: Run, argv: Sequence[str], parent: Checkpoint
 ) -> Report:
     """Shows the sorted table of a sweep and saves the best setting's classifier; returns its test report."""
-    rows, data, settings = rows_of(results), lab.data, [result.setting for result in results]
-    for result in results:
-        if result.diverged is not None:
-            run.say(f"diverged in epoch {result.diverged}: {result.setting.describe()}")
-    if not rows:
-        raise Diverged("the loss or the logits are not finite in any setting: a lower --finetune_lr may help")
+    rows, data, settings = rows_that_stand(results, run), lab.data, [result.setting for result in results]
     chosen, sweep = rows[0].results[0], None
     if len(results) > 1:
         cells = pd.DataFrame(table_cells(rows))

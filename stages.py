@@ -1,4 +1,4 @@
-"""What the three commands share: their common options, and how a stage begins, logs an epoch and ends."""
+"""What the commands share: their common options, and how a stage begins, logs an epoch and ends."""
 
 from __future__ import annotations
 

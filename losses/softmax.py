@@ -7,7 +7,7 @@ With logits z (C,), label y and, per class, scale s, offset a, margin m, smoothi
     d loss / d z = s w_y (p - (1 - e_y) 1_y - e_y / C)                 a batch: row by row, / sum of weights
 
 Label smoothing and Label Over-Smooth set e, label-aware smoothing e by class, balanced softmax and logit adjustment a,
-LDAM m and s, class-balanced and generalised re-weighting w. The gradient lets the re-training solver train many
+LDAM m and s, class-balanced and generalised re-weighting w. With that gradient the re-training solver trains many
 classifiers at once.
 """
 
@@ -69,13 +69,6 @@ class SoftmaxLoss(nn.Module):
         losses = -(1 - smooth) * true - smooth * log_p.mean(dim=1)
         return (weight * losses).sum() / weight.sum()
 
-    def gradient(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """d loss / d logits, (B, C): the gradient of :meth:`forward` without autograd."""
-        smooth, weight = (table.to(logits.dtype)[labels][:, None] for table in (self.smooth, self.weight))
-        rows = self.adjusted(logits, labels).softmax(dim=1) - smooth / logits.shape[1]
-        rows.scatter_add_(1, labels[:, None], smooth - 1)
-        return rows * (self.scale * weight / weight.sum())
-
 
 def balanced_softmax(class_counts: Sequence[int]) -> SoftmaxLoss:
     """CE(z + log n): the training loss of balanced softmax (Ren et al., NeurIPS 2020); no parameter.
@@ -113,9 +106,9 @@ def class_balanced_weights(class_counts: Sequence[int], beta: float = 0.9999) ->
     return weights * len(class_counts) / weights.sum()
 
 
-def class_balanced(class_counts: Sequence[int], beta: float = 0.9999) -> SoftmaxLoss:
-    """Cross-entropy with :func:`class_balanced_weights`, averaged over the weights as LDAM-DRW's second phase does."""
-    return SoftmaxLoss(len(class_counts), weight=class_balanced_weights(class_counts, beta))
+def class_balanced(class_counts: Sequence[int], beta: float = 0.9999, smooth: float = 0.0) -> SoftmaxLoss:
+    """Smoothed cross-entropy with :func:`class_balanced_weights`; a batch's mean is over them, as in LDAM-DRW."""
+    return SoftmaxLoss(len(class_counts), weight=class_balanced_weights(class_counts, beta), smooth=smooth)
 
 
 def generalised_reweighting(class_counts: Sequence[int], rho: float = 1.2) -> SoftmaxLoss:

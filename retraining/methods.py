@@ -20,6 +20,7 @@ from losses.label_smoothing import AUTO_EXCESS
 from losses.softmax import (
     SoftmaxLoss,
     balanced_softmax,
+    class_balanced,
     class_balanced_weights,
     class_frequencies,
     generalised_reweighting,
@@ -314,8 +315,7 @@ class ClassBalanced(Method):
     def loss(self, start: Start, values: Values, progress: float) -> nn.Module:
         if values["cb_form"] == "bce":
             return ClassBalancedBCE(start.class_counts, values["cb_beta"])
-        weights = class_balanced_weights(start.class_counts, values["cb_beta"])
-        return SoftmaxLoss(start.num_classes, weight=weights, smooth=values.get("label_smooth", 0.0))
+        return class_balanced(start.class_counts, values["cb_beta"], values.get("label_smooth", 0.0))
 
 
 class WeightDecay(ClassBalanced):
