@@ -21,7 +21,7 @@ from typing import Any
 import pandas as pd
 
 import main_stage2
-from main_stage2 import SCOPES, check_features, make_lab, require_held_out, retrain, rows_that_stand
+from main_stage2 import SCOPES, make_lab, refuse_unused, require_held_out, retrain, rows_that_stand
 from retraining.methods import METHODS
 from retraining.settings import TUNABLE, Setting, make_settings, varying
 from retraining.sweep import MEASURES, Lab, Result, Row, plus_minus, score_of
@@ -57,13 +57,13 @@ def main(argv: Sequence[str]) -> list[dict[str, Any]]:
         raise UsageError(f"--pretrained_pth {parent.path} is a stage-2 file", "a stage-1 file")
     resolved = fill_options(Options, typed, "stage2", file=parent)
     options: Any = resolved.options
-    check_features(typed, options)
     if "show" in typed and not set(options.show) <= set(options.method):
         raise UsageError(f"--show {shown(options.show)}", f"methods that are compared: {shown(options.method)}")
     require_held_out(parent, options, "--tune" if options.tune else None)
     device = pick_device(options.device, options.gpu)
     data = load_data(options, val_indices=parent.data.get("val_indices", []))
     settings = choose_settings(options, typed, data.num_classes)
+    refuse_unused(typed, options, settings)
     with begin(resolved, "compare", data, device) as run:
         lab = make_lab(parent, data, device, options, run)
         run.say(f"from {parent.path}: {len(settings)} classifiers")

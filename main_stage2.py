@@ -50,7 +50,7 @@ from stages import (
 )
 from utils.checkpoints import IDENTITY, Checkpoint
 from utils.metrics import Report, report
-from utils.options import Choice, Diverged, Many, Number, Text, UsageError, command, option, parse_typed
+from utils.options import Choice, Diverged, Many, Number, Text, UsageError, command, option, parse_typed, shown
 from utils.plots import label_smooth_curves
 from utils.run import Run
 from utils.system import pick_device
@@ -118,12 +118,12 @@ def main(argv: Sequence[str]) -> Report:
         raise UsageError(f"--pretrained_pth {parent.path} is a stage-2 file", "a stage-1 file")
     resolved = fill_options(Options, typed, "stage2", file=parent)
     options: Any = resolved.options
-    check_features(typed, options)
     require_held_out(parent, options)
     device = pick_device(options.device, options.gpu)
     data = load_data(options, val_indices=parent.data.get("val_indices", []))
     wanted = {name: getattr(options, name) for name in TUNABLE}
     settings = make_settings(options.method, wanted, typed, data.num_classes, published=options.protocol == "published")
+    refuse_unused(typed, options, settings)
     with begin(resolved, "stage2", data, device) as run:
         lab = make_lab(parent, data, device, options, run)
         run.say(f"from {parent.path}: {describe(settings)}")
@@ -132,11 +132,17 @@ def main(argv: Sequence[str]) -> Report:
         return conclude(results, lab, options, run, argv, parent)
 
 
-def check_features(typed: Mapping[str, Any], options: Any) -> None:
-    """Raises UsageError where an option of the views is typed beside another feature source."""
+def refuse_unused(typed: Mapping[str, Any], options: Any, settings: Sequence[Setting]) -> None:
+    """Raises UsageError where an option is typed that none of the settings has a use for."""
+    if not any(setting.stream for setting in settings):
+        for name in ("momentum", "nesterov", "eval_every", "views", "view_seed"):
+            if name in typed:
+                raise UsageError(f"--{name} with --method {shown(options.method)}", "a method that trains something")
     for name in ("views", "view_seed"):
         if name in typed and options.features != "views":
             raise UsageError(f"--{name} with --features {options.features}", "--features views")
+        if name in typed and all(setting.scope != "fc" for setting in settings):
+            raise UsageError(f"--{name} with --finetune_scope {shown(options.finetune_scope)}", "fc too")
 
 
 def require_held_out(parent: Checkpoint, options: Any, flag: str | None = None) -> None:

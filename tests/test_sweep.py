@@ -55,8 +55,8 @@ def fails(script, arguments: str, capsys) -> str:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_through_the_chain(chain, method: str) -> None:
-    epochs = " --finetune_epoch 2" if METHODS[method].is_trained else ""
-    main_stage2.main(f"--dataset digits --seed 0 --views 2 --method {method}{epochs}".split())
+    short = " --finetune_epoch 2 --views 2" if METHODS[method].is_trained else ""
+    main_stage2.main(f"--dataset digits --seed 0 --method {method}{short}".split())
     file = checkpoints.read(STAGE2)
     result = evaluate.main(["--dataset", "digits"])
     assert file.options["method"] == method and file.head in ("linear", "cosine", "prototypes", "disalign")
@@ -236,7 +236,7 @@ def test_the_curve_keeps_the_best_row_and_rows_need_all_their_seeds() -> None:
 
 
 def test_counts_are_those_of_the_images_trained_on(held_out) -> None:
-    main_stage2.main(f"{QUICK} --method logit-adjustment-posthoc".replace("--finetune_epoch 2 ", "").split())
+    main_stage2.main("--dataset digits --method logit-adjustment-posthoc".split())
     file = checkpoints.read("checkpoints/digits_exp100_resnet8_stage1.pt")
     data = datasets.load("digits", "", val_indices=file.data["val_indices"])
     counts = torch.bincount(data.train.labels, minlength=10).double()
@@ -305,6 +305,9 @@ def test_a_setting_that_diverges_does_not_stop_the_others(chain, capsys) -> None
         (main_stage2, "--label_smooth 0.9 1.9", "--label_smooth [0, 1]"),
         (main_stage2, "--features replay --views 3", "--views --features replay"),
         (main_stage2, "--method tau-norm --tau val", "--tau val --val_split"),
+        (main_stage2, "--method ncm joint --momentum 0.1", "--momentum ncm joint"),
+        (main_stage2, "--method joint --views 3", "--views joint"),
+        (main_stage2, "--finetune_scope all --view_seed 3", "--view_seed --finetune_scope all"),
         (main_stage2, "--select best_val", "--select best_val --val_split"),
         (main_stage2, "--cache_dir /proc/none", "--cache_dir /proc/none"),
         (compare, "--tune", "--tune --val_split"),
