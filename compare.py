@@ -5,8 +5,8 @@
 
 takes the file that main_stage1.py left and makes every method's classifier with its published or default values, on
 one shared pass over the backbone. ``--tune`` gives each method a grid of at most nine settings and keeps the best on
-the images that stage 1 held out (main_stage1.py --val_split); nothing is chosen on the test set. Every option of
-main_stage2.py can be typed here too.
+the images that stage 1 held out (main_stage1.py --val_split), not on the test set. Every option of main_stage2.py can
+be typed here too.
 """
 
 from __future__ import annotations
