@@ -21,11 +21,11 @@ from typing import Any
 import pandas as pd
 
 import main_stage2
-from main_stage2 import SCOPES, make_lab, refuse_unused, require_held_out, retrain, rows_that_stand
+from main_stage2 import SCOPES, continue_stage1, make_lab, refuse_unused, require_held_out, retrain, rows_that_stand
 from retraining.methods import METHODS
 from retraining.settings import TUNABLE, Setting, make_settings, varying
 from retraining.sweep import MEASURES, Lab, Result, Row, plus_minus, score_of
-from stages import begin, fill_options, load_data, open_checkpoint
+from stages import begin, load_data
 from utils.metrics import calibration_error, fit_temperature, logit_statistics, report, spread
 from utils.options import Choice, Flag, Many, UsageError, command, option, parse_typed, shown
 from utils.plots import class_profiles
@@ -52,10 +52,7 @@ class Options(main_stage2.Options):
 def main(argv: Sequence[str]) -> list[dict[str, Any]]:
     """Runs the command; returns the table's rows, best first, accuracies as fractions."""
     typed = parse_typed(Options, argv, "compare.py", __doc__)
-    parent = open_checkpoint(typed, "stage1", Options)
-    if parent.stage == "stage2":
-        raise UsageError(f"--pretrained_pth {parent.path} is a stage-2 file", "a stage-1 file")
-    resolved = fill_options(Options, typed, "stage2", file=parent)
+    parent, resolved = continue_stage1(typed, Options)
     options: Any = resolved.options
     if "show" in typed and not set(options.show) <= set(options.method):
         raise UsageError(f"--show {shown(options.show)}", f"methods that are compared: {shown(options.method)}")

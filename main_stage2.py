@@ -50,7 +50,19 @@ from stages import (
 )
 from utils.checkpoints import IDENTITY, Checkpoint
 from utils.metrics import Report, report
-from utils.options import Choice, Diverged, Many, Number, Text, UsageError, command, option, parse_typed, shown
+from utils.options import (
+    Choice,
+    Diverged,
+    Many,
+    Number,
+    Resolved,
+    Text,
+    UsageError,
+    command,
+    option,
+    parse_typed,
+    shown,
+)
 from utils.plots import label_smooth_curves
 from utils.run import Run
 from utils.system import pick_device
@@ -113,10 +125,7 @@ class Options(TrainOptions):
 def main(argv: Sequence[str]) -> Report:
     """Runs the command; returns the chosen setting's report on the test set."""
     typed = parse_typed(Options, argv, "main_stage2.py", __doc__)
-    parent = open_checkpoint(typed, "stage1", Options)
-    if parent.stage == "stage2":
-        raise UsageError(f"--pretrained_pth {parent.path} is a stage-2 file", "a stage-1 file")
-    resolved = fill_options(Options, typed, "stage2", file=parent)
+    parent, resolved = continue_stage1(typed, Options)
     options: Any = resolved.options
     require_held_out(parent, options)
     device = pick_device(options.device, options.gpu)
@@ -130,6 +139,18 @@ def main(argv: Sequence[str]) -> Report:
         results = retrain(settings, lab, options, run)
         run.say(lab.source.size)
         return conclude(results, lab, options, run, argv, parent)
+
+
+def continue_stage1(typed: Mapping[str, Any], cls: type[Options]) -> tuple[Checkpoint, Resolved[Options]]:
+    """Stage 1's file that the typed flags choose, and all options with it.
+
+    Raises:
+        UsageError: see :func:`stages.open_checkpoint` and :func:`stages.fill_options`; or a stage-2 file.
+    """
+    parent = open_checkpoint(typed, "stage1", cls)
+    if parent.stage == "stage2":
+        raise UsageError(f"--pretrained_pth {parent.path} is a stage-2 file", "a stage-1 file")
+    return parent, fill_options(cls, typed, "stage2", file=parent)
 
 
 def refuse_unused(typed: Mapping[str, Any], options: Any, settings: Sequence[Setting]) -> None:

@@ -161,6 +161,7 @@ class FeatureSource:
         self.labels = self.data.train.labels.to(self.device)
         self.caches: dict[str, FeatureCache] = {}
         self._latest: dict[str, tuple[str, list[Tensor]]] = {}
+        self._batches: tuple[Stream, Batches] | None = None
         self._fingerprints = {
             part: None if images is None else _fingerprint(images)
             for part, images in (("train", self.data.train), ("val", self.data.val), ("test", self.data.test))
@@ -217,9 +218,9 @@ class FeatureSource:
     def plain(self, part: str, cache: FeatureCache, name: str, network: Callable[[], ResNet]) -> list[Tensor]:
         """The features that a network makes of a part's images, and of their mirror images where wanted."""
         images: ImageSet = getattr(self.data, part)
-        batches = Batches(images.images, images.labels, self.eval_batch, *self._pixels(), self.device)
 
         def compute(mirrored: bool = False) -> Iterator[Tensor]:
+            batches = Batches(images.images, images.labels, self.eval_batch, *self._pixels(), self.device)
             steps = ((pixels.flip(dims=(3,)) if mirrored else pixels, labels) for pixels, labels in batches.epoch())
             yield from self.passes(network(), steps, len(batches), f"features of {part} images")
 
@@ -238,11 +239,13 @@ class FeatureSource:
 
     def train_batches(self, stream: Stream) -> Batches:
         """The published batches of a stream: the sampler's order, each image newly cropped and flipped."""
-        train, spec = self.data.train, self.data.spec
-        sampler = SAMPLERS[stream.sampler]
-        pixels = (*self._pixels(), self.device, spec.augment)
-        seed = (stream.seed, 2)
-        return Batches(train.images, train.labels, stream.batch_size, *pixels, seed, sampler, stream.epochs)
+        if self._batches is None or self._batches[0] != stream:  # kept for the stream's next epoch
+            train, sampler = self.data.train, SAMPLERS[stream.sampler]
+            pixels = (*self._pixels(), self.device, self.data.spec.augment)
+            seed = (stream.seed, 2)
+            batches = Batches(train.images, train.labels, stream.batch_size, *pixels, seed, sampler, stream.epochs)
+            self._batches = stream, batches
+        return self._batches[1]
 
     def _pixels(self) -> tuple[Any, Any]:
         return self.data.spec.mean, self.data.spec.std
@@ -261,9 +264,9 @@ class _EvalMode(FeatureSource):
     def view(self, cache: FeatureCache, name: str, top: Tensor, left: Tensor, flip: Tensor) -> Tensor:
         """The features (N, D) of all training images under one crop and flip each, in file order."""
         train, augment = self.data.train, self.data.spec.augment
-        batches = Batches(train.images, train.labels, self.eval_batch, *self._pixels(), self.device, augment)
 
         def compute() -> Iterator[Tensor]:
+            batches = Batches(train.images, train.labels, self.eval_batch, *self._pixels(), self.device, augment)
             steps = batches.cut(Draws(torch.arange(len(train)), top, left, flip))
             yield from self.passes(self.fast, steps, len(batches), name.replace("_", " "))
 
