@@ -21,11 +21,12 @@ from typing import Any
 import pandas as pd
 
 import main_stage2
-from main_stage2 import SCOPES, continue_stage1, make_lab, refuse_unused, require_held_out, retrain, rows_that_stand
+from main_stage2 import HINT, SCOPES, continue_stage1, make_lab, refuse_unused, require_held_out, retrain
 from retraining.methods import METHODS
-from retraining.settings import TUNABLE, Setting, make_settings, varying
-from retraining.sweep import MEASURES, Lab, Result, Row, plus_minus, score_of
+from retraining.settings import TUNABLE, Setting, make_settings
+from retraining.sweep import Lab, Result
 from stages import begin, load_data
+from sweeps import MEASURES, Row, plus_minus, rows_that_stand, score_of, varying
 from utils.metrics import calibration_error, fit_temperature, logit_statistics, report, spread
 from utils.options import Choice, Flag, Many, UsageError, command, option, parse_typed, shown
 from utils.plots import class_profiles
@@ -57,7 +58,7 @@ def main(argv: Sequence[str]) -> list[dict[str, Any]]:
     if "show" in typed and not set(options.show) <= set(options.method):
         raise UsageError(f"--show {shown(options.show)}", f"methods that are compared: {shown(options.method)}")
     require_held_out(parent, options, "--tune" if options.tune else None)
-    device = pick_device(options.device, options.gpu)
+    device = pick_device(options.device, options.gpu, options.threads)
     data = load_data(options, val_indices=parent.data.get("val_indices", []))
     settings = choose_settings(options, typed, data.num_classes)
     refuse_unused(typed, options, settings)
@@ -66,7 +67,7 @@ def main(argv: Sequence[str]) -> list[dict[str, Any]]:
         run.say(f"from {parent.path}: {len(settings)} classifiers")
         results = retrain(settings, lab, options, run)
         run.say(lab.source.size)
-        rows = rows_that_stand(results, run)
+        rows = rows_that_stand(results, run, HINT)
         names = varying(settings) if options.tune else varying([row.setting for row in rows])
         rows = best_of_each(rows) if options.tune else rows
         rows.sort(key=lambda row: -(row.figures(MEASURES["all"]) or (0.0,))[0])

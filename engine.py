@@ -1,4 +1,8 @@
-"""The only loops over batches: one training epoch, the predictions of a test set, and what to keep of a run."""
+"""The only loops over batches: one training epoch, the predictions of a test set, and what to keep of a run.
+
+:class:`TrainStep` is a step of training, read top to bottom in :meth:`TrainStep.plain`; what makes it fast (mixed
+precision, torch.compile, CUDA graphs) is around it and changes no equation.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +13,12 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.nn import Parameter
+from torch.optim import SGD, Optimizer
 
 from datasets import Batches
+from datasets.batches import Batch
+from utils.graphs import Graphed
 from utils.metrics import Report, report
 from utils.options import Diverged, UsageError
 
@@ -25,37 +32,144 @@ class TrainStats(NamedTuple):
     top1: float
 
 
-def train_epoch(
-    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], criterion: nn.Module, optimizer: Optimizer
-) -> TrainStats:
-    """One optimizer step per batch (images (B, c, H, W), labels (B,)), in the mode that the model is in.
+def cosine(epoch: int, epochs: int, warmup: int = 0) -> float:
+    """The learning rate's factor in an epoch (from 0): half a cosine from 1 to 0, as CosineAnnealingLR has it.
 
-    Parameters that do not require a gradient are neither differentiated through nor stepped, so a frozen backbone
-    costs a forward pass only.
+    With ``warmup`` it first rises evenly, 1/w, 2/w ... 1 (LDAM-DRW's five epochs); the cosine takes the others.
+    """
+    if epoch < warmup:
+        return (epoch + 1) / warmup
+    return (1 + math.cos(math.pi * (epoch - warmup) / (epochs - warmup))) / 2
+
+
+def make_sgd(parameters: Iterable[Parameter], lr: float, momentum: float, wd: float, nesterov: bool) -> SGD:
+    """torch's SGD in its fused form: all parameters in one kernel, the same equations.
+
+    Momentum begins as zeros instead of not at all, and on a GPU the learning rate is a tensor there: a CUDA graph then
+    finds both where it recorded them. Set it by :func:`set_lr`.
+    """
+    parameters = list(parameters)
+    on_gpu = parameters[0].is_cuda
+    rate = torch.tensor(lr, device=parameters[0].device) if on_gpu else lr
+    optimizer = SGD(parameters, rate, momentum=momentum, weight_decay=wd, nesterov=nesterov, fused=True)
+    for parameter in parameters if momentum else ():
+        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
+
+
+def set_lr(optimizer: Optimizer, lr: float) -> None:
+    """Sets the learning rate, in place where it is a tensor."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
+
+
+class TrainStep:
+    """One optimizer step: images (B, c, H, W), labels (B,) -> loss () in nats and number of hits (), on the device.
+
+    It never waits for a GPU. A mixed batch has partners (B,) and a share () too, see :class:`datasets.augment.Mix`;
+    hits are counted against ``labels``. Parameters that do not require a gradient are neither differentiated through
+    nor stepped, so a frozen backbone costs a forward pass only.
+
+    Args:
+        model: trained in the mode (train or eval) that it is in.
+        criterion: (logits (B, C), labels (B,)) -> scalar; it always gets float32 logits.
+        optimizer: steps the parameters; see :func:`make_sgd`.
+        amp: dtype of the backbone's arithmetic, None for float32. Weights, classifier and loss stay in float32.
+        ema: decay of the averaged copy of the model, which is updated after every step; 0 for none.
+        project: puts weights back where they must be, after every step.
+        compiled: run the model through torch.compile, once per batch shape.
+        graphed: run the step as a CUDA graph.
+
+    Attributes:
+        averaged: what to evaluate: the exponential moving average of weights and BatchNorm statistics, or the model.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        criterion: nn.Module,
+        optimizer: SGD,
+        *,
+        amp: torch.dtype | None = None,
+        ema: float = 0.0,
+        project: Callable[[], None] | None = None,
+        compiled: bool = False,
+        graphed: bool = False,
+    ) -> None:
+        self.model, self.criterion, self.optimizer = model, criterion, optimizer
+        self.device = next(model.parameters()).device
+        self.network: Callable[[Tensor], Tensor] = torch.compile(model, dynamic=False) if compiled else model
+        self.amp, self.ema, self.project = amp, ema, project
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp == torch.float16)
+        self.averaged = copy.deepcopy(model).requires_grad_(False) if ema else model
+        self.graph = Graphed(self.plain, self.changing) if graphed else None
+
+    def __call__(self, *batch: Tensor) -> tuple[Tensor, ...]:
+        return self.graph(*batch) if self.graph else self.plain(*batch)
+
+    def plain(
+        self, images: Tensor, labels: Tensor, partners: Tensor | None = None, share: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The step itself, operation by operation."""
+        with torch.autocast(self.device.type, self.amp, enabled=self.amp is not None, cache_enabled=False):
+            logits = forward(self.network, images)
+        loss: Tensor = self.criterion(logits, labels)
+        if partners is not None and share is not None:
+            loss = share * loss + (1 - share) * self.criterion(logits, partners)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(loss).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.project:
+            self.project()
+        if self.ema:
+            self._average()
+        return loss.detach(), (logits.detach().argmax(dim=1) == labels).sum()
+
+    def follow(self, criterion: nn.Module) -> None:
+        """Changes the loss."""
+        self.criterion = criterion
+        if self.graph:
+            self.graph.forget()
+
+    def changing(self) -> list[Tensor]:
+        """Every tensor that a step changes and the next one depends on: weights, statistics, momentum, averages."""
+        momentum = [v for state in self.optimizer.state.values() for v in state.values() if isinstance(v, Tensor)]
+        modules = [self.model] if self.averaged is self.model else [self.model, self.averaged]
+        return [*(v for module in modules for v in module.state_dict().values()), *momentum]
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        for average, value in zip(self.averaged.state_dict().values(), self.model.state_dict().values()):
+            if value.is_floating_point():
+                average.lerp_(value, 1 - self.ema)
+            else:
+                average.copy_(value)
+
+
+def train_epoch(step: Callable[..., tuple[Tensor, ...]], batches: Iterable[Batch], epoch: int, lr: float) -> TrainStats:
+    """One step per batch, in the mode that the model is in; waits for the device once, at the end.
+
+    ``epoch`` (from 0) and ``lr`` are for the message of a loss that is not finite.
 
     Raises:
         UsageError: a batch of one image whose last feature map is one pixel.
-        Diverged: a loss that is not finite; found at the end of the epoch, told with its step, lr and the loss before.
+        Diverged: a loss that is not finite; found at the end of the epoch, told with its step and the last good loss.
     """
-    losses, correct, sizes = [], [], []
-    for images, labels in batches:
-        logits = forward(model, images)
-        loss = criterion(logits, labels)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.detach())
-        correct.append((logits.detach().argmax(dim=1) == labels).sum())
-        sizes.append(len(labels))
-    per_step = torch.stack(losses).tolist()
-    for step, value in enumerate(per_step, start=1):
+    found, sizes = [], []
+    for batch in batches:
+        found.append(step(*batch))
+        sizes.append(len(batch[1]))
+    losses, hits = (torch.stack(values).tolist() for values in zip(*found))
+    for number, value in enumerate(losses, start=1):
         if not math.isfinite(value):
-            before = per_step[step - 2] if step > 1 else "none"
-            lr = optimizer.param_groups[0]["lr"]
-            raise Diverged(f"the loss is {value} at step {step} of {len(per_step)} (loss before: {before}, lr {lr:g})")
-    total = sum(sizes)
-    loss_sum = sum(value * size for value, size in zip(per_step, sizes))
-    return TrainStats(loss_sum / total, int(torch.stack(correct).sum()) / total)
+            before = losses[number - 2] if number > 1 else "none"
+            where = f"step {number} of {len(losses)} of epoch {epoch + 1}"
+            raise Diverged(f"the loss is {value} at {where} (loss before: {before}, lr {lr:g})")
+    return TrainStats(sum(value * size for value, size in zip(losses, sizes)) / sum(sizes), sum(hits) / sum(sizes))
 
 
 def forward(network: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
@@ -133,4 +247,7 @@ class Selection:
         score: Any = {"last": epoch, "best_test": test["top1"], "best_val": val and val["class_mean"]}[self.rule]
         if score >= self._best:
             self._best, self.epoch, self.test, self.val = score, epoch, test, val
-            self.state = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
+            self.state = {
+                name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+                for name, tensor in model.state_dict().items()
+            }

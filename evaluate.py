@@ -84,7 +84,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     if len(targets) == 2 and Path(options.json).resolve() == Path(options.csv).resolve():
         raise UsageError(f"--json {options.json} --csv {options.csv}", "two different files")
 
-    device = pick_device(options.device, options.gpu)
+    device = pick_device(options.device, options.gpu, options.threads)
     data = load_data(options, val_indices=file.data.get("val_indices"))
     model = restore(file, data).to(device)
     batches = eval_batches(data, data.test, device)

@@ -7,53 +7,96 @@ expect, from others: 47.6 % (Zhao et al., NeurIPS 2025, same recipe, selection n
 without flip averaging (log of Weight Balancing's code, 320 epochs). On a CPU, a few seconds:
 
     python main_stage1.py --dataset digits
+
+Options that take several values are swept, every combination in a run of its own:
+
+    python main_stage1.py --imb_ratio 100 --wd 1e-3 5e-3 1e-2 --seed 0 1 2
 """
 
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
-from torch.optim import SGD
-from torch.optim.lr_scheduler import CosineAnnealingLR
+import torch
 
-from engine import train_epoch
-from losses import LOSSES
-from models import build_model
+from datasets import AUGMENTATIONS, SAMPLERS, LongTailed
+from engine import Selection, TrainStep, cosine, make_sgd, set_lr, train_epoch
+from losses import LOSSES, class_balanced_weights, make_loss, reweighted
+from recipe import (
+    CONSTRAINTS,
+    check_recipe,
+    class_counts_of,
+    constraint,
+    make_batches,
+    make_network,
+    make_settings,
+    one_run,
+    settle,
+)
 from stages import (
     HUGE,
     Evaluator,
     TrainOptions,
     begin,
     fill_options,
+    final_path,
     finish,
     load_data,
     open_checkpoint,
     restore,
     stage_option,
-    train_batches,
 )
+from sweeps import Outcome, Setting, chosen_on, rows_that_stand, short, show_sweep, varying
+from utils import checkpoints
+from utils.checkpoints import Checkpoint
 from utils.metrics import Report
-from utils.options import Number, Text, UsageError, command, option, parse_typed
-from utils.system import pick_device
+from utils.options import Choice, Diverged, Many, Number, Resolved, Text, UsageError, command, option, parse_typed
+from utils.run import Run
+from utils.system import AMP, pick_device, side_by_side
 
 
 @dataclass(frozen=True)
 class Options(TrainOptions):
-    """Stage 1's own options; those of every command are in stages.py."""
+    """Stage 1's own options; those of every command are in stages.py. The stronger recipes are all off by default."""
 
     cur_stage: str = stage_option("stage1")
     epochs: int = option(200, Number(int, 1), "epochs")
-    lr: float = option(
-        0.01, Number(float, 0, HUGE, above=True), "learning rate, cosine to 0", aliases=("learning_rate",)
+    lr: Any = option(
+        0.01, Many(Number(float, 0, HUGE, above=True)), "learning rate, cosine to 0", aliases=("learning_rate",)
     )
-    wd: float = option(5e-3, Number(float, 0, HUGE), "weight decay of all parameters; the method is to tune it")
-    label_smooth: float = option(0.0, Number(float, 0, 1), "label smoothing d: true class 1 - d + d/C, others d/C")
+    wd: Any = option(5e-3, Many(Number(float, 0, HUGE)), "weight decay of all parameters; the method is to tune it")
+    label_smooth: Any = option(0.0, Many(Number(float, 0, 1)), "label smoothing d: true class 1 - d + d/C, others d/C")
+    loss: Any = option("ce", Many(Choice(LOSSES)), "training loss; see losses/")
+    drw_epoch: int | None = option(
+        None, Number(int, 0), "deferred re-weighting: epochs before classes get class-balanced weights"
+    )
+    head: str = option("linear", Choice(("linear", "cosine")), "classifier; ldam needs cosine")
+    constraint: str = option("none", Choice(CONSTRAINTS), "norms of the classifier's rows, after every step")
+    constraint_radius: float = option(1.0, Number(float, 0, HUGE, above=True), "their norm (l2) or its limit (maxnorm)")
+    sampler: Any = option("instance", Many(Choice(SAMPLERS)), "which images an epoch shows")
+    aug: Any = option("crop_flip", Many(Choice(AUGMENTATIONS)), "augmentation of training images")
+    mixup: Any = option(0.0, Many(Number(float, 0, 100)), "mixup: parameter of the Beta distribution; 0 is off")
+    cutmix: Any = option(0.0, Many(Number(float, 0, 100)), "CutMix: the same; with mixup too, one of them a batch")
+    ema: Any = option(0.0, Many(Number(float, 0, 1 - 1e-9)), "decay of averaged weights, then evaluated; 0 is off")
+    warmup_epochs: int = option(0, Number(int, 0), "epochs in which the learning rate rises evenly")
     val_split: float = option(0.0, Number(float, 0, 0.5), "share of every class held out, never seen by the backbone")
     pretrained_pth: str | None = option(None, Text(), "start from this checkpoint's weights, not from random ones")
+    amp: str = option(
+        "auto", Choice(("auto", *AMP)), "mixed precision; auto: bf16 on a GPU, off on a CPU", published="off"
+    )
+    graph: str = option("auto", Choice(("auto", "on", "off")), "steps as CUDA graphs; auto: on a GPU")
+    compile: str = option(
+        "auto", Choice(("auto", "on", "off")), "torch.compile; auto: long runs of narrow networks on a CPU"
+    )
+    parallel: int | None = option(
+        None, Number(int, 1, 64), "runs of a sweep at a time; if not given, up to 4 on a GPU and 1 on a CPU"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -61,40 +104,127 @@ class Options(TrainOptions):
             raise UsageError("--select best_val without held-out images", "--val_split F beside it, 0.1 for instance")
         if self.val_split > 0 and self.pretrained_pth is not None:
             raise UsageError("--val_split with --pretrained_pth, whose weights may know the images", "one of the two")
+        check_recipe(self)
+
+
+class Trained(Outcome):
+    """One run of a sweep, in a folder of its own."""
+
+    folder: Path
 
 
 @command
 def main(argv: Sequence[str]) -> Report:
-    """Runs the command; returns the selected epoch's report on the test set."""
+    """Runs the command; returns the selected epoch's report on the test set, of a sweep the chosen run's."""
     typed = parse_typed(Options, argv, "main_stage1.py", __doc__)
     start = None
     if "pretrained_pth" in typed:  # its network and weights are taken, not its data
         start = replace(open_checkpoint(typed, "stage1", Options), data={})
     resolved = fill_options(Options, typed, "stage1", file=start)
-    options: Any = resolved.options
+    settings = make_settings(resolved.options, typed)
+    seed = settings[0].values["seed"]
+    device = pick_device(resolved.options.device, resolved.options.gpu, resolved.options.threads)
+    data = load_data(resolved.options, val_fraction=resolved.options.val_split, val_seed=seed)
+    options: Any = settle(resolved.options, device, len(data.train), len(settings))
+    if start:
+        restore(start, data, options.head)  # fails now where it would fail later
+    with begin(Resolved(options, resolved.sources), "stage1", data, device) as run:
+        if len(settings) > 1:
+            return conclude(train_many(settings, options, data, device, run, start, argv), options, run)
+        one = one_run(options, settings[0])
+        selection = train(one, data, device, run, start)
+        return finish(run, "stage1", one, data, selection, argv, device, start, vars(one), one.head)
 
-    device = pick_device(options.device, options.gpu)
-    data = load_data(options, val_fraction=options.val_split, val_seed=options.seed)
-    started = restore(start, data) if start else None
-    with begin(resolved, "stage1", data, device) as run:
-        model = (started or build_model(options.network, data.num_classes, data.channels)).to(device)
-        batches = train_batches(data, options.batch_size, options.seed, 1, device)
-        criterion = LOSSES["ce"](options.label_smooth)
-        optimizer = SGD(
-            model.parameters(), options.lr, options.momentum, weight_decay=options.wd, nesterov=options.nesterov
-        )
-        scheduler = CosineAnnealingLR(optimizer, options.epochs)
-        evaluator = Evaluator(run, data, device, options, options.epochs)
 
-        for epoch in range(options.epochs):
-            began, lr = time.perf_counter(), float(scheduler.get_last_lr()[0])
-            model.train()
-            steps = run.bar(batches.epoch(epoch), len(batches), f"epoch {epoch + 1}/{options.epochs}")
-            train = train_epoch(model, steps, criterion, optimizer)
-            scheduler.step()
-            evaluator.after(epoch, model, train, lr, time.perf_counter() - began)
+def train(one: Any, data: LongTailed, device: torch.device, run: Run, start: Checkpoint | None) -> Selection:
+    """The experiment: one run, with single values ``one`` of all options."""
+    class_counts = class_counts_of(data)
+    model = make_network(one, data, device, restore(start, data) if start else None)
+    batches = make_batches(one, data, device)
+    step = TrainStep(
+        model,
+        make_loss(one.loss, class_counts, vars(one)).to(device),
+        make_sgd(model.parameters(), one.lr, one.momentum, one.wd, one.nesterov),
+        amp=AMP[one.amp],
+        ema=one.ema,
+        project=constraint(model.fc, one.constraint, one.constraint_radius),
+        compiled=one.compile == "on",
+        graphed=one.graph == "on",
+    )
+    evaluator = Evaluator(run, data, device, one, one.epochs)
 
-        return finish(run, "stage1", options, data, evaluator.selection, argv, device, parent=start)
+    for epoch in range(one.epochs):
+        began, lr = time.perf_counter(), one.lr * cosine(epoch, one.epochs, one.warmup_epochs)
+        set_lr(step.optimizer, lr)
+        if epoch == one.drw_epoch:
+            step.follow(reweighted(step.criterion, class_balanced_weights(class_counts, one.cb_beta)).to(device))
+        model.train()
+        steps = run.bar(batches.epoch(epoch), len(batches), f"epoch {epoch + 1}/{one.epochs}")
+        stats = train_epoch(step, steps, epoch, lr)
+        evaluator.after(epoch, step.averaged, stats, lr, time.perf_counter() - began)
+
+    return evaluator.selection
+
+
+def train_many(
+    settings: Sequence[Setting],
+    options: Any,
+    data: LongTailed,
+    device: torch.device,
+    run: Run,
+    start: Checkpoint | None,
+    argv: Sequence[str],
+) -> list[Trained]:
+    """One run for every setting, each with a folder and a checkpoint of its own inside the sweep's."""
+    names = ["seed", *varying(settings)] + ["loss"] * (len(options.loss) > 1)
+    finishing = threading.Lock()  # Matplotlib draws one figure at a time
+
+    def task(setting: Setting) -> Trained:
+        one, result = one_run(options, setting), Trained(setting, options.select)
+        label = "_".join(f"{name}{short(getattr(one, name))}" for name in names if getattr(one, name) is not None)
+        own = load_data(options, val_fraction=options.val_split, val_seed=one.seed) if options.val_split else data
+        with run.child(label, f"{label}  " if options.parallel > 1 else "") as child:
+            result.folder = child.folder
+            child.say(f"\nrun {settings.index(setting) + 1} of {len(settings)}: {label}")
+            try:
+                result.selection = train(one, own, device, child, start)
+            except Diverged as error:
+                child.say(f"stopped: {error}")
+                result.diverged = len(child.epochs) + 1
+                return result
+            result.seconds = child.seconds
+            with finishing:
+                finish(
+                    child,
+                    "stage1",
+                    one,
+                    own,
+                    result.selection,
+                    argv,
+                    device,
+                    start,
+                    vars(one),
+                    one.head,
+                    is_final=False,
+                )
+        return result
+
+    return side_by_side(task, settings, options.parallel, run.stopped)
+
+
+def conclude(results: Sequence[Trained], options: Any, run: Run) -> Report:
+    """Shows the sorted table of a sweep and makes the best setting's first seed stage 1's result: its test report."""
+    rows = rows_that_stand(results, run, "a lower --lr may help")
+    show_sweep(results, rows, run, "wd", f"{options.dataset}, ratio {options.imb_ratio}, {options.network}", "loss")
+    chosen: Trained = rows[0].results[0]
+    file = checkpoints.read(chosen.folder / "checkpoint.pt")
+    how = "the first seed; nothing was chosen"
+    if len(rows) > 1:
+        file.metrics["sweep"] = chosen_on(rows)
+        how = f"sorted and chosen by accuracy on {file.metrics['sweep']['chosen_on']}"
+    run.say(f"{how}: {chosen.setting.describe(['seed', *varying([r.setting for r in results])])}")
+    run.say(f"{checkpoints.publish(file, final_path(options, 'stage1'))}; all runs in {run.folder}")
+    return chosen.selection.test
 
 
 if __name__ == "__main__":

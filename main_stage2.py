@@ -13,31 +13,26 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import pandas as pd
 import torch
 from torch import nn
-from torch.optim import SGD
 
 from datasets import SAMPLERS, LongTailed
-from engine import is_due, train_epoch
+from engine import TrainStep, cosine, is_due, make_sgd, set_lr, train_epoch
 from models.heads import head_name
 from retraining.features import FEATURES, Stream
 from retraining.methods import METHODS
-from retraining.settings import TUNABLE, Setting, by_stream, make_settings, varying
+from retraining.settings import TUNABLE, Setting, by_stream, make_settings
 from retraining.solver import Solver
-from retraining.sweep import Lab, Result, Row, raw_rows, rows_of, smoothing_curves, table_cells
+from retraining.sweep import Lab, Result
 from stages import (
-    BATCH_SIZE,
     EVAL_BATCH,
     HUGE,
-    SEED,
     TrainOptions,
     begin,
     fill_options,
@@ -48,6 +43,7 @@ from stages import (
     restore,
     stage_option,
 )
+from sweeps import chosen_on, rows_that_stand, show_sweep, varying
 from utils.checkpoints import IDENTITY, Checkpoint
 from utils.metrics import Report, report
 from utils.options import (
@@ -63,7 +59,6 @@ from utils.options import (
     parse_typed,
     shown,
 )
-from utils.plots import label_smooth_curves
 from utils.run import Run
 from utils.system import pick_device
 
@@ -76,8 +71,6 @@ class Options(TrainOptions):
 
     cur_stage: str = stage_option("stage2")
     method: Any = option("los", Many(Choice(METHODS)), "how the classifier is re-trained; see retraining/methods.py")
-    seed: Any = option(None, Many(SEED), "of everything random; without it one is drawn and printed")
-    batch_size: Any = option(64, Many(BATCH_SIZE), "images per step")
     finetune_epoch: Any = option(20, Many(Number(int, 1)), "epochs")
     finetune_lr: Any = option(None, Many(Number(float, 0, HUGE, above=True)), "learning rate, cosine to 0")
     finetune_wd: Any = option(None, Many(Number(float, 0, HUGE)), "weight decay of the classifier")
@@ -90,18 +83,8 @@ class Options(TrainOptions):
     )
     tau: Any = option(None, Many(Number(float, 0, 10, words=("val",))), "tau-norm: power of the norm; val chooses it")
     ncm_metric: Any = option(None, Many(Choice(("centred", "cosine", "l2"))), "ncm: how distances are measured")
-    la_tau: Any = option(None, Many(Number(float, -10, 10)), "logit adjustment: factor of the log prior")
-    focal_gamma: Any = option(None, Many(Number(float, 0, 20)), "focal: power of 1 - p")
-    cb_beta: Any = option(None, Many(Number(float, 0, 1 - 1e-9)), "class-balanced weights: beta")
     cb_form: Any = option(None, Many(Choice(("ce", "bce"))), "class-balanced loss: cross-entropy, or BCE on softmax")
-    ldam_margin: Any = option(None, Many(Number(float, 0, 2)), "ldam: the largest margin")
     drw: Any = option(None, Many(Number(float, 0, 1)), "ldam: share of the epochs after which classes are weighted")
-    cosine_scale: Any = option(None, Many(Number(float, 0, 1000, above=True)), "cosine heads: factor of the cosine")
-    las_head: Any = option(None, Many(Number(float, 0, 1)), "label-aware smoothing of the largest class")
-    las_tail: Any = option(None, Many(Number(float, 0, 1)), "label-aware smoothing of the smallest class")
-    grw_rho: Any = option(None, Many(Number(float, 0, 10)), "disalign, marc: power of the class weights")
-    lade_alpha: Any = option(None, Many(Number(float, 0, 100)), "lade: factor of the regulariser")
-    lade_lambda: Any = option(None, Many(Number(float, 0, 100)), "lade: factor of the squared bound in it")
     maxnorm_radius: Any = option(
         None, Many(Number(float, 0, HUGE, above=True, words=("published",))), "maxnorm: radius of the projection"
     )
@@ -128,7 +111,7 @@ def main(argv: Sequence[str]) -> Report:
     parent, resolved = continue_stage1(typed, Options)
     options: Any = resolved.options
     require_held_out(parent, options)
-    device = pick_device(options.device, options.gpu)
+    device = pick_device(options.device, options.gpu, options.threads)
     data = load_data(options, val_indices=parent.data.get("val_indices", []))
     wanted = {name: getattr(options, name) for name in TUNABLE}
     settings = make_settings(options.method, wanted, typed, data.num_classes, published=options.protocol == "published")
@@ -253,23 +236,24 @@ def train_network(setting: Setting, lab: Lab, options: Any, run: Run) -> Result:
     method, values, stream = METHODS[setting.method], setting.values, setting.stream
     assert stream is not None
     result = Result(setting, options.select)
-    model = copy.deepcopy(lab.source.model)
+    model = copy.deepcopy(lab.source.model).to(memory_format=torch.channels_last)
     model.load_state_dict(lab.source.backbone(None, -1))
     model.fc = method.head(lab.start, values)
     trained = nn.ModuleList([model] if setting.scope == "all" else [model.last_block, model.fc]).requires_grad_(True)
     batches = lab.source.train_batches(stream)
     lr, wd = values["finetune_lr"], values["finetune_wd"]
-    optimizer = SGD(trained.parameters(), lr, options.momentum, weight_decay=wd, nesterov=options.nesterov)
+    optimizer = make_sgd(trained.parameters(), lr, options.momentum, wd, options.nesterov)
+    step = TrainStep(model, method.loss(lab.start, values, 0.0), optimizer)
 
     for epoch in range(stream.epochs):
         started, rate = time.perf_counter(), cosine(epoch, stream.epochs)
         model.train(options.features == "replay")
         trained.train()
-        optimizer.param_groups[0]["lr"] = lr * rate
-        criterion = method.loss(lab.start, values, epoch / stream.epochs).to(lab.source.device)
+        set_lr(optimizer, lr * rate)
+        step.follow(method.loss(lab.start, values, epoch / stream.epochs).to(lab.source.device))
         steps = run.bar(batches.epoch(epoch), len(batches), f"epoch {epoch + 1}/{stream.epochs}")
         try:
-            stats = train_epoch(model, steps, criterion, optimizer)
+            stats = train_epoch(step, steps, epoch, lr * rate)
             method.project(model.fc, lab.start, values)
             seconds = time.perf_counter() - started
             result.seconds += seconds
@@ -284,36 +268,19 @@ def train_network(setting: Setting, lab: Lab, options: Any, run: Run) -> Result:
     return result
 
 
-def cosine(epoch: int, epochs: int) -> float:
-    """The learning rate's factor in an epoch (from 0): half a cosine from 1 to 0, as CosineAnnealingLR has it."""
-    return (1 + math.cos(math.pi * epoch / epochs)) / 2
-
-
-def rows_that_stand(results: list[Result], run: Run) -> list[Row]:
-    """The sorted rows; says which settings diverged, and raises Diverged where all did."""
-    for result in results:
-        if result.diverged is not None:
-            run.say(f"diverged in epoch {result.diverged}: {result.setting.describe()}")
-    rows = rows_of(results)
-    if not rows:
-        raise Diverged("the loss or the logits are not finite in any setting: a lower --finetune_lr may help")
-    return rows
+#: What may help where every setting diverges.
+HINT = "a lower --finetune_lr may help"
 
 
 def conclude(
     results: list[Result], lab: Lab, options: Any, run: Run, argv: Sequence[str], parent: Checkpoint
 ) -> Report:
     """Shows the sorted table of a sweep and saves the best setting's classifier; returns its test report."""
-    rows, data, settings = rows_that_stand(results, run), lab.data, [result.setting for result in results]
+    rows, data, settings = rows_that_stand(results, run, HINT), lab.data, [result.setting for result in results]
     chosen, sweep = rows[0].results[0], None
     if len(results) > 1:
-        cells = pd.DataFrame(table_cells(rows))
-        run.say(f"\n{cells.to_string(index=False)}\n")
-        pd.DataFrame(raw_rows(results)).convert_dtypes().to_csv(run.folder / "sweep.csv", index=False)
-        curves = smoothing_curves(rows)
-        if curves:
-            label_smooth_curves(curves, f"{data.spec.name}, ratio {options.imb_ratio}", run.folder / "label_smooth.png")
-        sweep = {"settings": len(rows), "chosen_on": "the TEST set" if data.val is None else "held-out images"}
+        show_sweep(results, rows, run, "label_smooth", f"{data.spec.name}, ratio {options.imb_ratio}", "method")
+        sweep = chosen_on(rows)
         name = chosen.setting.describe(["seed", *varying(settings)])
         run.say(f"sorted and chosen by accuracy on {sweep['chosen_on']}; saved: {name}")
     run.epochs = chosen.records

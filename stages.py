@@ -22,6 +22,7 @@ from utils.metrics import GROUPS, Report, per_class_csv, per_class_rows, percent
 from utils.options import (
     Choice,
     Flag,
+    Many,
     Number,
     Resolved,
     Text,
@@ -34,14 +35,13 @@ from utils.options import (
     shown,
 )
 from utils.plots import learning_curves, per_class_accuracy
-from utils.run import Run
+from utils.run import Run, make_folder
 from utils.system import draw_seed, provenance
 
 T = TypeVar("T", bound="DataOptions")
 
 #: Images per step of an evaluation, by device; constants, so that stored and later figures agree to the last digit.
 EVAL_BATCH = {"cpu": 50, "cuda": 500}
-BATCH_SIZE = Number(int, 1, 10**9)
 SEED = Number(int, 0, 2**31 - 1, words=("None",))
 HUGE = 1e30  # the largest learning rate or weight decay: beyond, float32 overflows
 
@@ -70,6 +70,9 @@ class DataOptions:
     )
     device: str = option("auto", Choice(("auto", "cpu", "cuda")), "auto: a GPU where there is one")
     gpu: int | None = option(None, Number(int, 0), "number of the GPU")
+    threads: int | None = option(
+        None, Number(int, 1, 4096), "CPU threads; as many as the process may use, if not given"
+    )
 
     def __post_init__(self) -> None:
         check(self)
@@ -77,17 +80,27 @@ class DataOptions:
 
 @dataclass(frozen=True)
 class TrainOptions(DataOptions):
-    """What both training stages add."""
+    """What both training stages add. Options of Any type take several values, which are swept; see ``Many``."""
 
-    batch_size: Any = option(64, BATCH_SIZE, "images per step")
+    batch_size: Any = option(64, Many(Number(int, 1, 10**9)), "images per step")
     momentum: float = option(0.9, Number(float, 0, 1), "SGD momentum")
     nesterov: bool = option(False, Flag(), "Nesterov momentum")
     protocol: str = option("honest", Choice(("honest", "published")), "how epochs are chosen and averaged")
     select: str = option("last", Choice(SELECT), "which evaluated epoch is kept", published="best_test")
     flip_tta: bool = option(False, Flag(), "average the logits of an image and its mirror", published=True)
     eval_every: int = option(10, Number(int, 1), "epochs between evaluations; the last five always", published=1)
-    seed: Any = option(None, SEED, "of everything random; without it one is drawn and printed")
+    seed: Any = option(None, Many(SEED), "of everything random; without it one is drawn and printed")
     out: str = option("output", Text("a folder"), "where run folders are made")
+    la_tau: Any = option(None, Many(Number(float, -10, 10)), "logit adjustment: factor of the log prior")
+    focal_gamma: Any = option(None, Many(Number(float, 0, 20)), "focal: power of 1 - p")
+    cb_beta: Any = option(None, Many(Number(float, 0, 1 - 1e-9)), "class-balanced weights: beta")
+    ldam_margin: Any = option(None, Many(Number(float, 0, 2)), "ldam: the largest margin")
+    cosine_scale: Any = option(None, Many(Number(float, 0, 1000, above=True)), "cosine heads: factor of the cosine")
+    las_head: Any = option(None, Many(Number(float, 0, 1)), "label-aware smoothing of the largest class")
+    las_tail: Any = option(None, Many(Number(float, 0, 1)), "label-aware smoothing of the smallest class")
+    grw_rho: Any = option(None, Many(Number(float, 0, 10)), "generalised re-weighting: power of the class weights")
+    lade_alpha: Any = option(None, Many(Number(float, 0, 100)), "lade: factor of the regulariser")
+    lade_lambda: Any = option(None, Many(Number(float, 0, 100)), "lade: factor of the squared bound in it")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -168,14 +181,6 @@ def load_data(options: DataOptions, **held_out: Any) -> LongTailed:
     return data
 
 
-def train_batches(data: LongTailed, batch_size: int, seed: int, stage: int, device: torch.device) -> Batches:
-    """The shuffled and augmented training batches; ``stage`` keeps the stages' random numbers apart."""
-    spec, train = data.spec, data.train
-    return Batches(
-        train.images, train.labels, batch_size, spec.mean, spec.std, device, spec.augment, seed=(seed, stage)
-    )
-
-
 def eval_batches(data: LongTailed, part: ImageSet, device: torch.device) -> Batches:
     """The plain batches of a test or validation split."""
     return Batches(part.images, part.labels, EVAL_BATCH[device.type], data.spec.mean, data.spec.std, device)
@@ -215,11 +220,12 @@ def _own_name(file: Checkpoint) -> Path:
     return checkpoints.default_path(data["dataset"], data["imb_type"], data["imb_ratio"], file.network, str(file.stage))
 
 
-def restore(file: Checkpoint, data: LongTailed) -> ResNet:
-    """The network of a checkpoint with its weights, checked against the data.
+def restore(file: Checkpoint, data: LongTailed, head: str | None = None) -> ResNet:
+    """The network of a checkpoint with its weights, checked against the data and, where given, the kind of its head.
 
     Raises:
-        UsageError: another number of classes or channels, other class counts, or weights that do not fit.
+        UsageError: another kind of head, another number of classes or channels, other class counts, or weights that do
+            not fit.
     """
     if (file.num_classes, file.in_channels) != (data.num_classes, data.channels):
         raise UsageError(
@@ -237,8 +243,8 @@ def restore(file: Checkpoint, data: LongTailed) -> ResNet:
             raise UsageError(f"{file.path} was trained with other {key}", "the data that it was trained on")
     if file.network not in BACKBONES:
         raise UsageError(f"{file.path} holds a {file.network}", ", ".join(BACKBONES))
-    if file.head not in HEADS:
-        raise UsageError(f"{file.path} has a {file.head} head", ", ".join(HEADS))
+    if file.head not in HEADS or head not in (None, file.head):
+        raise UsageError(f"{file.path} has a {file.head} head", head or ", ".join(HEADS))
     model = build_model(file.network, file.num_classes, file.in_channels, file.head)
     try:
         model.load_state_dict(file.model)
@@ -247,23 +253,22 @@ def restore(file: Checkpoint, data: LongTailed) -> ResNet:
     return model
 
 
-def _final_path(options: DataOptions, stage: str) -> Path:
+def final_path(options: DataOptions, stage: str) -> Path:
     """Where a stage of these options puts its final file."""
     return checkpoints.default_path(options.dataset, options.imb_type, options.imb_ratio, options.network, stage)
 
 
 def begin(resolved: Resolved[Any], stage: str, data: LongTailed, device: torch.device) -> Run:
-    """Opens the run folder, says what will run and seeds PyTorch; fails now what would fail later."""
+    """Opens the run folder and says what will run; fails now what would fail later."""
     options = resolved.options
     require_writable("the folder", checkpoints.FOLDER)
     seeds = options.seed if isinstance(options.seed, tuple) else (options.seed,)
-    run = Run(
-        options.out, _final_path(options, stage).stem, f"seed{seeds[0]}" if len(seeds) == 1 else f"{len(seeds)}seeds"
-    )
+    label = f"seed{seeds[0]}" if len(seeds) == 1 else f"{len(seeds)}seeds"
+    run = Run(make_folder(options.out, final_path(options, stage).stem, label))
     run.say(resolved.describe())
-    run.say(f"{data.describe()}\ndevice {device}, seed {shown(options.seed)}, run folder {run.folder}")
+    where = f"{device}, {torch.get_num_threads()} threads" if device.type == "cpu" else str(device)
+    run.say(f"{data.describe()}\ndevice {where}, seed {shown(options.seed)}, run folder {run.folder}")
     run.write_json("options.json", {"options": dataclasses.asdict(options), "sources": dict(resolved.sources)})
-    torch.manual_seed(seeds[0])
     return run
 
 
@@ -309,11 +314,13 @@ def finish(
     stored: Mapping[str, Any] | None = None,
     head: str = "linear",
     sweep: Mapping[str, Any] | None = None,
+    is_final: bool = True,
 ) -> Report:
     """Writes the checkpoint (run folder and final path), the plots and the per-class table; returns the test report.
 
     ``stored`` are the options to keep where the run had several values of one, ``head`` the kind of the classifier,
-    ``sweep`` how many settings it was chosen from and on what.
+    ``sweep`` how many settings it was chosen from and on what. A run that is not ``is_final``, one of several, leaves
+    the final path alone.
     """
     file = Checkpoint(
         stage=stage,
@@ -353,7 +360,8 @@ def finish(
     run.say(f"test top-1 {percent(test['top1'])} % ({groups}); {selection_words(file.metrics)}")
     if selection.rule != "best_test" and not sweep:
         run.say(f"best on the test set, not used: {percent(best['top1'])} % at epoch {best_epoch}")
-    run.say(f"{checkpoints.publish(file, _final_path(options, stage))}; {run.seconds:.0f} s")
+    told = checkpoints.publish(file, final_path(options, stage)) if is_final else f"saved {run.folder}/checkpoint.pt"
+    run.say(f"{told}; {run.seconds:.0f} s")
     return test
 
 

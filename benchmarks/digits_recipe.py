@@ -14,13 +14,11 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from torch.optim import SGD
-from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from datasets import DATASETS, Batches
 from datasets.longtail import choose_subset, class_sizes
-from engine import evaluate, train_epoch
-from losses import LabelSmoothing, auto_label_smooth
+from engine import TrainStep, cosine, evaluate, make_sgd, set_lr, train_epoch
+from losses import SoftmaxLoss, auto_label_smooth
 from models import ResNet, build_model
 
 SPEC = DATASETS["digits"]
@@ -32,12 +30,12 @@ FINETUNE_EPOCH = (20, 40, 60)
 def train(model: ResNet, batches: Batches, smooth: float, lr: float, wd: float, epochs: int, frozen: bool) -> None:
     """Both stages' loop, without logging: the whole model, or ``fc`` alone in eval mode where ``frozen``."""
     model.requires_grad_(not frozen).fc.requires_grad_(True)
-    optimizer = SGD([p for p in model.parameters() if p.requires_grad], lr, momentum=0.9, weight_decay=wd)
-    scheduler = CosineAnnealingLR(optimizer, epochs)
+    optimizer = make_sgd([p for p in model.parameters() if p.requires_grad], lr, 0.9, wd, nesterov=False)
+    step = TrainStep(model, SoftmaxLoss(10, smooth=smooth), optimizer)
     for epoch in range(epochs):
         model.train(not frozen)
-        train_epoch(model, batches.epoch(epoch), LabelSmoothing(smooth), optimizer)
-        scheduler.step()
+        set_lr(optimizer, lr * cosine(epoch, epochs))
+        train_epoch(step, batches.epoch(epoch), epoch, lr)
 
 
 def main() -> None:

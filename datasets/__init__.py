@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from datasets.augment import AUGMENTATIONS, Mix
 from datasets.batches import Augment, Batches
 from datasets.longtail import IMB_TYPES, SUBSETS, choose_subset, class_sizes, hold_out
 from datasets.readers import DATASETS, DatasetSpec, ImageSet
@@ -13,6 +14,7 @@ from datasets.samplers import SAMPLERS
 from utils.options import UsageError
 
 __all__ = [
+    "AUGMENTATIONS",
     "DATASETS",
     "IMB_TYPES",
     "SAMPLERS",
@@ -22,6 +24,7 @@ __all__ = [
     "DatasetSpec",
     "ImageSet",
     "LongTailed",
+    "Mix",
     "load",
 ]
 

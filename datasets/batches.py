@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -11,9 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
+from datasets.augment import Mix, Policy
 from datasets.samplers import Sampler, instance_balanced
 
-Batch = tuple[Tensor, Tensor]
+#: Images and labels, and with mixing the partners' labels and the share of the first.
+Batch = tuple[Tensor, ...]
+#: Steps whose images go through an augmentation policy together: few large operations instead of many small ones.
+POLICY_STEPS = 64
 
 
 @dataclass(frozen=True)
@@ -46,25 +51,47 @@ def seeded(*numbers: int) -> Generator:
     return Generator().manual_seed(int(state[0]))
 
 
-def crop_flip(padded: Tensor, index: Tensor, top: Tensor, left: Tensor, flip: Tensor, size: tuple[int, int]) -> Tensor:
-    """Cuts one window out of each indexed image and mirrors some, as one gather.
+class Windows:
+    """Images in a device's memory as uint8, zero-padded, channels last, each with its mirror image where flips occur.
 
-    padded (N, c, H + 2 pad, W + 2 pad); index, top, left (B,) int64; flip (B,) bool; size (H, W) -> (B, c, H, W).
+    Every crop is then a view into that memory, and a batch of them is one gather. images (N, c, H, W) uint8.
     """
-    height, width = size
-    rows = top[:, None] + torch.arange(height, device=padded.device)
-    columns = torch.arange(width, device=padded.device).expand(len(index), width)
-    columns = left[:, None] + torch.where(flip[:, None], width - 1 - columns, columns)
-    channels = torch.arange(padded.shape[1], device=padded.device)
-    return padded[index[:, None, None, None], channels[:, None, None], rows[:, None, :, None], columns[:, None, None]]
+
+    def __init__(self, images: Tensor, augment: Augment, device: torch.device) -> None:
+        pad, (self.number, channels, height, width) = augment.pad, images.shape
+        stored = F.pad(images.to(device), (pad, pad, pad, pad)).permute(0, 2, 3, 1)
+        stored = (torch.cat([stored, stored.flip(2)]) if augment.flip else stored).contiguous()
+        image, row, pixel, _ = stored.stride()
+        self.offsets = 2 * pad + 1
+        # (N or 2 N, top, left, H, W c); the crops overlap in memory.
+        self.views = stored.as_strided(
+            (len(stored), self.offsets, self.offsets, height, width * channels), (image, row, pixel, row, 1)
+        )
+        self.shape = (-1, height, width, channels)
+
+    def cut(self, index: Tensor, top: Tensor, left: Tensor, flip: Tensor) -> Tensor:
+        """Crops at top, left (B,) int64 of the images at index (B,), mirrored where flip (B,): (B, H, W, c) uint8."""
+        left = torch.where(flip, self.offsets - 1 - left, left)  # where that crop lies in the mirror image
+        return self.views[index + flip * self.number, top, left].view(self.shape)
+
+    def whole(self, start: int, stop: int) -> Tensor:
+        """The images from ``start`` to ``stop``, where there is no padding: (B, H, W, c) uint8."""
+        return self.views[start:stop, 0, 0].view(self.shape)
 
 
 class Batches:
-    """Mini-batches of an in-memory image set on a device: pairs of images (B, c, H, W) float and labels (B,) int64.
+    """Mini-batches of an in-memory image set on a device: images (B, c, H, W) float, labels (B,) int64.
 
     With ``augment``: in the sampler's order and augmented, an epoch's randomness fixed by (*seed, epoch); the last
-    batch may be smaller. Without: file order, as they are. Pixels are scaled to [0, 1] and normalised per channel.
-    ``epochs`` is the number of epochs that a progressive sampler spreads over.
+    batch may be smaller. Without: file order, as they are. Pixels are scaled to [0, 1] and normalised per channel;
+    images are in the channels-last memory format.
+
+    Args:
+        images, labels: (N, c, H, W) uint8 and (N,) int64.
+        batch_size, mean, std, device, augment, seed: as above.
+        sampler, epochs: the order of the images, and the number of epochs that a progressive one spreads over.
+        policy: further changes of the cropped images, from ``AUGMENTATIONS``.
+        mix: blends the images of a batch; it then has partners and a share too, see :class:`datasets.augment.Mix`.
     """
 
     def __init__(
@@ -79,20 +106,21 @@ class Batches:
         seed: Sequence[int] = (0,),
         sampler: Sampler = instance_balanced,
         epochs: int = 1,
+        policy: Policy | None = None,
+        mix: Mix | None = None,
     ) -> None:
-        pad = augment.pad if augment else 0
-        self.size = (images.shape[2], images.shape[3])
-        self.images = F.pad(images, (pad, pad, pad, pad)).to(device)
+        self.windows = Windows(images, augment or Augment(pad=0, flip=False), device)
         self.labels = labels.to(device)
-        self.mean, self.std = (torch.tensor(v, device=device)[:, None, None] for v in (mean, std))
+        row = [(1 / (255 * s), -m / s) for m, s in zip(mean, std)] * images.shape[3]  # channels last
+        self.scale, self.shift = torch.tensor(row, device=device).T.contiguous()
         self.batch_size, self.augment, self.seed = batch_size, augment, seed
-        self.sampler, self.epochs = sampler, epochs
+        self.sampler, self.epochs, self.policy, self.mix = sampler, epochs, policy, mix
 
     def __len__(self) -> int:
         return -(-len(self.labels) // self.batch_size)
 
     def draws(self, epoch: int) -> Draws:
-        """All random numbers of an epoch of augmented batches."""
+        """All random numbers of an epoch of cropped batches."""
         assert self.augment is not None
         generator = seeded(*self.seed, epoch)
         order = self.sampler(self.labels.cpu(), epoch, self.epochs, generator)
@@ -100,18 +128,30 @@ class Batches:
 
     def epoch(self, epoch: int = 0) -> Iterator[Batch]:
         """The batches of one epoch."""
-        if self.augment is not None:
-            yield from self.cut(self.draws(epoch))
+        if self.augment is None:
+            for start in range(0, len(self.labels), self.batch_size):
+                stop = start + self.batch_size
+                yield self._normalise(self.windows.whole(start, stop)), self.labels[start:stop]
             return
-        for images, labels in zip(self.images.split(self.batch_size), self.labels.split(self.batch_size)):
-            yield self._normalise(images), labels
+        policy = partial(self.policy, generator=self._stream(epoch, 1)) if self.policy else None
+        batches = self.cut(self.draws(epoch), policy)
+        yield from self.mix(batches, self._stream(epoch, 2)) if self.mix else batches
 
-    def cut(self, draws: Draws) -> Iterator[Batch]:
-        """The batches of given images, crops and flips."""
-        steps = zip(*(draw.to(self.images.device).split(self.batch_size) for draw in draws))
-        for order, top, left, flip in steps:
-            images = crop_flip(self.images, order, top, left, flip, self.size)
-            yield self._normalise(images), self.labels[order]
+    def cut(self, draws: Draws, policy: Callable[[Tensor], Tensor] | None = None) -> Iterator[Batch]:
+        """The batches of given images, crops and flips; ``policy`` takes many batches at once, (n, c, H, W) uint8."""
+        steps = self.batch_size * (POLICY_STEPS if policy else 1)
+        for order, top, left, flip in zip(*(draw.to(self.labels.device).split(steps) for draw in draws)):
+            images, labels = self.windows.cut(order, top, left, flip), self.labels[order]
+            if policy:
+                images = policy(images.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+            for part in zip(images.split(self.batch_size), labels.split(self.batch_size)):
+                yield self._normalise(part[0]), part[1]
+
+    def _stream(self, epoch: int, number: int) -> Generator:
+        """Random numbers of their own for what comes after cropping, so that crops and order do not depend on it."""
+        return seeded(*self.seed, epoch, number)
 
     def _normalise(self, images: Tensor) -> Tensor:
-        return images.float().div_(255).sub_(self.mean).div_(self.std)
+        """(B, H, W, c) uint8 -> (B, c, H, W) float, channels last in memory."""
+        rows = images.float().view(*images.shape[:2], -1).mul_(self.scale).add_(self.shift)
+        return rows.view(images.shape).permute(0, 3, 1, 2)

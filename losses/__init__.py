@@ -1,7 +1,56 @@
-"""Losses: one family per file. ``LOSSES`` maps a name to a class; an instance maps (logits, labels) to a scalar."""
+"""Losses: one family per file. ``LOSSES`` maps a --loss name to what makes it; :func:`make_loss` does so.
 
-from losses.label_smoothing import LabelSmoothing, auto_label_smooth
+An instance maps (logits (B, C), labels (B,)) to a scalar in nats.
+"""
 
-LOSSES = {"ce": LabelSmoothing}
+from __future__ import annotations
 
-__all__ = ["LOSSES", "LabelSmoothing", "auto_label_smooth"]
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from losses.softmax import (
+    SoftmaxLoss,
+    auto_label_smooth,
+    balanced_softmax,
+    class_balanced,
+    class_balanced_weights,
+    cross_entropy,
+    generalised_reweighting,
+    label_aware_smoothing,
+    ldam,
+    logit_adjustment,
+    reweighted,
+)
+from losses.weighted import LADE, ClassBalancedBCE, focal
+
+__all__ = [
+    "LOSSES",
+    "SoftmaxLoss",
+    "auto_label_smooth",
+    "class_balanced_weights",
+    "make_loss",
+    "reweighted",
+]
+
+#: The maker, which takes class_counts (C,) first, and {option of the command: the maker's parameter}.
+LOSSES: dict[str, tuple[Callable[..., nn.Module], Mapping[str, str]]] = {
+    "ce": (cross_entropy, {"label_smooth": "smooth"}),
+    "balanced-softmax": (balanced_softmax, {}),
+    "logit-adjustment": (logit_adjustment, {"la_tau": "tau"}),
+    "ldam": (ldam, {"ldam_margin": "max_margin", "cosine_scale": "scale"}),
+    "class-balanced": (class_balanced, {"cb_beta": "beta", "label_smooth": "smooth"}),
+    "class-balanced-bce": (ClassBalancedBCE, {"cb_beta": "beta"}),
+    "generalised-reweighting": (generalised_reweighting, {"grw_rho": "rho"}),
+    "label-aware-smoothing": (label_aware_smoothing, {"las_head": "head", "las_tail": "tail"}),
+    "focal": (focal, {"focal_gamma": "gamma"}),
+    "lade": (LADE, {"lade_alpha": "alpha", "lade_lambda": "lam"}),
+}
+
+
+def make_loss(name: str, class_counts: Sequence[int], values: Mapping[str, Any]) -> nn.Module:
+    """A loss of the table for class_counts (C,), with those of its options that ``values`` gives; None for its own."""
+    make, options = LOSSES[name]
+    given = {parameter: values[option] for option, parameter in options.items() if values.get(option) is not None}
+    return make(class_counts, **given)

@@ -28,6 +28,11 @@ class Focal(nn.Module):
         return -(rest**self.gamma * log_p).mean()
 
 
+def focal(class_counts: Sequence[int], gamma: float = 1.0) -> Focal:
+    """Focal loss with LDAM-DRW's gamma; it needs no class counts."""
+    return Focal(gamma)
+
+
 class ClassBalancedBCE(nn.Module):
     """Class-balanced loss as Weight Balancing's code has it: binary cross-entropy between softmax and one-hot.
 

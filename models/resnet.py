@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -137,7 +138,9 @@ class ResNet(nn.Module):
         return x.mean(dim=(2, 3))
 
     def forward(self, images: Tensor) -> Tensor:
-        logits: Tensor = self.fc(self.features(images))
+        features = self.features(images)
+        with torch.autocast(images.device.type, enabled=False):  # the classifier stays in the precision of its weights
+            logits: Tensor = self.fc(features.to(self.conv1.weight.dtype))
         return logits
 
 

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from losses.label_smoothing import AUTO_EXCESS
 from losses.softmax import (
+    AUTO_EXCESS,
     SoftmaxLoss,
     balanced_softmax,
     class_balanced,
@@ -27,6 +27,7 @@ from losses.softmax import (
     label_aware_smoothing,
     ldam,
     logit_adjustment,
+    reweighted,
 )
 from losses.weighted import LADE, ClassBalancedBCE, Focal
 from models.heads import MARC, CosineHead, DisAlignHead, PrototypeHead, ScaledLinear, make_linear
@@ -391,10 +392,10 @@ class LDAM(Cosine):
     tuned = {"ldam_margin": (0.1, 0.3, 0.5)}
 
     def loss(self, start: Start, values: Values, progress: float) -> nn.Module:
-        # The head's logits have the factor s already.
-        margin = ldam(start.class_counts, values["ldam_margin"]).margin * values["cosine_scale"]
-        deferred = class_balanced_weights(start.class_counts, values["cb_beta"])
-        return SoftmaxLoss(start.num_classes, margin=margin, weight=deferred if progress >= values["drw"] else 1.0)
+        loss = ldam(start.class_counts, values["ldam_margin"], values["cosine_scale"])
+        if progress < values["drw"]:
+            return loss
+        return reweighted(loss, class_balanced_weights(start.class_counts, values["cb_beta"]))
 
 
 class LabelAwareSmoothing(Method):

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
 from itertools import product
 from typing import Any
 
+import sweeps
 from losses import auto_label_smooth
 from retraining.features import Stream
 from retraining.methods import METHODS, Method
@@ -24,12 +24,8 @@ TRAINED: Mapping[str, Any] = {
 TUNABLE = tuple(dict.fromkeys([*TRAINED, *(name for method in METHODS.values() for name in method.options)]))
 
 
-@dataclass(frozen=True)
-class Setting:
+class Setting(sweeps.Setting):
     """One classifier to make: a method and a value for each option that it takes."""
-
-    method: str
-    values: Mapping[str, Any]
 
     @property
     def stream(self) -> Stream | None:
@@ -42,15 +38,6 @@ class Setting:
     def scope(self) -> str:
         """fc, last_block or all."""
         return str(self.values.get("finetune_scope", "fc"))
-
-    @property
-    def key(self) -> tuple[tuple[str, Any], ...]:
-        """What is the same in all seeds."""
-        return (("method", self.method), *((k, v) for k, v in self.values.items() if k != "seed"))
-
-    def describe(self, names: Iterable[str] = TUNABLE) -> str:
-        """The setting in one line, or those of its options alone that are named."""
-        return " ".join([self.method, *(f"{name} {short(self.values[name])}" for name in names if name in self.values)])
 
 
 def make_settings(
@@ -114,21 +101,3 @@ def by_stream(settings: Sequence[Setting]) -> dict[Stream | None, list[Setting]]
     for setting in settings:
         groups.setdefault(setting.stream, []).append(setting)
     return groups
-
-
-def varying(settings: Sequence[Setting]) -> list[str]:
-    """The options, beside method and seed, that differ between settings of one method."""
-    names = []
-    for name in TUNABLE:
-        seen: dict[str, set[Any]] = {}
-        for setting in settings:
-            if name in setting.values:
-                seen.setdefault(setting.method, set()).add(setting.values[name])
-        if name != "seed" and any(len(values) > 1 for values in seen.values()):
-            names.append(name)
-    return names
-
-
-def short(value: Any) -> str:
-    """A value as tables and messages show it."""
-    return f"{value:.5g}" if isinstance(value, float) else str(value)

@@ -22,13 +22,14 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 from losses.softmax import SoftmaxLoss
+from utils.graphs import Graphed
 
 #: Heads per matrix product on a CPU: weights and momentum of so many stay in its cache (CIFAR sizes).
 CPU_CHUNK = 8
 #: Steps that one part takes before the next part's turn, so that its weights are still in the cache.
 WINDOW = 32
 
-Steps = Iterable[tuple[Tensor, Tensor]]
+Steps = Iterable[tuple[Tensor, ...]]
 
 
 @dataclass
@@ -79,7 +80,7 @@ class _LinearChunk:
         self.lr, self.wd = lr.reshape(-1, 1), wd.reshape(-1, 1)
         self.decays = bool((self.wd != 0).any())
         self.rate = torch.zeros_like(self.lr)
-        self.graphs: dict[int, _Graph] = {}
+        self.graphed = Graphed(self._step, lambda: (self.weight, self.velocity))
 
     def begin(self, progress: float, rate: float) -> None:
         losses: list[SoftmaxLoss] = [t.loss(progress) for t in self.trainees]  # type: ignore[misc]
@@ -87,21 +88,18 @@ class _LinearChunk:
             name: torch.stack([getattr(loss, name) for loss in losses]).to(self.weight)  # (S, C)
             for name in ("offset", "margin", "smooth", "weight")
         }
-        self.scale = torch.tensor([loss.scale for loss in losses]).to(self.weight)
         self.offset, self.margin, self.smooth, self.class_weight = tables.values()
         # A step skips what no loss of the chunk has.
-        self.is_plain = not self.offset.any() and not self.margin.any() and bool((self.scale == 1).all())
+        self.is_plain = not self.offset.any() and not self.margin.any()
         self.is_unweighted = bool((self.class_weight == 1).all())
         self.rate.copy_(-rate * self.lr)
-        self.graphs.clear()  # they hold the tables of the epoch before
+        self.graphed.forget()  # it holds the tables of the epoch before
 
     def step(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        if not features.is_cuda:
-            return self._step(features, labels)
-        if len(labels) not in self.graphs:
-            self.graphs[len(labels)] = _Graph(self, features, labels)
-        return self.graphs[len(labels)].replay(features, labels)
+        loss, hits = (self.graphed if features.is_cuda else self._step)(features, labels)
+        return loss, hits
 
+    @torch.no_grad()
     def _step(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         inputs = torch.cat([features, features.new_ones(len(features), 1)], dim=1)
         index = labels[:, None, None].expand(-1, self.heads, 1)
@@ -110,7 +108,6 @@ class _LinearChunk:
         if not self.is_plain:
             z += self.offset
             z.scatter_add_(2, index, -self.margin.T[labels][:, :, None])
-            z *= self.scale[:, None]
         log_p = z.log_softmax(dim=2)
         smooth = self.smooth.T[labels]  # (B, S)
         losses = (smooth - 1) * log_p.gather(2, index)[:, :, 0] - smooth * log_p.mean(dim=2)
@@ -118,12 +115,12 @@ class _LinearChunk:
         rows -= (smooth / self.classes)[:, :, None]
         rows.scatter_add_(2, index, smooth[:, :, None] - 1)
         if self.is_unweighted:
-            rows *= (self.scale / len(labels))[:, None]
+            rows /= len(labels)
             loss = losses.mean(dim=0)
         else:
             weight = self.class_weight.T[labels]  # (B, S)
             weight = weight / weight.sum(dim=0)
-            rows *= (self.scale * weight)[:, :, None]
+            rows *= weight[:, :, None]
             loss = (losses * weight).sum(dim=0)
         flat = rows.view(len(labels), -1)
         if self.nesterov:
@@ -150,32 +147,6 @@ class _LinearChunk:
                 if trainee.project is not None:
                     trainee.project()
                     row[:, :-1].copy_(head.weight)
-
-
-class _Graph:
-    """A chunk's step on a GPU as one CUDA graph, for one batch size."""
-
-    def __init__(self, chunk: _LinearChunk, features: Tensor, labels: Tensor) -> None:
-        self.features, self.labels = features.clone(), labels.clone()
-        before = chunk.weight.clone(), chunk.velocity.clone()
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # capture wants some steps before it, which are then taken back
-            for _ in range(3):
-                chunk._step(self.features, self.labels)
-        torch.cuda.current_stream().wait_stream(side)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.result = chunk._step(self.features, self.labels)
-        chunk.weight.copy_(before[0])
-        chunk.velocity.copy_(before[1])
-
-    def replay(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        self.features.copy_(features)
-        self.labels.copy_(labels)
-        self.graph.replay()
-        loss, hits = self.result
-        return loss.clone(), hits.clone()
 
 
 class _Alone:
@@ -251,7 +222,7 @@ class Solver:
                 results[place] = (loss_sum / images, correct / images)
         return results
 
-    def _advance(self, window: list[tuple[Tensor, Tensor]], part: _Part) -> Tensor:
+    def _advance(self, window: list[tuple[Tensor, ...]], part: _Part) -> Tensor:
         """A part's steps: its heads' sums of losses and hits, (2, S)."""
         began = time.perf_counter()
         losses, hits = zip(*(part.step(features, labels) for features, labels in window))
@@ -281,6 +252,6 @@ def _is_linear(trainee: Trainee) -> bool:
     )
 
 
-def _windows(steps: Iterator[tuple[Tensor, Tensor]], size: int) -> Iterator[list[tuple[Tensor, Tensor]]]:
+def _windows(steps: Iterator[tuple[Tensor, ...]], size: int) -> Iterator[list[tuple[Tensor, ...]]]:
     while window := list(islice(steps, size)):
         yield window

@@ -1,47 +1,42 @@
-"""What a sweep is made of: the backbone with its data, one result per setting, and the sorted table over seeds."""
+"""What a sweep of stage 2 is made of: the backbone with its data, and one result per setting."""
 
 from __future__ import annotations
 
 import copy
 import math
-import statistics
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from datasets import Batches, LongTailed
-from engine import Selection, predict
+from engine import predict
 from models.heads import make_linear
 from retraining.features import FeatureSource, Stream, predict_features
 from retraining.methods import METHODS, Start
-from retraining.settings import Setting, short, varying
+from retraining.settings import Setting
 from retraining.solver import Trainee
-from utils.metrics import GROUPS, accuracies, percent
+from sweeps import Outcome
+from utils.metrics import GROUPS, accuracies
 
 
-class Result:
-    """What became of one setting.
+class Result(Outcome):
+    """What became of one classifier: its selection's state is the head's, or the network's (``network``).
 
     Attributes:
-        setting: the setting.
-        selection: the selected epoch with its reports; its state is the head's, or the network's (``network``).
         head: the selected epoch's head, one of models.heads.HEADS, or the whole network.
         network: whether the backbone was trained too.
         records: one per epoch, for metrics.jsonl.
         seconds: time spent on the classifier itself; on the whole network where that is trained.
-        diverged: the epoch (from 1) in which loss or logits were no longer finite; None where all is well.
     """
 
+    setting: Setting
+
     def __init__(self, setting: Setting, select: str) -> None:
-        self.setting, self.selection = setting, Selection(select)
+        super().__init__(setting, select)
         self.network = setting.scope != "fc"
         self.head: nn.Module = nn.Identity()
         self.records: list[dict[str, Any]] = []
-        self.seconds = 0.0
-        self.diverged: int | None = None
 
     @property
     def classifier(self) -> nn.Module:
@@ -147,100 +142,3 @@ class Lab:
         backbone = self.source.backbone(result.setting.stream, result.selection.epoch - 1)
         kept = {name: tensor for name, tensor in backbone.items() if not name.startswith("fc.")}
         return kept | {f"fc.{name}": tensor for name, tensor in result.selection.state.items()}
-
-
-@dataclass
-class Row:
-    """All seeds of one setting, with means over them.
-
-    ``score`` is what rows are sorted by: the class mean on held-out images where there are any, else test top-1.
-    """
-
-    results: list[Result]
-
-    @property
-    def setting(self) -> Setting:
-        return self.results[0].setting
-
-    @property
-    def score(self) -> float:
-        return statistics.fmean(score_of(result) for result in self.results)
-
-    def figures(self, of: Callable[[Result], float | None]) -> tuple[float, float] | None:
-        """Mean and sample standard deviation over seeds (0 for one seed); None where a seed has none."""
-        values = [of(result) for result in self.results]
-        present = [value for value in values if value is not None]
-        if len(present) < len(values):
-            return None
-        return statistics.fmean(present), statistics.stdev(present) if len(present) > 1 else 0.0
-
-
-def score_of(result: Result) -> float:
-    """Held-out class mean where there is one, else test top-1."""
-    val = result.selection.val
-    return float(result.selection.test["top1"] if val is None else val["class_mean"])
-
-
-def rows_of(results: Sequence[Result]) -> list[Row]:
-    """One row per setting, best first; settings of which a seed diverged are left out."""
-    rows: dict[Any, list[Result]] = {}
-    for result in results:
-        rows.setdefault(result.setting.key, []).append(result)
-    whole = [Row(row) for row in rows.values() if all(result.diverged is None for result in row)]
-    return sorted(whole, key=lambda row: -row.score)
-
-
-MEASURES: dict[str, Callable[[Result], float | None]] = {
-    "all": lambda r: r.selection.test["top1"],
-    **{g: lambda r, g=g: r.selection.test["groups"][g]["accuracy"] for g in GROUPS},  # type: ignore[misc]
-}
-
-
-def table_cells(rows: Sequence[Row]) -> list[dict[str, str]]:
-    """The sorted table: method, the options that differ, and accuracies in percent, mean ± std over seeds."""
-    names = varying([result.setting for row in rows for result in row.results])
-    held_out = any(row.results[0].selection.val is not None for row in rows)
-    measures = ({"val": score_of} if held_out else {}) | MEASURES
-    cells = []
-    for row in rows:
-        values = row.setting.values
-        line = {"method": row.setting.method}
-        line |= {name: short(values[name]) if name in values else "" for name in names}
-        line["seeds"] = str(len(row.results))
-        line |= {name: plus_minus(row.figures(of), len(row.results)) for name, of in measures.items()}
-        cells.append(line)
-    return cells
-
-
-def raw_rows(results: Sequence[Result]) -> list[dict[str, Any]]:
-    """One flat row per setting and seed, accuracies as fractions, for CSV."""
-    lines = []
-    for result in results:
-        line = {"method": result.setting.method, **result.setting.values, "diverged": result.diverged}
-        if result.diverged is None:
-            val = result.selection.val
-            line |= {"epoch": result.selection.epoch, "val_class_mean": None if val is None else val["class_mean"]}
-            measures = {"test_top1" if name == "all" else f"test_{name}": of(result) for name, of in MEASURES.items()}
-            line |= {**measures, "seconds": result.seconds}
-        lines.append(line)
-    return lines
-
-
-def smoothing_curves(rows: Sequence[Row]) -> dict[str, list[tuple[float, dict[str, tuple[float, float] | None]]]]:
-    """Per method with several label_smooth: (label_smooth, :data:`MEASURES` of the best row with it), rising."""
-    best: dict[str, dict[float, Row]] = {}
-    for row in reversed(rows):  # the best comes last and stays
-        if "label_smooth" in row.setting.values:
-            best.setdefault(row.setting.method, {})[row.setting.values["label_smooth"]] = row
-    return {
-        method: [(d, {name: row.figures(of) for name, of in MEASURES.items()}) for d, row in sorted(found.items())]
-        for method, found in best.items()
-        if len(found) > 1
-    }
-
-
-def plus_minus(pair: tuple[float, float] | None, seeds: int) -> str:
-    """Fractions as percent: "53.92 ± 0.20", or the mean alone for one seed."""
-    if pair is None:
-        return "-"
-    return percent(pair[0]) if seeds == 1 else f"{percent(pair[0])} ± {percent(pair[1])}"

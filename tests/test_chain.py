@@ -244,7 +244,7 @@ def test_a_terminal_shows_a_bar_and_a_closed_output_ends_quietly(workdir) -> Non
     command = [sys.executable, str(ROOT / "main_stage1.py"), "--dataset", "digits", "--epochs", "100000"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True) as process:
         os.close(stderr)
-        lines = [process.stdout.readline() for _ in range(12)]
+        lines = [process.stdout.readline() for _ in range(30)]
         process.stdout.close()
         process.wait(timeout=60)
     shown = b""

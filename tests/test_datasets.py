@@ -6,7 +6,7 @@ from torchvision import transforms
 
 import datasets
 from datasets import DATASETS, SAMPLERS, Augment, Batches
-from datasets.batches import Draws, crop_flip
+from datasets.batches import Draws, Windows
 from datasets.longtail import choose_subset, class_sizes, hold_out
 from utils.metrics import GROUPS, group_of
 from utils.options import UsageError
@@ -150,10 +150,10 @@ def test_batches_follow_their_sampler() -> None:
 
 
 def test_crop_flip_by_hand() -> None:
-    padded = torch.arange(2 * 1 * 3 * 3).reshape(2, 1, 3, 3)
-    index, top, left = torch.tensor([1, 0]), torch.tensor([1, 0]), torch.tensor([0, 1])
-    out = crop_flip(padded, index, top, left, torch.tensor([True, False]), (2, 2))
-    assert out[:, 0].tolist() == [[[13, 12], [16, 15]], [[1, 2], [4, 5]]]
+    images = torch.arange(1, 9, dtype=torch.uint8).reshape(2, 1, 2, 2)  # 1 2 / 3 4 and 5 6 / 7 8
+    index, top, left = torch.tensor([1, 0]), torch.tensor([1, 2]), torch.tensor([0, 1])
+    out = Windows(images, Augment(1, True), CPU).cut(index, top, left, torch.tensor([True, False]))
+    assert out[..., 0].tolist() == [[[5, 0], [7, 0]], [[3, 4], [0, 0]]]
 
 
 def test_evaluation_batches_are_plain_and_in_order() -> None:

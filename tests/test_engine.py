@@ -1,50 +1,74 @@
+"""The training step against plain loops, and every way of running it against the plain one."""
+
+import copy
+
 import pytest
 import torch
 from torch import nn
 from torch.optim import SGD
+from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from datasets import Batches
-from engine import Selection, is_due, predict, train_epoch
-from losses import LabelSmoothing
+from datasets import Batches, Mix
+from datasets.batches import Augment
+from engine import Selection, TrainStep, cosine, is_due, make_sgd, predict, set_lr, train_epoch
+from losses import SoftmaxLoss, class_balanced_weights, reweighted
 from models import build_model
+from recipe import constraint
+from utils.graphs import Graphed
 from utils.options import Diverged
+from utils.system import cpu_has_bf16
 
 CPU = torch.device("cpu")
+N = 20  # two batches of eight and one of four
 
 
-def some_batches(n: int = 20, size: int = 8) -> Batches:
+def some_batches(device: torch.device = CPU, **options) -> Batches:
     generator = torch.Generator().manual_seed(0)
-    images = torch.randint(256, (n, 1, 8, 8), generator=generator, dtype=torch.uint8)
-    return Batches(images, torch.arange(n) % 5, size, (0.5,), (0.25,), CPU)
+    images = torch.randint(256, (N, 1, 8, 8), generator=generator, dtype=torch.uint8)
+    return Batches(images, torch.arange(N) % 5, 8, (0.5,), (0.25,), device, **options)
 
 
-def test_train_epoch_equals_a_plain_loop() -> None:
+def some_model(device: torch.device = CPU, head: str = "linear") -> nn.Module:
     torch.manual_seed(0)
-    model, twin = build_model("resnet8", 5, 1), build_model("resnet8", 5, 1)
-    twin.load_state_dict(model.state_dict())
-    optimizers = [SGD(m.parameters(), 0.1, momentum=0.9, weight_decay=1e-3) for m in (model, twin)]
-    stats = train_epoch(model.train(), some_batches().epoch(), LabelSmoothing(0.3), optimizers[0])
-    twin.train()
-    losses, right = 0.0, 0
-    for images, labels in some_batches().epoch():
-        logits = twin(images)
-        loss = nn.functional.cross_entropy(logits, labels, label_smoothing=0.3)
-        optimizers[1].zero_grad()
-        loss.backward()
-        optimizers[1].step()
-        losses, right = losses + loss.item() * len(labels), right + int((logits.argmax(1) == labels).sum())
-    assert stats.loss == pytest.approx(losses / 20, rel=1e-6) and stats.top1 == right / 20
-    for ours, theirs in zip(model.state_dict().values(), twin.state_dict().values()):
-        assert torch.equal(ours, theirs)
+    return build_model("resnet8", 5, 1, head).to(device).train()
+
+
+def some_step(device: torch.device = CPU, model: nn.Module | None = None, lr: float = 0.1, **options) -> TrainStep:
+    model = model or some_model(device).to(memory_format=torch.channels_last)
+    optimizer = make_sgd(model.parameters(), lr, 0.9, 1e-3, nesterov=False)
+    return TrainStep(model, SoftmaxLoss(5, smooth=0.3).to(device), optimizer, **options)
+
+
+def distance(ours: nn.Module, theirs: nn.Module) -> float:
+    pairs = zip(ours.state_dict().values(), theirs.state_dict().values())
+    return max(float((a.double() - b.double()).abs().max()) for a, b in pairs)
+
+
+def test_train_epoch_equals_a_plain_loop(device: torch.device) -> None:
+    torch.backends.cudnn.allow_tf32 = False
+    step, twin = some_step(device), some_model(device)
+    optimizer = SGD(twin.parameters(), 0.1, momentum=0.9, weight_decay=1e-3)
+    for epoch in range(3):
+        stats = train_epoch(step, some_batches(device).epoch(), epoch, 0.1)
+        losses, right = 0.0, 0
+        for images, labels in some_batches(device).epoch():
+            logits = twin(images)
+            loss = nn.functional.cross_entropy(logits, labels, label_smoothing=0.3)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses, right = losses + loss.item() * len(labels), right + int((logits.argmax(1) == labels).sum())
+        assert stats.loss == pytest.approx(losses / N, rel=1e-5) and stats.top1 == right / N
+    assert distance(step.model, twin) < 1e-5
 
 
 @pytest.mark.parametrize("replay", [False, True])
 def test_a_frozen_backbone_stays_and_its_statistics_move_in_replay_alone(replay: bool) -> None:
-    model = build_model("resnet8", 5, 1).requires_grad_(False)
+    model = some_model().requires_grad_(False).train(replay)
     model.fc.requires_grad_(True)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    optimizer = SGD(model.fc.parameters(), 0.1)
-    train_epoch(model.train(replay), some_batches().epoch(), LabelSmoothing(0.9), optimizer)
+    step = TrainStep(model, SoftmaxLoss(5, smooth=0.9), make_sgd(model.fc.parameters(), 0.1, 0, 0, nesterov=False))
+    train_epoch(step, some_batches().epoch(), 0, 0.1)
     changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
     assert {"fc.weight", "fc.bias"} <= changed
     rest = {name.split(".")[-1] for name in changed - {"fc.weight", "fc.bias"}}
@@ -52,23 +76,175 @@ def test_a_frozen_backbone_stays_and_its_statistics_move_in_replay_alone(replay:
     assert all(p.grad is None for name, p in model.named_parameters() if not name.startswith("fc"))
 
 
-def test_predict_in_eval_mode_with_and_without_flip() -> None:
-    model, batches = build_model("resnet8", 5, 1).train(), some_batches()
+@pytest.mark.parametrize("momentum, nesterov", [(0.0, False), (0.9, False), (0.9, True)])
+def test_the_optimizer_is_sgd(device: torch.device, momentum: float, nesterov: bool) -> None:
+    torch.manual_seed(0)
+    start = torch.randn(4, 3)
+    mine, theirs = (nn.Parameter(start.clone().to(device)) for _ in range(2))
+    ours = make_sgd([mine], 0.1, momentum, 0.01, nesterov)
+    plain = SGD([theirs], 0.1, momentum=momentum, weight_decay=0.01, nesterov=nesterov)
+    for rate in (0.1, 0.1, 0.03, 0.0):
+        for parameter, optimizer in (mine, ours), (theirs, plain):
+            set_lr(optimizer, rate)
+            optimizer.zero_grad()
+            (parameter**3).sum().backward()
+            optimizer.step()
+    assert torch.allclose(mine, theirs, atol=1e-6) and not torch.allclose(mine.cpu(), start, atol=1e-2)
+
+
+def stand_in(function):
+    """What a recording does, without a GPU: the runs before it really happen, its outputs are one fixed place."""
+    for _ in range(3):
+        function()
+    outputs = tuple(tensor.clone() for tensor in function())
+
+    def replay() -> None:
+        for place, tensor in zip(outputs, function()):
+            place.copy_(tensor)
+
+    return replay, outputs
+
+
+def options_of_a_step(name: str, model: nn.Module) -> dict:
+    return {
+        "plain": {},
+        "ema": {"ema": 0.7},
+        "project": {"project": constraint(model.fc, "maxnorm", 0.3)},
+    }[name]
+
+
+@pytest.mark.parametrize("name", ["plain", "ema", "project"])
+@pytest.mark.parametrize("mix", [None, Mix(1.0, 1.0)])
+def test_a_graph_equals_the_plain_step(device: torch.device, name: str, mix: Mix | None) -> None:
+    """Weights, momentum, BatchNorm and averages are as if the recording had not run anything; so is the last batch."""
+    models = [some_model(device) for _ in range(2)]
+    plain, graphed = (some_step(device, model, **options_of_a_step(name, model)) for model in models)
+    if device.type == "cuda":
+        graphed.graph = Graphed(graphed.plain, graphed.changing)
+    else:
+        graphed.graph = Graphed(graphed.plain, graphed.changing, record=stand_in)
+    for epoch, lr in enumerate((0.1, 0.05)):
+        found = []
+        for step in (plain, graphed):
+            set_lr(step.optimizer, lr)
+            batches = some_batches(device, augment=Augment(1, False), mix=mix)
+            found.append(train_epoch(step, batches.epoch(epoch), epoch, lr))
+            if epoch == 0:
+                weights = class_balanced_weights([9, 6, 5, 3, 2])
+                step.follow(reweighted(step.criterion, weights).to(device))
+        assert found[0].loss == pytest.approx(found[1].loss, rel=1e-5) and found[0].top1 == found[1].top1
+    assert distance(*models) < 1e-5
+    assert distance(plain.averaged, graphed.averaged) < 1e-5
+    momenta = [[s["momentum_buffer"] for s in step.optimizer.state.values()] for step in (plain, graphed)]
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*momenta))
+
+
+def test_a_compiled_step_equals_the_plain_one(device: torch.device) -> None:
+    models = [some_model(device).to(memory_format=torch.channels_last) for _ in range(2)]
+    for model, compiled in zip(models, (False, True)):
+        step = some_step(device, model, compiled=compiled)
+        for epoch in range(2):
+            train_epoch(step, some_batches(device).epoch(), epoch, 0.1)
+    assert 0 < distance(*models) < 1e-4
+
+
+def test_bf16_follows_float32_with_weights_and_loss_in_float32(device: torch.device) -> None:
+    if device.type == "cpu" and not cpu_has_bf16():
+        pytest.skip("this CPU has no bfloat16")
+    models, stats = [some_model(device) for _ in range(2)], []
+    for model, amp in zip(models, (None, torch.bfloat16)):
+        step = some_step(device, model, lr=0.02, amp=amp)
+        stats += [train_epoch(step, some_batches(device).epoch(), epoch, 0.1) for epoch in range(2)]
+        assert {tensor.dtype for tensor in step.changing()} == {torch.float32, torch.int64}
+    assert 1e-6 < distance(*models) < 2e-2
+    assert stats[2].loss == pytest.approx(stats[0].loss, rel=0.02) and stats[3].loss != stats[1].loss
+    seen = []
+    step = some_step(device, models[1], amp=torch.bfloat16)
+    models[1].fc.register_forward_hook(lambda module, inputs, output: seen.extend([inputs[0].dtype, output.dtype]))
+    models[1].layer1.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    step(*next(iter(some_batches(device).epoch())))
+    assert seen == [torch.bfloat16, torch.float32, torch.float32]
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_fp16_scales_its_loss_and_trains() -> None:
+    device = torch.device("cuda")
+    models = [some_model(device) for _ in range(2)]
+    for model, amp in zip(models, (None, torch.float16)):
+        step = some_step(device, model, lr=0.02, amp=amp)
+        for epoch in range(2):
+            train_epoch(step, some_batches(device).epoch(), epoch, 0.1)
+    assert 1e-6 < distance(*models) < 2e-2
+
+
+def test_averaged_weights_and_statistics() -> None:
+    step = some_step(ema=0.9)
+    expected = copy.deepcopy(step.model.state_dict())
+    for batch in some_batches().epoch():
+        step(*batch)
+        for name, value in step.model.state_dict().items():
+            expected[name] = 0.9 * expected[name] + 0.1 * value if value.is_floating_point() else value.clone()
+    for name, value in step.averaged.state_dict().items():
+        assert torch.allclose(value, expected[name], atol=1e-6), name
+    assert distance(step.averaged, step.model) > 1e-3 and not any(p.requires_grad for p in step.averaged.parameters())
+    assert some_step().averaged.fc is not None
+
+
+def test_a_mixed_batch_pays_both_labels() -> None:
+    step, model = some_step(), some_model()
+    images, labels = next(iter(some_batches().epoch()))
+    partners, share = labels.roll(1), torch.tensor(0.3)
+    loss, hits = step(images, labels, partners, share)
+    logits, criterion = model(images), SoftmaxLoss(5, smooth=0.3)
+    assert loss.item() == pytest.approx((0.3 * criterion(logits, labels) + 0.7 * criterion(logits, partners)).item())
+    assert hits == (logits.argmax(1) == labels).sum()
+
+
+@pytest.mark.parametrize("kind", ["l2", "maxnorm"])
+def test_constraints_hold_after_every_step(kind: str) -> None:
+    model = some_model()
+    step = some_step(model=model, project=constraint(model.fc, kind, 0.4))
+    for batch in some_batches().epoch():
+        step(*batch)
+        norms = model.fc.weight.norm(dim=1)
+        assert (norms <= 0.4 + 1e-6).all()
+        assert kind == "maxnorm" or torch.allclose(norms, torch.tensor(0.4))
+    with torch.no_grad():
+        model.fc.weight.mul_(0.01)
+    before = model.fc.weight.clone()
+    constraint(model.fc, kind, 0.4)()
+    assert torch.equal(before, model.fc.weight) == (kind == "maxnorm")
+
+
+def test_the_learning_rate_is_a_cosine_after_a_rise() -> None:
+    optimizer = SGD([nn.Parameter(torch.zeros(1))], 1.0)
+    scheduler = CosineAnnealingLR(optimizer, 7)
+    for epoch in range(7):
+        assert cosine(epoch, 7) == pytest.approx(scheduler.get_last_lr()[0])
+        assert cosine(epoch + 3, 10, warmup=3) == cosine(epoch, 7)
+        optimizer.step()
+        scheduler.step()
+    assert [cosine(epoch, 10, warmup=3) for epoch in range(3)] == pytest.approx([1 / 3, 2 / 3, 1])
+
+
+def test_predict_in_eval_mode_with_and_without_flip(device: torch.device) -> None:
+    model, batches = some_model(device), some_batches(device)
     images = torch.cat([i for i, _ in batches.epoch()])
     plain, labels = predict(model, batches)
     flipped, _ = predict(model, batches, flip_tta=True)
-    assert model.training and torch.equal(labels, torch.arange(20) % 5)
+    assert model.training and torch.equal(labels, torch.arange(N) % 5)
     model.eval()
     with torch.no_grad():
-        assert torch.allclose(plain, model(images), atol=1e-5)
-        assert torch.allclose(flipped, (model(images) + model(images.flip(3))) / 2, atol=1e-5)
-    assert not torch.allclose(plain, flipped, atol=1e-3)
+        assert torch.allclose(plain, model(images).cpu(), atol=1e-3 if device.type == "cuda" else 1e-5)
+        mean = (model(images) + model(images.flip(3))).cpu() / 2
+        assert torch.allclose(flipped, mean, atol=1e-3 if device.type == "cuda" else 1e-5)
+    assert not torch.allclose(plain, flipped, atol=1e-2)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run() -> None:
-    model = build_model("resnet8", 5, 1)
-    with pytest.raises(Diverged, match=r"step \d of 3 .*loss before.*lr 1e\+20"):
-        train_epoch(model.train(), some_batches().epoch(), LabelSmoothing(), SGD(model.parameters(), 1e20))
+    with pytest.raises(Diverged, match=r"step [23] of 3 of epoch 5 \(loss before: \d.*lr 1e\+20"):
+        train_epoch(some_step(lr=1e20), some_batches().epoch(), 4, 1e20)
 
 
 def test_evaluation_is_due_every_so_often_and_at_the_end() -> None:

@@ -1,4 +1,4 @@
-"""Imports run downward only: scripts -> stages, retraining -> engine -> datasets, models, losses -> utils."""
+"""Imports run downward only: scripts -> stages, recipe, retraining -> sweeps -> engine -> datasets, models, losses -> utils."""
 
 import ast
 
@@ -13,10 +13,13 @@ MAY_IMPORT = {
     "models": {"models", "utils"},
     "datasets": {"datasets", "utils"},
     "engine": FAMILIES | {"utils"},
-    "retraining": FAMILIES | {"utils", "engine", "retraining"},
+    "sweeps": {"utils", "engine"},
+    "retraining": FAMILIES | {"utils", "engine", "sweeps", "retraining"},
     "stages": FAMILIES | {"utils", "engine"},
-    **{script: FAMILIES | {"utils", "engine", "stages", "retraining"} for script in SCRIPTS},
-    "compare": FAMILIES | {"utils", "engine", "stages", "retraining", "main_stage2"},
+    "recipe": FAMILIES | {"utils", "sweeps"},
+    **{script: FAMILIES | {"utils", "engine", "sweeps", "stages", "retraining"} for script in SCRIPTS},
+    "main_stage1": FAMILIES | {"utils", "engine", "sweeps", "stages", "recipe"},
+    "compare": FAMILIES | {"utils", "engine", "sweeps", "stages", "retraining", "main_stage2"},
 }
 EVERYTHING = set(MAY_IMPORT) | {"benchmarks", "tests"}
 

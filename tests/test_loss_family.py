@@ -45,7 +45,7 @@ def test_ldam(batch) -> None:
     z = logits.numpy().copy()
     z[np.arange(9), labels] -= margins[labels]
     expected = -log_softmax(30 * z)[np.arange(9), labels].mean()
-    assert softmax.ldam(COUNTS)(logits, labels).item() == pytest.approx(expected, rel=1e-5)
+    assert softmax.ldam(COUNTS)(30 * logits, labels).item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_class_balanced_weights_and_loss(batch) -> None:

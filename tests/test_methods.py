@@ -13,8 +13,9 @@ import main_stage2
 from losses import weighted
 from models.heads import HEADS, head_name, make_linear
 from retraining.methods import METHODS, Start
-from retraining.settings import TUNABLE, Setting, by_stream, make_settings, options_of, varying
+from retraining.settings import TUNABLE, Setting, by_stream, make_settings, options_of
 from retraining.solver import Solver, Trainee
+from sweeps import varying
 from utils.options import UsageError
 
 COUNTS = [40, 20, 8, 4, 2]

@@ -21,9 +21,7 @@ LOSSES = [
     softmax.ldam(COUNTS, scale=4),
     softmax.label_aware_smoothing(COUNTS),
     softmax.generalised_reweighting(COUNTS),
-    SoftmaxLoss(
-        5, scale=2, offset=torch.arange(5.0), margin=torch.arange(5.0) / 9, smooth=0.3, weight=torch.arange(1.0, 6)
-    ),
+    SoftmaxLoss(5, offset=torch.arange(5.0), margin=torch.arange(5.0) / 9, smooth=0.3, weight=torch.arange(1.0, 6)),
 ]
 LR = [0.1, 0.02, 0.05, 0.1, 0.01, 0.1, 0.03, 0.02]
 WD = [0.0, 1e-3, 0.0, 1e-2, 5e-2, 0.0, 1e-4, 1e-3]

@@ -21,7 +21,8 @@ from models import build_model
 from retraining import features
 from retraining.methods import METHODS
 from retraining.settings import Setting
-from retraining.sweep import Result, rows_of, smoothing_curves
+from retraining.sweep import Result
+from sweeps import curves_over, rows_of
 from utils import checkpoints
 from utils.metrics import GROUPS, calibration_error, fit_temperature, logit_statistics
 
@@ -229,7 +230,7 @@ def test_the_curve_keeps_the_best_row_and_rows_need_all_their_seeds() -> None:
     results = [result(d, lr, seed, d / 2 + lr + seed / 100) for d in (0.2, 0.4) for lr in (0.1, 0.3) for seed in (0, 1)]
     rows = rows_of([*results, result(0.9, 0.1, 0, 0.9), result(0.9, 0.1, 1, 0.9, diverged=3)])
     assert [row.score for row in rows] == pytest.approx([0.505, 0.405, 0.305, 0.205])
-    [(_, points)] = smoothing_curves(rows).items()
+    [(_, points)] = curves_over("label_smooth", rows).items()
     assert [d for d, _ in points] == [0.2, 0.4]
     assert [measures["all"][0] for _, measures in points] == pytest.approx([0.405, 0.505])
     assert points[0][1]["few"][1] == pytest.approx(0.01 / 2**0.5)

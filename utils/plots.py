@@ -90,12 +90,13 @@ def per_class_accuracy(rep: Report, rows: Sequence[Mapping[str, Any]], title: st
     figure.savefig(path)
 
 
-def label_smooth_curves(curves: Mapping[str, Sequence[tuple[float, Any]]], title: str, path: Path) -> None:
-    """Test accuracy of all classes and the three groups against label_smooth, one panel per method.
+def option_curves(curves: Mapping[str, Sequence[tuple[float, Any]]], option: str, title: str, path: Path) -> None:
+    """Test accuracy of all classes and the three groups against an option's values, one panel per method.
 
     Args:
-        curves: per method (label_smooth, measures) in rising order; measures maps all, many, medium, few to mean and
+        curves: per method (value, measures) in rising order; measures maps all, many, medium, few to mean and
             standard deviation over seeds as fractions, or None for an empty group.
+        option: its name.
         title: heading of the figure.
         path: PNG to write.
     """
@@ -117,7 +118,7 @@ def label_smooth_curves(curves: Mapping[str, Sequence[tuple[float, Any]]], title
                     ms=3,
                     capsize=2,
                 )
-        axes.set(title=method, xlabel="label_smooth (evenly spaced)")
+        axes.set(title=method, xlabel=f"{option} (evenly spaced)")
         axes.set_xticks(places, [f"{value:.4g}" for value, _ in points], rotation=60 if len(points) > 6 else 0)
         axes.grid(alpha=0.3)
     panels[0].set(ylabel="test top-1 accuracy (%)")

@@ -5,9 +5,12 @@ from __future__ import annotations
 import datetime
 import json
 import sys
+import textwrap
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
+from itertools import count
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -50,33 +53,52 @@ def table_row(record: dict[str, Any] | None, columns: Iterable[tuple[str, str, s
     return "  ".join(cells)
 
 
+def make_folder(out: str, name: str, label: str) -> Path:
+    """A new folder for a run, out/<name>/<date>-<time>_<label>; UsageError where it cannot be made."""
+    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    parent = Path(out, name)
+    require_writable("--out", parent)
+    for attempt in count(1):  # two runs may start in the same second
+        folder = parent / (f"{stamp}_{label}" + (f"_{attempt}" if attempt > 1 else ""))
+        try:
+            folder.mkdir()
+            break
+        except FileExistsError:
+            continue
+    return folder
+
+
 class Run:
-    """A folder of its own under ``out`` for one run: out/<name>/<date>-<time>_<label>.
+    """What a run prints, measures and draws, in a folder of its own.
 
-    ``epochs`` holds the records passed to :meth:`log` so far; ``is_sweep`` makes :meth:`log_many` brief.
+    Args:
+        folder: exists; see :func:`make_folder`.
+        prefix: begins every printed line, so that lines of runs side by side can be told apart.
 
-    Raises:
-        UsageError: the folder cannot be made.
+    Attributes:
+        epochs: the records passed to :meth:`log` so far.
+        is_sweep: makes :meth:`log_many` brief.
+        stopped: set to end this run, and its children, after the epoch that they are in.
     """
 
-    def __init__(self, out: str, name: str, label: str) -> None:
-        stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-        parent = Path(out, name)
-        require_writable("--out", parent)
-        for attempt in range(1, 1000):  # two runs may start in the same second
-            self.folder = parent / (f"{stamp}_{label}" + (f"_{attempt}" if attempt > 1 else ""))
-            try:
-                self.folder.mkdir()
-                break
-            except FileExistsError:
-                continue
+    def __init__(self, folder: Path, prefix: str = "") -> None:
+        self.folder, self.prefix = folder, prefix
         self.epochs: list[dict[str, Any]] = []
         self.is_sweep = False
+        self.stopped = threading.Event()
         self.started = time.perf_counter()
         self._open = ExitStack()
         self._log = self._open.enter_context(open(self.folder / "log.txt", "w", buffering=1, encoding="utf-8"))
         self._metrics = self._open.enter_context(open(self.folder / "metrics.jsonl", "w", buffering=1))
         self._board = self._open.enter_context(SummaryWriter(str(self.folder)))
+
+    def child(self, name: str, prefix: str = "") -> Run:
+        """One run of a sweep, in a folder inside this one's."""
+        folder = self.folder / name
+        folder.mkdir()
+        run = Run(folder, prefix)
+        run.stopped = self.stopped
+        return run
 
     def __enter__(self) -> Run:
         return self
@@ -95,7 +117,7 @@ class Run:
     def say(self, text: str) -> None:
         """Keeps a text in log.txt and prints it."""
         self._log.write(text + "\n")
-        print(text, flush=True)
+        print(textwrap.indent(text, self.prefix), flush=True)
 
     def write_json(self, name: str, content: Any) -> None:
         """Writes a small JSON file into the folder."""
@@ -115,7 +137,13 @@ class Run:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)  # clears the bar's line
 
     def log(self, record: dict[str, Any]) -> None:
-        """One epoch: a table line, a line of metrics.jsonl, TensorBoard scalars. None stands for "not measured"."""
+        """One epoch: a table line, a line of metrics.jsonl, TensorBoard scalars. None stands for "not measured".
+
+        Raises:
+            KeyboardInterrupt: the sweep that this run belongs to has been stopped.
+        """
+        if self.stopped.is_set():
+            raise KeyboardInterrupt
         if not self.epochs:
             self.say(table_row(None))
         self.epochs.append(record)

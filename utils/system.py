@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import datetime
+import math
+import os
 import platform
 import secrets
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy
 import torch
@@ -18,11 +23,27 @@ import torchvision
 
 from utils.options import UsageError
 
+T = TypeVar("T")
+R = TypeVar("R")
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def pick_device(device: str = "auto", gpu: int | None = None) -> torch.device:
+def available_cpus() -> int:
+    """CPUs that this process may use: those of the machine, less what affinity and a container's quota take away."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        count = min(count, max(1, math.ceil(int(quota) / int(period))))
+    except (OSError, ValueError):  # no such file, or "max": no quota
+        pass
+    return count
+
+
+def pick_device(device: str = "auto", gpu: int | None = None, threads: int | None = None) -> torch.device:
     """auto: a GPU where there is one. ``gpu`` picks it by its number and implies cuda.
+
+    Also sets the number of CPU threads: ``threads``, or what PyTorch takes up to :func:`available_cpus`, since more
+    threads than CPUs make each other wait.
 
     Raises:
         UsageError: a GPU asked for that is not there, or beside --device cpu.
@@ -35,9 +56,58 @@ def pick_device(device: str = "auto", gpu: int | None = None) -> torch.device:
         raise UsageError(f"--gpu {gpu}", numbers)
     if device == "cuda" and gpus == 0:
         raise UsageError("--device cuda: this machine has no GPU", "auto, cpu")
+    torch.set_num_threads(threads or min(torch.get_num_threads(), available_cpus()))
     if device == "cpu" or gpus == 0:
         return torch.device("cpu")
+    torch.cuda.set_device(gpu or 0)
     return torch.device("cuda", gpu or 0)
+
+
+def side_by_side(task: Callable[[T], R], items: Sequence[T], workers: int, stopped: threading.Event) -> list[R]:
+    """[task(item) for item in items], ``workers`` at a time, on a GPU each on a stream of its own.
+
+    Where one fails, or Ctrl-C is pressed, ``stopped`` is set so that the others can end too.
+    """
+    if workers == 1:
+        return [task(item) for item in items]
+
+    def on_stream(item: T) -> R:
+        with torch.cuda.stream(torch.cuda.Stream()) if torch.cuda.is_available() else nullcontext():
+            return task(item)
+
+    with ThreadPoolExecutor(workers) as pool:
+        futures = [pool.submit(on_stream, item) for item in items]
+        try:
+            wait(futures, return_when=FIRST_EXCEPTION)
+            return [future.result() for future in futures if future.done()]
+        except BaseException:
+            stopped.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def pick_amp(amp: str, device: torch.device) -> str:
+    """The key of ``AMP`` to train in: auto is bf16 on a GPU that has it, and off elsewhere.
+
+    Raises:
+        UsageError: a precision in which the device is slower than in float32, or which it lacks.
+    """
+    if device.type == "cuda":
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        if amp == "bf16" and not has_bf16:
+            raise UsageError("--amp bf16: this GPU has no bfloat16", "auto, fp16, off")
+        return ("bf16" if has_bf16 else "off") if amp == "auto" else amp
+    if amp == "fp16" or (amp == "bf16" and not cpu_has_bf16()):
+        raise UsageError(f"--amp {amp}: this CPU is slower with it than without", "auto, off")
+    return "off" if amp == "auto" else amp
+
+
+def cpu_has_bf16() -> bool:
+    """Whether the CPU multiplies bfloat16 (AVX512_BF16 or AMX); others emulate it at half of float32's speed."""
+    return any(getattr(torch.cpu, name, bool)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
 
 
 def draw_seed() -> int:

@@ -1,0 +1,177 @@
+"""What a run of stage 1 is made of: settings, network, batches, the classifier's constraint, how steps are run."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import math
+import shutil
+import threading
+from collections.abc import Callable, Collection
+from itertools import product
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import nn
+
+from datasets import AUGMENTATIONS, SAMPLERS, Batches, LongTailed, Mix
+from losses import LOSSES, SoftmaxLoss, make_loss
+from models import ResNet, build_model
+from sweeps import Setting
+from utils.options import Many, UsageError, shown
+from utils.system import pick_amp
+
+#: Options of the table of losses; a run has a value for those that its loss, its head or --drw_epoch takes.
+LOSS_OPTIONS = tuple(dict.fromkeys(option for _, options in LOSSES.values() for option in options))
+#: Networks that torch.compile makes faster on a CPU (1.05 to 1.15 times the channels-last step), and the number of
+#: training images, epochs counted, from which on this is worth the minute that compiling takes.
+COMPILED_ON_CPU = ("resnet20", "resnet32", "resnet44", "resnet56")
+COMPILE_PAYS = 1_000_000
+#: What is laid on the classifier's rows during training; see :func:`constraint`.
+CONSTRAINTS = ("none", "l2", "maxnorm")
+_BUILDING = threading.Lock()  # PyTorch's global seed is one for all threads
+
+
+def make_settings(options: Any, typed: Collection[str]) -> list[Setting]:
+    """The product of all options that have several values, each with every default filled in; ``method`` is the loss.
+
+    An option that a run's loss does not take is None there, so that it makes no difference and no second run.
+
+    Raises:
+        UsageError: an option that none of the runs has a use for, or values that do not go together.
+    """
+    names = [f.name for f in dataclasses.fields(options) if isinstance(f.metadata["kind"], Many) and f.name != "loss"]
+    settings = []
+    for loss in options.loss:
+        for combination in product(*(getattr(options, name) or (None,) for name in names)):
+            values = dict(zip(names, combination))
+            taken = taken_by(loss, options)
+            for name in LOSS_OPTIONS:
+                if name not in taken:
+                    values[name] = None
+                elif values[name] is None:
+                    values[name] = taken[name]
+            settings.append(Setting(loss, values))
+    for name in LOSS_OPTIONS:
+        if name in typed and not any(name in taken_by(loss, options) for loss in options.loss):
+            takers = [loss for loss, (_, parameters) in LOSSES.items() if name in parameters]
+            also = {"cosine_scale": "; or --head cosine", "cb_beta": "; or --drw_epoch"}.get(name, "")
+            raise UsageError(f"--{name} with --loss {shown(options.loss)}", f"--loss {', '.join(takers)}{also}")
+    return list({(setting.key, setting.values["seed"]): setting for setting in settings}.values())
+
+
+def taken_by(loss: str, options: Any) -> dict[str, Any]:
+    """The options of the table of losses that a run takes, with their defaults."""
+    make, parameters = LOSSES[loss]
+    defaults = inspect.signature(make).parameters
+    taken = {name: defaults[parameter].default for name, parameter in parameters.items()}
+    if options.head == "cosine":
+        taken.setdefault("cosine_scale", 30.0)
+    if options.drw_epoch is not None:
+        taken.setdefault("cb_beta", 0.9999)
+    return taken
+
+
+def one_run(options: Any, setting: Setting) -> Any:
+    """The options of one run: single values, one name each."""
+    return SimpleNamespace(**{**dataclasses.asdict(options), **setting.values, "loss": setting.method})
+
+
+def check_recipe(options: Any) -> None:
+    """Raises UsageError where options of stage 1 do not go together."""
+    if "ldam" in options.loss and options.head != "cosine":
+        raise UsageError(f"--loss ldam with --head {options.head}: its margins are for cosines", "--head cosine")
+    if options.drw_epoch is not None:
+        outside = [loss for loss in options.loss if not isinstance(make_loss(loss, [2, 1], {}), SoftmaxLoss)]
+        if outside:
+            inside = [loss for loss in LOSSES if isinstance(make_loss(loss, [2, 1], {}), SoftmaxLoss)]
+            raise UsageError(f"--drw_epoch with --loss {shown(outside)}", ", ".join(inside))
+        if options.drw_epoch >= options.epochs:
+            raise UsageError(f"--drw_epoch {options.drw_epoch} of {options.epochs} epochs", "fewer than --epochs")
+    if options.warmup_epochs >= options.epochs:
+        raise UsageError(f"--warmup_epochs {options.warmup_epochs} of {options.epochs} epochs", "fewer than --epochs")
+    if options.constraint != "none" and options.head == "cosine":
+        raise UsageError(f"--constraint {options.constraint} with --head cosine, which has no norms", "--head linear")
+
+
+def settle(options: Any, device: torch.device, images: int, runs: int) -> Any:
+    """The options with ``auto`` replaced by what suits the device, a training set of so many images and so many runs.
+
+    Raises:
+        UsageError: what was asked for cannot be had on this device.
+    """
+    on_gpu = device.type == "cuda"
+    if options.graph == "on" and not on_gpu:
+        raise UsageError("--graph on: CUDA graphs need a GPU", "auto, off")
+    has_compiler = on_gpu or any(shutil.which(name) for name in ("c++", "g++", "clang++"))
+    if options.compile == "on" and not has_compiler:
+        raise UsageError("--compile on: there is no C++ compiler", "auto, off, or install g++")
+    if options.compile == "on" and (options.parallel or 1) > 1:
+        raise UsageError(
+            f"--compile on with --parallel {options.parallel}: it compiles for one at a time", "one of them"
+        )
+    pays = (
+        not on_gpu
+        and options.parallel in (None, 1)
+        and options.network in COMPILED_ON_CPU
+        and images * options.epochs >= COMPILE_PAYS
+    )
+    return dataclasses.replace(
+        options,
+        amp=pick_amp(options.amp, device),
+        graph="on" if on_gpu and options.graph == "auto" else options.graph.replace("auto", "off"),
+        compile=options.compile.replace("auto", "on" if pays and has_compiler else "off"),
+        parallel=options.parallel or (min(runs, 4) if on_gpu and options.compile != "on" else 1),
+    )
+
+
+def make_network(one: Any, data: LongTailed, device: torch.device, started: ResNet | None = None) -> ResNet:
+    """A network initialised from the run's seed, or ``started``, on its device in the channels-last memory format."""
+    with _BUILDING:
+        torch.manual_seed(one.seed)
+        model = started or build_model(one.network, data.num_classes, data.channels, one.head)
+    if one.head == "cosine":
+        model.fc.get_buffer("scale").fill_(one.cosine_scale)
+    return model.to(device).to(memory_format=torch.channels_last)
+
+
+def make_batches(one: Any, data: LongTailed, device: torch.device) -> Batches:
+    """The run's training batches; the 1 keeps its random numbers apart from stage 2's."""
+    spec, train = data.spec, data.train
+    return Batches(
+        train.images,
+        train.labels,
+        one.batch_size,
+        spec.mean,
+        spec.std,
+        device,
+        spec.augment,
+        seed=(one.seed, 1),
+        sampler=SAMPLERS[one.sampler],
+        epochs=one.epochs,
+        policy=AUGMENTATIONS[one.aug],
+        mix=Mix(one.mixup, one.cutmix) if one.mixup or one.cutmix else None,
+    )
+
+
+def class_counts_of(data: LongTailed) -> list[int]:
+    """Images per class that are trained on: without those held out."""
+    counts: list[int] = torch.bincount(data.train.labels, minlength=data.num_classes).tolist()
+    return counts
+
+
+def constraint(head: nn.Module, kind: str, radius: float) -> Callable[[], None] | None:
+    """Projects the classifier's rows w_j (Weight Balancing, CVPR 2022), its bias left free; None for ``none``.
+
+    l2: w_j <- r w_j / |w_j| (Eq. 3, with r = 1). maxnorm: w_j <- min(1, r / |w_j|) w_j (Eq. 5).
+    """
+    if kind == "none":
+        return None
+    weight, most = head.get_parameter("weight"), math.inf if kind == "l2" else 1.0
+
+    @torch.no_grad()
+    def project() -> None:
+        weight.mul_((radius / weight.norm(dim=1, keepdim=True)).clamp(max=most))
+
+    return project

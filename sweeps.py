@@ -1,0 +1,196 @@
+"""Sweeps: settings, what became of them, and the sorted table over seeds. Both stages and compare.py use it."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from engine import Selection
+from utils.metrics import GROUPS, percent
+from utils.options import Diverged
+from utils.plots import option_curves
+from utils.run import Run
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One value for every option of a run or a classifier; ``method`` is the loss of stage 1, the method of stage 2."""
+
+    method: str
+    values: Mapping[str, Any]
+
+    @property
+    def key(self) -> tuple[tuple[str, Any], ...]:
+        """What is the same in all seeds."""
+        return (("method", self.method), *((k, v) for k, v in self.values.items() if k != "seed"))
+
+    def describe(self, names: Iterable[str] | None = None) -> str:
+        """The setting in one line, or those of its options alone that are named."""
+        names = self.values if names is None else names
+        return " ".join([self.method, *(f"{name} {short(self.values[name])}" for name in names if name in self.values)])
+
+
+class Outcome:
+    """What became of a setting.
+
+    Attributes:
+        setting: the setting.
+        selection: the selected epoch with its reports and weights.
+        seconds: time spent on it.
+        diverged: the epoch (from 1) in which loss or logits were no longer finite; None where all is well.
+    """
+
+    def __init__(self, setting: Setting, select: str) -> None:
+        self.setting, self.selection = setting, Selection(select)
+        self.seconds = 0.0
+        self.diverged: int | None = None
+
+
+def varying(settings: Sequence[Setting]) -> list[str]:
+    """The options, beside method and seed, that differ between settings of one method."""
+    names = []
+    for name in dict.fromkeys(name for setting in settings for name in setting.values):
+        seen: dict[str, set[Any]] = {}
+        for setting in settings:
+            if name in setting.values:
+                seen.setdefault(setting.method, set()).add(setting.values[name])
+        if name != "seed" and any(len(values) > 1 for values in seen.values()):
+            names.append(name)
+    return names
+
+
+def short(value: Any) -> str:
+    """A value as tables and messages show it."""
+    return f"{value:.5g}" if isinstance(value, float) else str(value)
+
+
+@dataclass
+class Row:
+    """All seeds of one setting, with means over them.
+
+    ``score`` is what rows are sorted by: the class mean on held-out images where there are any, else test top-1.
+    """
+
+    results: list[Any]
+
+    @property
+    def setting(self) -> Any:
+        return self.results[0].setting
+
+    @property
+    def score(self) -> float:
+        return statistics.fmean(score_of(result) for result in self.results)
+
+    def figures(self, of: Callable[[Any], float | None]) -> tuple[float, float] | None:
+        """Mean and sample standard deviation over seeds (0 for one seed); None where a seed has none."""
+        values = [of(result) for result in self.results]
+        present = [value for value in values if value is not None]
+        if len(present) < len(values):
+            return None
+        return statistics.fmean(present), statistics.stdev(present) if len(present) > 1 else 0.0
+
+
+def score_of(result: Outcome) -> float:
+    """Held-out class mean where there is one, else test top-1."""
+    val = result.selection.val
+    return float(result.selection.test["top1"] if val is None else val["class_mean"])
+
+
+def rows_of(results: Sequence[Outcome]) -> list[Row]:
+    """One row per setting, best first; settings of which a seed diverged are left out."""
+    rows: dict[Any, list[Outcome]] = {}
+    for result in results:
+        rows.setdefault(result.setting.key, []).append(result)
+    whole = [Row(row) for row in rows.values() if all(result.diverged is None for result in row)]
+    return sorted(whole, key=lambda row: -row.score)
+
+
+MEASURES: dict[str, Callable[[Outcome], float | None]] = {
+    "all": lambda r: r.selection.test["top1"],
+    **{g: lambda r, g=g: r.selection.test["groups"][g]["accuracy"] for g in GROUPS},  # type: ignore[misc]
+}
+
+
+def table_cells(rows: Sequence[Row], heading: str = "method") -> list[dict[str, str]]:
+    """The sorted table: method, the options that differ, and accuracies in percent, mean ± std over seeds.
+
+    ``heading`` is what the column of the settings' methods is called.
+    """
+    names = varying([result.setting for row in rows for result in row.results])
+    held_out = any(row.results[0].selection.val is not None for row in rows)
+    measures = ({"val": score_of} if held_out else {}) | MEASURES
+    cells = []
+    for row in rows:
+        values = row.setting.values
+        line = {heading: row.setting.method}
+        line |= {name: short(values[name]) if name in values else "" for name in names}
+        line["seeds"] = str(len(row.results))
+        line |= {name: plus_minus(row.figures(of), len(row.results)) for name, of in measures.items()}
+        cells.append(line)
+    return cells
+
+
+def raw_rows(results: Sequence[Outcome], heading: str = "method") -> list[dict[str, Any]]:
+    """One flat row per setting and seed, accuracies as fractions, for CSV."""
+    lines = []
+    for result in results:
+        line = {heading: result.setting.method, **result.setting.values, "diverged": result.diverged}
+        if result.diverged is None:
+            val = result.selection.val
+            line |= {"epoch": result.selection.epoch, "val_class_mean": None if val is None else val["class_mean"]}
+            measures = {"test_top1" if name == "all" else f"test_{name}": of(result) for name, of in MEASURES.items()}
+            line |= {**measures, "seconds": result.seconds}
+        lines.append(line)
+    return lines
+
+
+def curves_over(
+    option: str, rows: Sequence[Row]
+) -> dict[str, list[tuple[float, dict[str, tuple[float, float] | None]]]]:
+    """Per method with several values of an option: (value, :data:`MEASURES` of the best row with it), rising."""
+    best: dict[str, dict[float, Row]] = {}
+    for row in reversed(rows):  # the best comes last and stays
+        if option in row.setting.values:
+            best.setdefault(row.setting.method, {})[row.setting.values[option]] = row
+    return {
+        method: [(x, {name: row.figures(of) for name, of in MEASURES.items()}) for x, row in sorted(found.items())]
+        for method, found in best.items()
+        if len(found) > 1
+    }
+
+
+def plus_minus(pair: tuple[float, float] | None, seeds: int) -> str:
+    """Fractions as percent: "53.92 ± 0.20", or the mean alone for one seed."""
+    if pair is None:
+        return "-"
+    return percent(pair[0]) if seeds == 1 else f"{percent(pair[0])} ± {percent(pair[1])}"
+
+
+def rows_that_stand(results: Sequence[Any], run: Run, hint: str) -> list[Row]:
+    """The sorted rows; says which settings diverged, and raises Diverged, with a hint, where all did."""
+    for result in results:
+        if result.diverged is not None:
+            run.say(f"diverged in epoch {result.diverged}: {result.setting.describe()}")
+    rows = rows_of(results)
+    if not rows:
+        raise Diverged(f"the loss or the logits are not finite in any setting: {hint}")
+    return rows
+
+
+def show_sweep(results: Sequence[Any], rows: Sequence[Row], run: Run, option: str, title: str, heading: str) -> None:
+    """Prints the sorted table, writes sweep.csv and, where ``option`` was swept, the figure of accuracy against it."""
+    run.say(f"\n{pd.DataFrame(table_cells(rows, heading)).to_string(index=False)}\n")
+    pd.DataFrame(raw_rows(results, heading)).convert_dtypes().to_csv(run.folder / "sweep.csv", index=False)
+    curves = curves_over(option, rows)
+    if curves:
+        option_curves(curves, option, title, run.folder / f"{option}.png")
+
+
+def chosen_on(rows: Sequence[Row]) -> dict[str, Any]:
+    """What a checkpoint says of the sweep that its setting was chosen from."""
+    on = "the TEST set" if rows[0].results[0].selection.val is None else "held-out images"
+    return {"settings": len(rows), "chosen_on": on}
