@@ -2,13 +2,16 @@
 PYTHON ?= python3
 RUN := $(CURDIR)/.venv/bin
 
-.PHONY: demo test lint smoke check clean
+.PHONY: demo test gpu lint smoke check clean
 
 demo: .venv/installed            ## both stages and the evaluation on digits, three seeds, under a minute
 	$(RUN)/python -m benchmarks.demo
 
 test: .venv/tools                ## the tests
 	$(RUN)/pytest
+
+gpu: .venv/tools                 ## once, where there is a GPU: tests, speed, reproduction; again until all is done
+	$(RUN)/python -m benchmarks.gpu
 
 lint: .venv/tools                ## style and types
 	$(RUN)/ruff check .

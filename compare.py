@@ -21,7 +21,17 @@ from typing import Any
 import pandas as pd
 
 import main_stage2
-from main_stage2 import HINT, SCOPES, continue_stage1, make_lab, refuse_unused, require_held_out, retrain
+from main_stage2 import (
+    HINT,
+    SCOPES,
+    continue_stage1,
+    fitting,
+    make_lab,
+    refuse_head,
+    refuse_unused,
+    require_held_out,
+    retrain,
+)
 from retraining.methods import METHODS
 from retraining.settings import TUNABLE, Setting, make_settings
 from retraining.sweep import Lab, Result
@@ -55,6 +65,10 @@ def main(argv: Sequence[str]) -> list[dict[str, Any]]:
     typed = parse_typed(Options, argv, "compare.py", __doc__)
     parent, resolved = continue_stage1(typed, Options)
     options: Any = resolved.options
+    if parent.head != "linear" and "method" not in typed:
+        options = dataclasses.replace(options, method=tuple(fitting(parent.head)))
+        print(f"{parent.path} has a {parent.head} head: {shown(options.method)}")
+    refuse_head(parent, options.method)
     if "show" in typed and not set(options.show) <= set(options.method):
         raise UsageError(f"--show {shown(options.show)}", f"methods that are compared: {shown(options.method)}")
     require_held_out(parent, options, "--tune" if options.tune else None)

@@ -116,6 +116,7 @@ def main(argv: Sequence[str]) -> Report:
     wanted = {name: getattr(options, name) for name in TUNABLE}
     settings = make_settings(options.method, wanted, typed, data.num_classes, published=options.protocol == "published")
     refuse_unused(typed, options, settings)
+    refuse_head(parent, options.method)
     with begin(resolved, "stage2", data, device) as run:
         lab = make_lab(parent, data, device, options, run)
         run.say(f"from {parent.path}: {describe(settings)}")
@@ -147,6 +148,20 @@ def refuse_unused(typed: Mapping[str, Any], options: Any, settings: Sequence[Set
             raise UsageError(f"--{name} with --features {options.features}", "--features views")
         if name in typed and all(setting.scope != "fc" for setting in settings):
             raise UsageError(f"--{name} with --finetune_scope {shown(options.finetune_scope)}", "fc too")
+
+
+def refuse_head(parent: Checkpoint, methods: Sequence[str]) -> None:
+    """Raises UsageError where stage 1's classifier is not of the kind that a method continues from."""
+    unfit = [name for name in methods if METHODS[name].needs_linear]
+    if parent.head != "linear" and unfit:
+        raise UsageError(
+            f"--method {shown(unfit)}: {parent.path} has a {parent.head} head", shown(fitting(parent.head))
+        )
+
+
+def fitting(head: str) -> list[str]:
+    """The methods that can follow a stage 1 with this kind of classifier."""
+    return [name for name, method in METHODS.items() if head == "linear" or not method.needs_linear]
 
 
 def require_held_out(parent: Checkpoint, options: Any, flag: str | None = None) -> None:

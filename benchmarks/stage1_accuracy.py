@@ -1,4 +1,4 @@
-"""Does the fast path change the result? The published loop, restated, against main_stage1.py, three seeds each.
+r"""Does the fast path change the result? The published loop, restated, against main_stage1.py, three seeds each.
 
     python -m benchmarks.stage1_accuracy --dataset digits
     python -m benchmarks.stage1_accuracy --dataset cifar100 --network resnet20 --epochs 5 --lr 0.1 --batch_size 128 \\

@@ -9,6 +9,7 @@ methods share a budget of 20 epochs at batch 64, learning rates published for la
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -46,20 +47,31 @@ class Start:
     """What every method may start from.
 
     Attributes:
-        linear: stage 1's classifier.
+        head: stage 1's classifier, a linear or a cosine head.
         class_counts: (C,) images that are trained on.
         clean: -> (features (N, D), labels (N,)) of the training images, not augmented.
         held_out: -> the same of the held-out images; None where stage 1 held none out.
     """
 
-    linear: nn.Linear
+    head: nn.Module
     class_counts: list[int]
     clean: Callable[[], tuple[Tensor, Tensor]]
     held_out: Callable[[], tuple[Tensor, Tensor]] | None
 
     @property
+    def linear(self) -> nn.Linear:
+        """Stage 1's classifier, for methods that need a linear one."""
+        assert isinstance(self.head, nn.Linear)
+        return self.head
+
+    @property
+    def weight(self) -> Tensor:
+        """Its rows (C, D)."""
+        return self.head.get_parameter("weight")
+
+    @property
     def num_classes(self) -> int:
-        return self.linear.out_features
+        return len(self.weight)
 
 
 class Method:
@@ -72,6 +84,7 @@ class Method:
         is_trained: whether there is anything to train; post-hoc methods have none.
         projects: whether :meth:`project` does anything.
         takes_scope: whether its head can also be trained together with the backbone.
+        needs_linear: whether it continues from stage 1's classifier as a linear one; others take a cosine head too.
     """
 
     options: Values = FINE_TUNE
@@ -80,6 +93,7 @@ class Method:
     is_trained = True
     projects = False
     takes_scope = True
+    needs_linear = True
 
     def head(self, start: Start, values: Values) -> nn.Module:
         """A head of its own to train; features (B, D) -> logits (B, C)."""
@@ -143,11 +157,12 @@ class CRT(Method):
     """
 
     options = {"finetune_lr": 0.025, "finetune_wd": 5e-4, "label_smooth": 0.0, "sampler": "class"}
+    needs_linear = False
 
     def head(self, start: Start, values: Values) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(values["seed"])
-            return nn.Linear(start.linear.in_features, start.num_classes).to(start.linear.weight.device)
+            return nn.Linear(start.weight.shape[1], start.num_classes).to(start.weight.device)
 
 
 class LWS(Method):
@@ -179,8 +194,10 @@ class Joint(PostHoc):
     Needs no class counts.
     """
 
+    needs_linear = False
+
     def head(self, start: Start, values: Values) -> nn.Module:
-        return make_linear(start.linear.weight, start.linear.bias)
+        return copy.deepcopy(start.head)
 
 
 class TauNorm(PostHoc):
@@ -234,6 +251,7 @@ class NCM(PostHoc):
 
     options = {"ncm_metric": "centred"}
     tuned = {"ncm_metric": ("centred", "cosine", "l2")}
+    needs_linear = False
 
     def head(self, start: Start, values: Values) -> nn.Module:
         features, labels = start.clean()
@@ -374,11 +392,12 @@ class Cosine(Method):
 
     options = {**FINE_TUNE, "label_smooth": 0.0, "cosine_scale": 30.0}
     tuned = {"cosine_scale": (10.0, 20.0, 30.0)}
+    needs_linear = False
 
     def head(self, start: Start, values: Values) -> nn.Module:
-        head = CosineHead(start.linear.in_features, start.num_classes, values["cosine_scale"])
-        head.weight = nn.Parameter(start.linear.weight.detach().clone())
-        return head.to(start.linear.weight.device)
+        head = CosineHead(start.weight.shape[1], start.num_classes, values["cosine_scale"])
+        head.weight = nn.Parameter(start.weight.detach().clone())
+        return head.to(start.weight.device)
 
 
 class LDAM(Cosine):

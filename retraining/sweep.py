@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from datasets import Batches, LongTailed
 from engine import predict
-from models.heads import make_linear
 from retraining.features import FeatureSource, Stream, predict_features
 from retraining.methods import METHODS, Start
 from retraining.settings import Setting
@@ -85,11 +84,10 @@ class Lab:
 
     def __init__(self, source: FeatureSource) -> None:
         self.source, self.data = source, source.data
-        fc = source.model.fc
-        assert isinstance(fc, nn.Linear)
         counts = torch.bincount(self.data.train.labels, minlength=self.data.num_classes).tolist()
         held_out = None if self.data.val is None else self._held_out
-        self.start = Start(make_linear(fc.weight, fc.bias).requires_grad_(False), counts, self._clean, held_out)
+        head = copy.deepcopy(source.model.fc).requires_grad_(False)
+        self.start = Start(head, counts, self._clean, held_out)
 
     def _clean(self) -> tuple[Tensor, Tensor]:
         return self.source.evaluated("train")[0], self.source.labels

@@ -1,4 +1,4 @@
-"""Imports run downward only: scripts -> stages, recipe, retraining -> sweeps -> engine -> datasets, models, losses -> utils."""
+"""Imports run downward only: scripts -> stages, recipe, retraining -> sweeps -> engine -> families -> utils."""
 
 import ast
 

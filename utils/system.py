@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import datetime
 import math
 import os
@@ -23,6 +24,8 @@ import torchvision
 
 from utils.options import UsageError
 
+#: glibc's names of what mallopt sets, and values in bytes: what free memory stays, and from which size it never does.
+MALLOPT = {"M_TRIM_THRESHOLD": (-1, 2**30), "M_TOP_PAD": (-2, 2**24), "M_MMAP_THRESHOLD": (-3, 2**25)}
 T = TypeVar("T")
 R = TypeVar("R")
 ROOT = Path(__file__).resolve().parent.parent
@@ -58,9 +61,22 @@ def pick_device(device: str = "auto", gpu: int | None = None, threads: int | Non
         raise UsageError("--device cuda: this machine has no GPU", "auto, cpu")
     torch.set_num_threads(threads or min(torch.get_num_threads(), available_cpus()))
     if device == "cpu" or gpus == 0:
+        keep_freed_memory()
         return torch.device("cpu")
     torch.cuda.set_device(gpu or 0)
     return torch.device("cuda", gpu or 0)
+
+
+def keep_freed_memory() -> None:
+    """Lets the process keep up to 1 GiB of freed memory for its next allocations, where the C library is glibc.
+
+    A training step allocates and frees all activations; given back to the system and asked for again, they cost up to
+    a quarter of a narrow network's step in page faults.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        library = ctypes.CDLL(None)
+        for name, value in MALLOPT.values():
+            library.mallopt(name, value)
 
 
 def side_by_side(task: Callable[[T], R], items: Sequence[T], workers: int, stopped: threading.Event) -> list[R]:
