@@ -1,0 +1,265 @@
+"""Stage 1's settings, recipes and sweeps, through the command."""
+
+from __future__ import annotations
+
+import json
+import threading
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+import compare
+import evaluate
+import main_stage1
+import main_stage2
+from datasets import Batches
+from losses import LOSSES
+from main_stage1 import Options, train
+from models import build_model
+from recipe import COMPILE_PAYS, make_settings, one_run, settle
+from utils import checkpoints, system
+from utils.options import UsageError
+from utils.run import Run
+
+CPU = torch.device("cpu")
+QUICK = ["--dataset", "digits", "--epochs", "2", "--seed", "0"]
+STAGE1 = Path("checkpoints/digits_exp100_resnet8_stage1.pt")
+
+
+def settings(**options):
+    return make_settings(Options(**options), options)
+
+
+def test_the_product_of_all_values_and_nothing_twice() -> None:
+    many = settings(seed=(0, 1), wd=(0.1, 0.2), loss=("ce", "focal"), label_smooth=(0.0, 0.1), focal_gamma=2.0)
+    assert len(many) == 2 * 2 * (2 + 1)  # focal takes no label_smooth
+    assert {s.values["label_smooth"] for s in many if s.method == "focal"} == {None}
+    assert {s.values["focal_gamma"] for s in many if s.method == "ce"} == {None}
+    assert {s.values["focal_gamma"] for s in many if s.method == "focal"} == {2.0}
+    [one] = settings(seed=3, loss="ldam", head="cosine", drw_epoch=160)
+    assert (one.values["ldam_margin"], one.values["cosine_scale"], one.values["cb_beta"]) == (0.5, 30.0, 0.9999)
+    run = one_run(Options(seed=3, loss="ldam", head="cosine"), one)
+    assert (run.loss, run.wd, run.seed, run.head) == ("ldam", 5e-3, 3, "cosine")
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"loss": "ldam"}, "--loss ldam --head cosine"),
+        ({"drw_epoch": 1, "loss": ("ce", "lade")}, "--drw_epoch lade balanced-softmax"),
+        ({"drw_epoch": 200}, "--drw_epoch 200 fewer"),
+        ({"warmup_epochs": 5, "epochs": 5}, "--warmup_epochs 5 fewer"),
+        ({"constraint": "l2", "head": "cosine"}, "--constraint l2 --head linear"),
+        ({"la_tau": 2.0}, "--la_tau logit-adjustment"),
+        ({"cb_beta": 0.5}, "--cb_beta --drw_epoch"),
+        ({"cosine_scale": 5.0}, "--cosine_scale --head cosine"),
+        ({"label_smooth": 0.1, "loss": "focal"}, "--label_smooth ce"),
+        ({"mixup": -1.0}, "--mixup -1"),
+        ({"aug": "blur"}, "--aug blur autoaugment"),
+        ({"seed": (1, 1)}, "--seed 1 1 once"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(options: dict, words: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        settings(**({"seed": 0} | options))
+    assert all(word in str(caught.value) for word in words.split()), str(caught.value)
+
+
+def test_auto_is_settled_by_device_and_length(monkeypatch) -> None:
+    def on_cpu(images: int = 10, **options):
+        done = settle(Options(**options), CPU, images, 6)
+        return done.amp, done.graph, done.compile, done.parallel
+
+    assert on_cpu() == ("off", "off", "off", 1)
+    monkeypatch.setattr("recipe.shutil.which", lambda name: "/usr/bin/g++")
+    assert on_cpu(COMPILE_PAYS, network="resnet32", epochs=1) == ("off", "off", "on", 1)
+    assert on_cpu(COMPILE_PAYS, network="resnet34", epochs=1) == ("off", "off", "off", 1)
+    assert on_cpu(COMPILE_PAYS - 1, network="resnet32", epochs=1)[2] == "off"
+    assert on_cpu(COMPILE_PAYS, network="resnet32", compile="off")[2] == "off"
+    assert on_cpu(COMPILE_PAYS, network="resnet32", parallel=2)[2:] == ("off", 2)
+    monkeypatch.setattr("recipe.shutil.which", lambda name: None)
+    assert on_cpu(COMPILE_PAYS, network="resnet32")[2] == "off"
+    for wrong in ({"compile": "on"}, {"graph": "on"}, {"amp": "fp16"}, {"compile": "on", "parallel": 2}):
+        with pytest.raises(UsageError):
+            on_cpu(**wrong)
+    monkeypatch.setattr(system, "cpu_has_bf16", lambda: True)
+    assert on_cpu(amp="bf16")[0] == "bf16"
+    monkeypatch.setattr(system, "cpu_has_bf16", lambda: False)
+    with pytest.raises(UsageError, match="bf16: this CPU"):
+        on_cpu(amp="bf16")
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation: True)
+    on_gpu = settle(Options(), torch.device("cuda"), 10**9, 6)
+    assert (on_gpu.amp, on_gpu.graph, on_gpu.compile, on_gpu.parallel) == ("bf16", "on", "off", 4)
+
+
+def test_threads_are_those_that_the_process_may_use(monkeypatch) -> None:
+    set_to: list[int] = []
+    monkeypatch.setattr("torch.set_num_threads", set_to.append)
+    monkeypatch.setattr("torch.get_num_threads", lambda: 64)
+    monkeypatch.setattr(system, "available_cpus", lambda: 3)
+    system.pick_device("cpu")
+    system.pick_device("cpu", threads=7)
+    assert set_to == [3, 7]
+    monkeypatch.undo()
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: range(8), raising=False)
+    for quota, expected in (("max 100000", 8), ("250000 100000", 3), ("50000 100000", 1)):
+        monkeypatch.setattr(Path, "read_text", lambda self, quota=quota: quota)
+        assert system.available_cpus() == expected
+
+
+def test_a_sweep_is_the_runs_one_by_one(workdir, capsys) -> None:
+    report = main_stage1.main([*QUICK, "--seed", "0", "1", "--wd", "0.001", "0.1"])
+    said = capsys.readouterr().out
+    folders = {path.parent.name: path for path in workdir.glob("output/*/*/*/checkpoint.pt")}
+    assert set(folders) == {f"seed{seed}_wd{wd}" for seed in (0, 1) for wd in (0.001, 0.1)}
+    [top] = {path.parent.parent for path in folders.values()}
+    table = pd.read_csv(top / "sweep.csv")
+    assert len(table) == 4 and {"seed", "wd", "test_top1", "test_few", "seconds"} <= set(table)
+    assert (top / "wd.png").is_file() and (top / "options.json").is_file()
+    for name, path in folders.items():
+        file = checkpoints.read(path)
+        row = table[(table.seed == file.options["seed"]) & (table.wd == file.options["wd"])]
+        assert name == f"seed{file.options['seed']}_wd{file.options['wd']}"
+        assert file.metrics["top1"] == pytest.approx(row.test_top1.item())
+        assert {"curves.png", "metrics.jsonl", "log.txt", "per_class.csv"} <= {
+            each.name for each in path.parent.iterdir()
+        }
+    best = table.groupby("wd").test_top1.mean().idxmax()
+    final = checkpoints.read(STAGE1)
+    assert (final.options["wd"], final.options["seed"]) == (best, 0) and report["top1"] == final.metrics["top1"]
+    assert final.metrics["sweep"] == {"settings": 2, "chosen_on": "the TEST set"}
+    assert "sorted and chosen by accuracy on the TEST set" in said and "±" in said
+    evaluate.main(["--dataset", "digits"])
+    assert "the best of 2 settings on the TEST set" in capsys.readouterr().out
+    main_stage1.main([*QUICK, "--seed", "1", "--wd", "0.1"])
+    alone, together = checkpoints.read(STAGE1).model, checkpoints.read(folders["seed1_wd0.1"]).model
+    assert all(torch.equal(alone[name], together[name]) for name in alone)
+
+
+def test_seeds_alone_choose_nothing_and_hold_out_their_own(workdir, capsys) -> None:
+    main_stage1.main([*QUICK, "--seed", "3", "4", "--val_split", "0.2"])
+    files = [checkpoints.read(path) for path in sorted(workdir.glob("output/*/*/*/checkpoint.pt"))]
+    assert files[0].data["val_indices"] != files[1].data["val_indices"]
+    final = checkpoints.read(STAGE1)
+    assert final.options["seed"] == 3 and "sweep" not in final.metrics
+    assert "nothing was chosen" in capsys.readouterr().out
+
+
+def test_runs_side_by_side_are_the_runs_one_by_one(workdir) -> None:
+    found = []
+    for parallel in ("1", "3"):
+        main_stage1.main([*QUICK, "--wd", "0.001", "0.01", "0.1", "--parallel", parallel, "--out", parallel])
+        paths = sorted(workdir.glob(f"{parallel}/*/*/*/checkpoint.pt"))
+        found.append([checkpoints.read(path).model for path in paths])
+    for one, other in zip(*found):
+        assert all(torch.equal(one[name], other[name]) for name in one)
+    assert not torch.equal(found[0][0]["fc.weight"], found[0][1]["fc.weight"])
+
+
+def test_a_run_that_diverges_does_not_end_a_sweep(workdir, capsys) -> None:
+    main_stage1.main([*QUICK, "--lr", "0.05", "1e25"])
+    said = capsys.readouterr().out
+    assert "diverged in epoch 1: ce" in said and "of epoch 1" in said
+    assert checkpoints.read(STAGE1).options["lr"] == 0.05
+    with pytest.raises(SystemExit) as stop:
+        main_stage1.main([*QUICK, "--lr", "1e24", "1e25"])
+    assert stop.value.code == 1 and "a lower --lr may help" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("parallel", [1, 2])
+def test_an_interrupted_sweep_ends(workdir, monkeypatch, parallel: int) -> None:
+    begun: list[int] = []
+    epoch_of = Batches.epoch
+
+    def epoch(self, number=0):
+        if self.augment and number == 1:
+            begun.append(number)
+            raise KeyboardInterrupt
+        return epoch_of(self, number)
+
+    monkeypatch.setattr(Batches, "epoch", epoch)
+    with pytest.raises(SystemExit) as stop:
+        main_stage1.main([*QUICK, "--wd", "0", "0.1", "0.2", "0.3", "--parallel", str(parallel)])
+    assert stop.value.code == 130 and len(begun) <= parallel and not STAGE1.exists()
+    assert threading.active_count() < 5
+
+
+RECIPES = {
+    "aug": "--aug cutout",
+    "policies": "--aug autoaugment+cutout",
+    "mixup": "--mixup 0.2",
+    "cutmix": "--cutmix 1",
+    "ema": "--ema 0.5",
+    "warmup": "--warmup_epochs 1",
+    "sampler": "--sampler class",
+    "label_smooth": "--label_smooth 0.1",
+    "cosine": "--head cosine",
+    "ldam-drw": "--loss ldam --head cosine --drw_epoch 1",
+    "ce-drw": "--drw_epoch 1",
+    "maxnorm": "--constraint maxnorm --constraint_radius 0.3",
+    "l2": "--constraint l2",
+    **{f"loss {name}": f"--loss {name}" for name in LOSSES if name not in ("ce", "ldam", "logit-adjustment")},
+    "logit-adjustment": "--loss logit-adjustment --la_tau 2",  # with 1 it is balanced softmax
+}
+
+
+def test_every_recipe_changes_the_result_and_chains(workdir) -> None:
+    main_stage1.main(QUICK)
+    seen = {"plain": checkpoints.read(STAGE1).model}
+    for name, flags in RECIPES.items():
+        report = main_stage1.main([*QUICK, *flags.split()])
+        file = checkpoints.read(STAGE1)
+        shared = "layer3.0.conv2.weight"
+        assert all(not torch.equal(file.model[shared], other[shared]) for other in seen.values()), name
+        seen[name] = file.model
+        assert evaluate.main(["--dataset", "digits"])["top1"] == report["top1"], name
+    norms = [seen[name]["fc.weight"].norm(dim=1) for name in ("maxnorm", "l2")]
+    assert (norms[0] <= 0.3 + 1e-6).all() and torch.allclose(norms[1], torch.tensor(1.0))
+
+
+def test_deferred_weights_begin_where_they_should(workdir) -> None:
+    def weights(flags: str) -> torch.Tensor:
+        main_stage1.main([*QUICK, *flags.split()])
+        return checkpoints.read(STAGE1).model["fc.weight"]
+
+    from_the_start = weights("--drw_epoch 0")
+    assert torch.allclose(from_the_start, weights("--loss class-balanced"), atol=1e-5)
+    assert not torch.allclose(from_the_start, weights("--drw_epoch 1"), atol=1e-3)
+
+
+def test_a_cosine_head_goes_through_both_stages(workdir, capsys) -> None:
+    main_stage1.main([*QUICK, "--head", "cosine", "--cosine_scale", "16"])
+    file = checkpoints.read(STAGE1)
+    assert file.head == "cosine" and file.model["fc.scale"] == 16 and "fc.bias" not in file.model
+    one = evaluate.main(["--dataset", "digits"])
+    with pytest.raises(SystemExit):
+        main_stage2.main(["--dataset", "digits"])
+    error = capsys.readouterr().err
+    assert "los" in error and "cosine head" in error and "allowed: joint crt ncm ldam cosine" in error
+    main_stage2.main(["--dataset", "digits", "--method", "joint", "--seed", "0"])
+    assert evaluate.main(["--dataset", "digits", "--cur_stage", "stage2"])["per_class"] == one["per_class"]
+    main_stage2.main(["--dataset", "digits", "--method", "crt", "ldam", "--finetune_epoch", "2", "--seed", "0"])
+    rows = compare.main(["--dataset", "digits", "--finetune_epoch", "2", "--finetune_scope", "fc", "--seed", "0"])
+    assert {row["method"] for row in rows} == {"joint", "crt", "ncm", "ldam", "cosine"}
+    with pytest.raises(SystemExit):
+        main_stage1.main([*QUICK, "--pretrained_pth", str(STAGE1)])
+    assert "has a cosine head" in capsys.readouterr().err
+    main_stage1.main([*QUICK, "--pretrained_pth", str(STAGE1), "--head", "cosine"])
+
+
+def test_the_network_follows_from_the_seed_alone(workdir) -> None:
+    run = Run(workdir)
+    data = main_stage1.load_data(Options(dataset="digits"))
+    [setting] = settings(seed=5, dataset="digits", network="resnet8", epochs=1, wd=0.0, lr=1e-30)
+    one = one_run(Options(dataset="digits", network="resnet8", epochs=1), setting)
+    one.amp, one.graph, one.compile = "off", "off", "off"
+    torch.manual_seed(99)
+    with run:
+        state = train(one, data, CPU, run, None).state
+    torch.manual_seed(5)
+    expected = build_model("resnet8", 10, 1).state_dict()
+    trained = [name for name in expected if "running" not in name and "num_" not in name]
+    assert not [name for name in trained if (state[name] - expected[name]).abs().max() > 1e-20]
+    assert json.loads((workdir / "metrics.jsonl").read_text())["epoch"] == 1
