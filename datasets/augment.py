@@ -30,14 +30,13 @@ class _Drawn:
     """Runs torchvision's per-image policies on many images: those with the same operation go through it together."""
 
     library: v2.AutoAugment | v2.RandAugment
-    rounds: int
 
     def draw(self, n: int, size: tuple[int, int], generator: Generator) -> list[list[Operation | None]]:
         """What is done to each of n images in each round; None for nothing."""
         raise NotImplementedError
 
     def __call__(self, images: Tensor, generator: Generator) -> Tensor:
-        images = images.contiguous()
+        images = images.clone(memory_format=torch.contiguous_format)
         height, width = images.shape[2:]
         for drawn in self.draw(len(images), (height, width), generator):
             groups: dict[Operation, list[int]] = {}

@@ -143,7 +143,7 @@ class Batches:
         for order, top, left, flip in zip(*(draw.to(self.labels.device).split(steps) for draw in draws)):
             images, labels = self.windows.cut(order, top, left, flip), self.labels[order]
             if policy:
-                images = policy(images.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+                images = policy(images.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).contiguous()
             for part in zip(images.split(self.batch_size), labels.split(self.batch_size)):
                 yield self._normalise(part[0]), part[1]
 
