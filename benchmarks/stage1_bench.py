@@ -6,10 +6,10 @@ Images of CIFAR-100-LT's sizes (random pixels: speed does not depend on them), t
 benchmarks/published.py on one side, the batches and steps of main_stage1.py on the other.
 
 On a CPU a whole epoch takes minutes, so the parts are timed in turn, as often as --pairs says, on --threads threads,
-and multiplied by how often they occur in an epoch; ratios are medians over the pairs. Freed memory is kept for both
-sides, as main_stage1.py does. On a GPU whole epochs are timed, one
-to warm up and then five, for ratios 100 and 10, the published loop with 16 workers and its evaluation of every epoch;
-rows that --json holds already for this GPU are not run again.
+and multiplied by how often they occur in an epoch; ratios are medians over the pairs. Each side is a process of its
+own, since main_stage1.py also sets how freed memory is kept. On a GPU whole epochs are timed, one to warm up and then
+five, for ratios 100 and 10, the published loop with 16 workers and its evaluation of every epoch; rows that --json
+holds already for this GPU are not run again.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import multiprocessing
 import statistics
 import sys
 import threading
@@ -36,6 +37,7 @@ from datasets.longtail import class_sizes
 from engine import TrainStep, is_due, make_sgd, predict, train_epoch
 from losses import make_loss
 from models import build_model
+from recipe import COMPILED_ON_CPU
 from stages import eval_batches
 from utils.system import cpu_has_bf16, pick_device, provenance, side_by_side
 
@@ -92,41 +94,58 @@ def timed(part: Part, device: torch.device) -> float:
 # On a CPU: parts.
 
 
-def cpu_parts(network: str, data: LongTailed, device: torch.device) -> dict[str, tuple[Part, int]]:
-    """What is timed, {name: (call, images that it handles)}."""
-    batch = next(iter(make_batches(data, device).epoch()))
-    plain = batch[0].contiguous(), batch[1]
+def published_parts(network: str) -> dict[str, tuple[Part, int]]:
+    """The published side on a CPU, {name: (call, images that it handles)}."""
+    data, device = make_data(100, test=100), torch.device("cpu")
+    images, labels = next(iter(make_batches(data, device).epoch()))
+    images = images.contiguous()
     model, criterion, optimizer = published_model(network, device)
-    few = LongTailed(
-        data.spec, data.train, None, data.test.take(torch.arange(100)), data.class_names, data.class_counts
-    )
-    loader = make_loader(data.train.take(torch.arange(0, len(data.train), 5)), data.spec, BATCH, train=True)
-    ours = make_batches(data, device)
+    few = data.train.take(torch.arange(0, len(data.train), 5))
+    train = make_loader(few, data.spec, BATCH, train=True)
+    test = make_loader(data.test, data.spec, 100, train=False)
+    return {
+        "published input": (lambda: list(train), len(few)),
+        "published step": (
+            lambda: published.train_step(model.train(), images, labels, criterion, optimizer),
+            BATCH,
+        ),
+        "published evaluation": (lambda: published.validate(model, test, criterion), len(data.test)),
+    }
+
+
+def our_parts(network: str) -> dict[str, tuple[Part, int]]:
+    """The same of main_stage1.py, its step in every way that this CPU can."""
+    data, device = make_data(100, test=100), torch.device("cpu")
+    batches = make_batches(data, device)
+    batch = next(iter(batches.epoch()))
     ways: dict[str, dict[str, Any]] = {"step": {}, "step, compiled": {"compiled": True}}
     if cpu_has_bf16():
         ways["step, bf16"] = {"amp": torch.bfloat16}
-    parts: dict[str, tuple[Part, int]] = {
-        "published input": (lambda: list(loader), len(loader.dataset)),  # type: ignore[arg-type]
-        "input": (lambda: [None for _ in ours.epoch()], len(data.train)),
-        "published step": (lambda: published.train_step(model.train(), *plain, criterion, optimizer), BATCH),
-    }
+    parts: dict[str, tuple[Part, int]] = {"input": (lambda: [None for _ in batches.epoch()], len(data.train))}
     for name, way in ways.items():
         step = make_step(network, data, device, **way)
         parts[name] = (lambda step=step: step(*batch), BATCH)  # type: ignore[misc]
-    test, fast = make_loader(few.test, data.spec, 100, train=False), eval_batches(few, few.test, device)
-    parts["published evaluation"] = (lambda: published.validate(model, test, criterion), 100)
-    parts["evaluation"] = (lambda: predict(model, fast), 100)
-    parts["evaluation, flip"] = (lambda: predict(model, fast, flip_tta=True), 100)
+    test = eval_batches(data, data.test, device)
+    parts["evaluation"] = (lambda: predict(step.model, test), len(data.test))
+    parts["evaluation, flip"] = (lambda: predict(step.model, test, flip_tta=True), len(data.test))
     return parts
 
 
-def cpu_totals(t: Mapping[str, float], images: int) -> dict[str, float]:
-    """From the seconds per image of the parts: ratios, and seconds of whole epochs of a 200-epoch run."""
-    best = min(t["step"], t["step, compiled"])
+def serve(orders: Any, network: str, threads: int) -> None:
+    """Times the published parts by name, in a process of its own."""
+    torch.set_num_threads(threads)
+    parts = published_parts(network)
+    for name in iter(orders.recv, None):
+        orders.send(timed(parts[name][0], torch.device("cpu")) / parts[name][1])
+
+
+def cpu_totals(t: Mapping[str, float], step: str) -> dict[str, float]:
+    """From seconds per image: ratios, and seconds of whole epochs of a 200-epoch run with a certain kind of step."""
+    images = sum(class_sizes(500, CLASSES, 100))
     epoch = {
         "published epoch": images * (t["published input"] + t["published step"]) + 10_000 * t["published evaluation"],
-        "epoch, published evaluation": images * (t["input"] + best) + 10_000 * t["evaluation, flip"],
-        "epoch": images * (t["input"] + best) + 10_000 * t["evaluation"] * EVALUATIONS / EPOCHS,
+        "epoch, published evaluation": images * (t["input"] + t[step]) + 10_000 * t["evaluation, flip"],
+        "epoch": images * (t["input"] + t[step]) + 10_000 * t["evaluation"] * EVALUATIONS / EPOCHS,
     }
     ratios = {"input ratio": t["published input"] / t["input"]}
     ratios |= {f"{name} ratio": t["published step"] / t[name] for name in t if name.startswith("step")}
@@ -136,15 +155,29 @@ def cpu_totals(t: Mapping[str, float], images: int) -> dict[str, float]:
 
 def on_cpu(network: str, arguments: argparse.Namespace, device: torch.device) -> None:
     """Times the parts in turn and prints medians."""
-    data = make_data(100)
-    parts = cpu_parts(network, data, device)
-    for part, _ in parts.values():
-        timed(part, device)
+    spawn = multiprocessing.get_context("spawn")
+    orders, theirs = spawn.Pipe()
+    process = spawn.Process(target=serve, args=(theirs, network, arguments.threads), daemon=True)
+    process.start()
+    parts = our_parts(network)
+
+    def seconds(name: str) -> float:
+        if name in parts:
+            return timed(parts[name][0], device) / parts[name][1]
+        orders.send(name)
+        return float(orders.recv())
+
+    names = ["published input", "input", "published step", *(name for name in parts if name.startswith("step"))]
+    names += ["published evaluation", "evaluation", "evaluation, flip"]
+    for name in names:  # to warm up
+        seconds(name)
     began = time.perf_counter()
-    pairs = [{name: timed(part, device) / n for name, (part, n) in parts.items()} for _ in range(arguments.pairs)]
-    totals = [cpu_totals(pair, len(data.train)) for pair in pairs]
+    pairs = [{name: seconds(name) for name in names} for _ in range(arguments.pairs)]
+    orders.send(None)
+    usual = "step, compiled" if network in COMPILED_ON_CPU else "step"
+    totals = [cpu_totals(pair, usual) for pair in pairs]
     print(f"\n{network}, {device}, {torch.get_num_threads()} threads, {arguments.pairs} pairs: median (min to max)")
-    for name in parts:
+    for name in names:
         rates = [1 / pair[name] for pair in pairs]
         print(f"{name:<34}{statistics.median(rates):>10.1f} images/s  ({min(rates):.1f} to {max(rates):.1f})")
     for name in totals[0]:
