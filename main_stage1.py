@@ -209,7 +209,7 @@ def train_many(
                 )
         return result
 
-    return side_by_side(task, settings, options.parallel, run.stopped)
+    return side_by_side(task, settings, options.parallel, device, run.stopped)
 
 
 def conclude(results: Sequence[Trained], options: Any, run: Run) -> Report:

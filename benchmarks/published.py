@@ -76,17 +76,19 @@ def train_epoch(
 
 
 @torch.no_grad()
+def validate_step(model: nn.Module, images: Tensor, labels: Tensor, criterion: nn.Module, flip: bool = True) -> Tensor:
+    """Logits (B, C) of a batch, averaged over mirror images where ``flip``; loss and accuracies read back."""
+    logits: Tensor = model(images)
+    if flip:
+        logits = (logits + model(images.flip(3))) / 2
+    criterion(logits, labels).item()
+    top1_top5(logits, labels)
+    return logits
+
+
 def validate(model: nn.Module, loader: Iterable[Any], criterion: nn.Module, flip: bool = True) -> Tensor:
-    """Logits (N, C) of a test set in eval mode, averaged over mirror images where ``flip``; on the CPU."""
+    """Logits (N, C) of a test set in eval mode, on the CPU."""
     device = next(model.parameters()).device
     model.eval()
-    found = []
-    for images, labels in loader:
-        images, labels = images.to(device), labels.to(device)
-        logits = model(images)
-        if flip:
-            logits = (logits + model(images.flip(3))) / 2
-        criterion(logits, labels).item()
-        top1_top5(logits, labels)
-        found.append(logits.cpu())
-    return torch.cat(found)
+    steps = ((images.to(device), labels.to(device)) for images, labels in loader)
+    return torch.cat([validate_step(model, images, labels, criterion, flip).cpu() for images, labels in steps])

@@ -229,7 +229,7 @@ def gpu_row(network: str, ratio: float, way: str, device: torch.device) -> dict[
                 for epoch in range(count):
                     train_epoch(step, fast.epoch(epoch), epoch, 0.01)
 
-            side_by_side(task, steps, runs, threading.Event())
+            side_by_side(task, steps, runs, device, threading.Event())
 
         warm_up = timed(lambda: several(WARM_UP), device)
         epochs = [timed(lambda: several(TIMED), device) / TIMED] if runs > 1 else []

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from benchmarks import published
 from datasets.longtail import class_sizes
 from engine import for_evaluation
 from losses.softmax import SoftmaxLoss
@@ -47,37 +48,17 @@ COUNTS = class_sizes(500, CLASSES, 100)
 EVAL_BATCH = EVAL_BATCHES["cuda" if torch.cuda.is_available() else "cpu"]
 
 
-def published_step(model: nn.Module, images: Tensor, labels: Tensor) -> Callable[[], None]:
-    """One step of the published stage-2 loop."""
-    model.requires_grad_(True).train()
+def published_step(model: nn.Module, images: Tensor, labels: Tensor) -> Callable[[], object]:
+    """One step of the published stage-2 loop: everything is differentiated, ``fc`` alone is stepped."""
     optimizer = torch.optim.SGD(model.get_submodule("fc").parameters(), lr=5e-4, momentum=0.9)
     criterion = nn.CrossEntropyLoss(label_smoothing=0.98)
-
-    def step() -> None:
-        model.requires_grad_(True).train()
-        logits = model(images)
-        loss = criterion(logits, labels)
-        hits = logits.topk(5).indices == labels[:, None]
-        loss.item(), hits[:, 0].float().mean().item(), hits.any(dim=1).float().mean().item()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-
-    return step
+    return lambda: published.train_step(model.requires_grad_(True).train(), images, labels, criterion, optimizer)
 
 
-def published_evaluation(model: nn.Module, images: Tensor, labels: Tensor) -> Callable[[], None]:
-    """One step of the published evaluation: logits of images and mirror images, accuracies read back."""
+def published_evaluation(model: nn.Module, images: Tensor, labels: Tensor) -> Callable[[], object]:
+    """One step of the published evaluation, with mirror images."""
     criterion = nn.CrossEntropyLoss()
-
-    @torch.no_grad()
-    def step() -> None:
-        model.eval()
-        logits = (model(images) + model(images.flip(3))) / 2
-        hits = logits.topk(5).indices == labels[:, None]
-        criterion(logits, labels).item(), hits[:, 0].float().mean().item(), hits.any(dim=1).float().mean().item()
-
-    return step
+    return lambda: published.validate_step(model.eval(), images, labels, criterion)
 
 
 def backbone_pass(model: ResNet, images: Tensor, train: bool) -> Callable[[], None]:
@@ -136,7 +117,7 @@ def separate_run(features: Tensor, labels: Tensor, fc: nn.Linear) -> Callable[[]
     return epoch
 
 
-def timed(part: Callable[[], None], device: torch.device) -> float:
+def timed(part: Callable[[], object], device: torch.device) -> float:
     """Seconds of one call."""
     began = time.perf_counter()
     part()

@@ -17,6 +17,7 @@ import torchvision.datasets
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)  # the networks here are small, and tests must not fight over cores
+torch.backends.cudnn.allow_tf32 = False  # on a GPU, equalities are those of float32
 
 
 @pytest.fixture

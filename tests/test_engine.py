@@ -45,7 +45,6 @@ def distance(ours: nn.Module, theirs: nn.Module) -> float:
 
 
 def test_train_epoch_equals_a_plain_loop(device: torch.device) -> None:
-    torch.backends.cudnn.allow_tf32 = False
     step, twin = some_step(device), some_model(device)
     optimizer = SGD(twin.parameters(), 0.1, momentum=0.9, weight_decay=1e-3)
     for epoch in range(3):

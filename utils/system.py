@@ -64,6 +64,7 @@ def pick_device(device: str = "auto", gpu: int | None = None, threads: int | Non
         keep_freed_memory()
         return torch.device("cpu")
     torch.cuda.set_device(gpu or 0)
+    torch.backends.cudnn.benchmark = True  # all steps but the last of an epoch have the same shapes
     return torch.device("cuda", gpu or 0)
 
 
@@ -79,7 +80,9 @@ def keep_freed_memory() -> None:
             library.mallopt(name, value)
 
 
-def side_by_side(task: Callable[[T], R], items: Sequence[T], workers: int, stopped: threading.Event) -> list[R]:
+def side_by_side(
+    task: Callable[[T], R], items: Sequence[T], workers: int, device: torch.device, stopped: threading.Event
+) -> list[R]:
     """[task(item) for item in items], ``workers`` at a time, on a GPU each on a stream of its own.
 
     Where one fails, or Ctrl-C is pressed, ``stopped`` is set so that the others can end too.
@@ -88,7 +91,7 @@ def side_by_side(task: Callable[[T], R], items: Sequence[T], workers: int, stopp
         return [task(item) for item in items]
 
     def on_stream(item: T) -> R:
-        with torch.cuda.stream(torch.cuda.Stream()) if torch.cuda.is_available() else nullcontext():
+        with torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else nullcontext():
             return task(item)
 
     with ThreadPoolExecutor(workers) as pool:
