@@ -105,10 +105,10 @@ class TrainStep:
         self.amp, self.ema, self.project = amp, ema, project
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp == torch.float16)
         self.averaged = copy.deepcopy(model).requires_grad_(False) if ema else model
-        self.graph = Graphed(self.plain, self.changing) if graphed else None
+        self.graph = Graphed() if graphed else None
 
     def __call__(self, *batch: Tensor) -> tuple[Tensor, ...]:
-        return self.graph(*batch) if self.graph else self.plain(*batch)
+        return self.graph(self.plain, self.changing, *batch) if self.graph else self.plain(*batch)
 
     def plain(
         self, images: Tensor, labels: Tensor, partners: Tensor | None = None, share: Tensor | None = None
@@ -129,14 +129,17 @@ class TrainStep:
             self._average()
         return loss.detach(), (logits.detach().argmax(dim=1) == labels).sum()
 
-    def follow(self, criterion: nn.Module) -> None:
+    def use_loss(self, criterion: nn.Module) -> None:
         """Changes the loss."""
         self.criterion = criterion
         if self.graph:
             self.graph.forget()
 
     def changing(self) -> list[Tensor]:
-        """Every tensor that a step changes and the next one depends on: weights, statistics, momentum, averages."""
+        """Every tensor that a step changes and the next one depends on: weights, statistics, momentum, averages.
+
+        float16's loss scale is not among them, since it cancels out.
+        """
         momentum = [v for state in self.optimizer.state.values() for v in state.values() if isinstance(v, Tensor)]
         modules = [self.model] if self.averaged is self.model else [self.model, self.averaged]
         return [*(v for module in modules for v in module.state_dict().values()), *momentum]

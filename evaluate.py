@@ -19,6 +19,7 @@ from typing import Any
 from engine import predict
 from stages import (
     DataOptions,
+    ancestors,
     check_data_flags,
     eval_batches,
     file_identity,
@@ -146,6 +147,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         print(f"{name.replace('_', ' ')}: {words}")
     print()
     print(f"selected in training: {selection_words(file.metrics) if file.metrics else 'unknown'}")
+    print("".join(f"{words}\n" for words in ancestors(file)), end="")
     print(f"flip averaging here: {'on' if options.flip_tta else 'off'}")
     if file.metrics and options.flip_tta == flip_tta:
         same = all(report[key] == file.metrics.get(key) for key in ("top1", "top5", "per_class"))

@@ -52,7 +52,16 @@ from stages import (
     restore,
     stage_option,
 )
-from sweeps import Outcome, Setting, chosen_on, rows_that_stand, short, show_sweep, varying
+from sweeps import (
+    Outcome,
+    Setting,
+    choice_in_words,
+    chosen_on,
+    rows_that_stand,
+    show_sweep,
+    varying,
+    write_sweep,
+)
 from utils import checkpoints
 from utils.checkpoints import Checkpoint
 from utils.metrics import Report
@@ -83,7 +92,9 @@ class Options(TrainOptions):
     aug: Any = option("crop_flip", Many(Choice(AUGMENTATIONS)), "augmentation of training images")
     mixup: Any = option(0.0, Many(Number(float, 0, 100)), "mixup: parameter of the Beta distribution; 0 is off")
     cutmix: Any = option(0.0, Many(Number(float, 0, 100)), "CutMix: the same; with mixup too, one of them a batch")
-    ema: Any = option(0.0, Many(Number(float, 0, 1 - 1e-9)), "decay of averaged weights, then evaluated; 0 is off")
+    ema: Any = option(
+        0.0, Many(Number(float, 0, 1 - 1e-9)), "averaged weights over about 1/(1-D) steps, then evaluated; 0 is off"
+    )
     warmup_epochs: int = option(0, Number(int, 0), "epochs in which the learning rate rises evenly")
     val_split: float = option(0.0, Number(float, 0, 0.5), "share of every class held out, never seen by the backbone")
     pretrained_pth: str | None = option(None, Text(), "start from this checkpoint's weights, not from random ones")
@@ -128,12 +139,15 @@ def main(argv: Sequence[str]) -> Report:
     options: Any = settle(resolved.options, device, len(data.train), len(settings))
     if start:
         restore(start, data, options.head)  # fails now where it would fail later
-    with begin(Resolved(options, resolved.sources), "stage1", data, device) as run:
+    with begin(Resolved(options, resolved.sources), "stage1", data, device, len(settings)) as run:
+        run.is_sweep = len(settings) > 1
+        if options.compile == "on":
+            run.say("torch.compile: the first steps take up to a minute")
         if len(settings) > 1:
             return conclude(train_many(settings, options, data, device, run, start, argv), options, run)
         one = one_run(options, settings[0])
         selection = train(one, data, device, run, start)
-        return finish(run, "stage1", one, data, selection, argv, device, start, vars(one), one.head)
+        return finish(run, "stage1", one, data, selection, argv, device, start, head=one.head)
 
 
 def train(one: Any, data: LongTailed, device: torch.device, run: Run, start: Checkpoint | None) -> Selection:
@@ -157,7 +171,7 @@ def train(one: Any, data: LongTailed, device: torch.device, run: Run, start: Che
         began, lr = time.perf_counter(), one.lr * cosine(epoch, one.epochs, one.warmup_epochs)
         set_lr(step.optimizer, lr)
         if epoch == one.drw_epoch:
-            step.follow(reweighted(step.criterion, class_balanced_weights(class_counts, one.cb_beta)).to(device))
+            step.use_loss(reweighted(step.criterion, class_balanced_weights(class_counts, one.cb_beta)).to(device))
         model.train()
         steps = run.bar(batches.epoch(epoch), len(batches), f"epoch {epoch + 1}/{one.epochs}")
         stats = train_epoch(step, steps, epoch, lr)
@@ -178,51 +192,47 @@ def train_many(
     """One run for every setting, each with a folder and a checkpoint of its own inside the sweep's."""
     names = ["seed", *varying(settings)] + ["loss"] * (len(options.loss) > 1)
     finishing = threading.Lock()  # Matplotlib draws one figure at a time
+    finished: list[Trained] = []
 
     def task(setting: Setting) -> Trained:
         one, result = one_run(options, setting), Trained(setting, options.select)
-        label = "_".join(f"{name}{short(getattr(one, name))}" for name in names if getattr(one, name) is not None)
+        number = f"run {settings.index(setting) + 1} of {len(settings)}"
+        label = "_".join(f"{name}{getattr(one, name)}" for name in names if getattr(one, name) is not None)
         own = load_data(options, val_fraction=options.val_split, val_seed=one.seed) if options.val_split else data
-        with run.child(label, f"{label}  " if options.parallel > 1 else "") as child:
+        folder = label if len(label) < 200 else number.replace(" ", "_")
+        with run.child(folder, f"{label}  " if options.parallel > 1 else "") as child:
+            child.say(f"\n{number}: {label}")
             result.folder = child.folder
-            child.say(f"\nrun {settings.index(setting) + 1} of {len(settings)}: {label}")
             try:
                 result.selection = train(one, own, device, child, start)
             except Diverged as error:
                 child.say(f"stopped: {error}")
                 result.diverged = len(child.epochs) + 1
-                return result
             result.seconds = child.seconds
             with finishing:
-                finish(
-                    child,
-                    "stage1",
-                    one,
-                    own,
-                    result.selection,
-                    argv,
-                    device,
-                    start,
-                    vars(one),
-                    one.head,
-                    is_final=False,
-                )
+                finished.append(result)
+                if result.diverged is None:
+                    chosen = result.selection
+                    finish(child, "stage1", one, own, chosen, argv, device, start, head=one.head, is_final=False)
         return result
 
-    return side_by_side(task, settings, options.parallel, device, run.stopped)
+    try:
+        return side_by_side(task, settings, options.parallel, device, run.stopped)
+    except BaseException:
+        write_sweep(finished, run, "loss")
+        raise
 
 
 def conclude(results: Sequence[Trained], options: Any, run: Run) -> Report:
     """Shows the sorted table of a sweep and makes the best setting's first seed stage 1's result: its test report."""
-    rows = rows_that_stand(results, run, "a lower --lr may help")
+    rows = rows_that_stand(results, run, "a lower --lr or --wd may help", "loss")
     show_sweep(results, rows, run, "wd", f"{options.dataset}, ratio {options.imb_ratio}, {options.network}", "loss")
     chosen: Trained = rows[0].results[0]
     file = checkpoints.read(chosen.folder / "checkpoint.pt")
-    how = "the first seed; nothing was chosen"
-    if len(rows) > 1:
-        file.metrics["sweep"] = chosen_on(rows)
-        how = f"sorted and chosen by accuracy on {file.metrics['sweep']['chosen_on']}"
-    run.say(f"{how}: {chosen.setting.describe(['seed', *varying([r.setting for r in results])])}")
+    sweep = chosen_on(results)
+    file.metrics |= {"sweep": sweep} if sweep else {}
+    name = chosen.setting.describe(["seed", *varying([result.setting for result in results])])
+    run.say(f"{choice_in_words(sweep)}; saved: {name}")
     run.say(f"{checkpoints.publish(file, final_path(options, 'stage1'))}; all runs in {run.folder}")
     return chosen.selection.test
 

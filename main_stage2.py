@@ -43,7 +43,7 @@ from stages import (
     restore,
     stage_option,
 )
-from sweeps import chosen_on, rows_that_stand, show_sweep, varying
+from sweeps import choice_in_words, chosen_on, rows_that_stand, show_sweep, varying
 from utils.checkpoints import IDENTITY, Checkpoint
 from utils.metrics import Report, report
 from utils.options import (
@@ -173,7 +173,8 @@ def require_held_out(parent: Checkpoint, options: Any, flag: str | None = None) 
     needed = {"--select best_val": options.select == "best_val", "--tau val": "val" in (options.tau or ())}
     flags = [name for name, is_on in needed.items() if is_on] + ([flag] if flag else [])
     if flags and not parent.data.get("val_indices"):
-        again = f"python main_stage1.py{flags_of(options, *IDENTITY)} --val_split 0.1"
+        head = "" if parent.head == "linear" else f" --head {parent.head}"
+        again = f"python main_stage1.py{flags_of(options, *IDENTITY)}{head} --val_split 0.1"
         allowed = "last, best_test, or first" if flags[0].startswith("--select") else "without it, or first"
         raise UsageError(f"{flags[0]}: {parent.path} was trained without held-out images", f"{allowed}: {again}")
 
@@ -265,7 +266,7 @@ def train_network(setting: Setting, lab: Lab, options: Any, run: Run) -> Result:
         model.train(options.features == "replay")
         trained.train()
         set_lr(optimizer, lr * rate)
-        step.follow(method.loss(lab.start, values, epoch / stream.epochs).to(lab.source.device))
+        step.use_loss(method.loss(lab.start, values, epoch / stream.epochs).to(lab.source.device))
         steps = run.bar(batches.epoch(epoch), len(batches), f"epoch {epoch + 1}/{stream.epochs}")
         try:
             stats = train_epoch(step, steps, epoch, lr * rate)
@@ -292,12 +293,12 @@ def conclude(
 ) -> Report:
     """Shows the sorted table of a sweep and saves the best setting's classifier; returns its test report."""
     rows, data, settings = rows_that_stand(results, run, HINT), lab.data, [result.setting for result in results]
-    chosen, sweep = rows[0].results[0], None
+    chosen, sweep = rows[0].results[0], {}
     if len(results) > 1:
         show_sweep(results, rows, run, "label_smooth", f"{data.spec.name}, ratio {options.imb_ratio}", "method")
-        sweep = chosen_on(rows)
+        sweep = chosen_on(results)
         name = chosen.setting.describe(["seed", *varying(settings)])
-        run.say(f"sorted and chosen by accuracy on {sweep['chosen_on']}; saved: {name}")
+        run.say(f"{choice_in_words(sweep)}; saved: {name}")
     run.epochs = chosen.records
     chosen.selection.test = report(lab.logits_of(chosen, "test"), data.test.labels, data.class_counts)
     chosen.selection.state = lab.state_dict(chosen)

@@ -53,11 +53,16 @@ def make_settings(options: Any, typed: Collection[str]) -> list[Setting]:
                 elif values[name] is None:
                     values[name] = taken[name]
             settings.append(Setting(loss, values))
+    if "constraint_radius" in typed and options.constraint == "none":
+        raise UsageError("--constraint_radius without --constraint", "--constraint l2, maxnorm")
+    if options.parallel is not None and len(settings) == 1:
+        raise UsageError(f"--parallel {options.parallel} with a single run", "several values of --seed, --wd ...")
     for name in LOSS_OPTIONS:
         if name in typed and not any(name in taken_by(loss, options) for loss in options.loss):
             takers = [loss for loss, (_, parameters) in LOSSES.items() if name in parameters]
-            also = {"cosine_scale": "; or --head cosine", "cb_beta": "; or --drw_epoch"}.get(name, "")
-            raise UsageError(f"--{name} with --loss {shown(options.loss)}", f"--loss {', '.join(takers)}{also}")
+            also = {"cosine_scale": "--head cosine", "cb_beta": "--drw_epoch, "}.get(name, "")
+            losses = f"--loss {', '.join(takers)}" if name != "cosine_scale" else ""
+            raise UsageError(f"--{name} with --loss {shown(options.loss)}", f"{also}{losses}")
     return list({(setting.key, setting.values["seed"]): setting for setting in settings}.values())
 
 
@@ -83,16 +88,23 @@ def check_recipe(options: Any) -> None:
     if "ldam" in options.loss and options.head != "cosine":
         raise UsageError(f"--loss ldam with --head {options.head}: its margins are for cosines", "--head cosine")
     if options.drw_epoch is not None:
-        outside = [loss for loss in options.loss if not isinstance(make_loss(loss, [2, 1], {}), SoftmaxLoss)]
+        outside = [loss for loss in options.loss if not takes_weights(loss)]
         if outside:
-            inside = [loss for loss in LOSSES if isinstance(make_loss(loss, [2, 1], {}), SoftmaxLoss)]
-            raise UsageError(f"--drw_epoch with --loss {shown(outside)}", ", ".join(inside))
+            raise UsageError(
+                f"--drw_epoch with --loss {shown(outside)}", ", ".join(loss for loss in LOSSES if takes_weights(loss))
+            )
         if options.drw_epoch >= options.epochs:
             raise UsageError(f"--drw_epoch {options.drw_epoch} of {options.epochs} epochs", "fewer than --epochs")
     if options.warmup_epochs >= options.epochs:
         raise UsageError(f"--warmup_epochs {options.warmup_epochs} of {options.epochs} epochs", "fewer than --epochs")
     if options.constraint != "none" and options.head == "cosine":
         raise UsageError(f"--constraint {options.constraint} with --head cosine, which has no norms", "--head linear")
+
+
+def takes_weights(name: str) -> bool:
+    """Whether a loss can be re-weighted later on: one of the softmax family that has no class weights of its own."""
+    loss = make_loss(name, [2, 1], {})
+    return isinstance(loss, SoftmaxLoss) and bool((loss.weight == 1).all())
 
 
 def settle(options: Any, device: torch.device, images: int, runs: int) -> Any:
@@ -164,7 +176,7 @@ def class_counts_of(data: LongTailed) -> list[int]:
 def constraint(head: nn.Module, kind: str, radius: float) -> Callable[[], None] | None:
     """Projects the classifier's rows w_j (Weight Balancing, CVPR 2022), its bias left free; None for ``none``.
 
-    l2: w_j <- r w_j / |w_j| (Eq. 3, with r = 1). maxnorm: w_j <- min(1, r / |w_j|) w_j (Eq. 5).
+    l2: w_j <- r w_j / |w_j|, theirs with r = 1. maxnorm: w_j <- min(1, r / |w_j|) w_j (Eq. 5).
     """
     if kind == "none":
         return None

@@ -244,7 +244,8 @@ def restore(file: Checkpoint, data: LongTailed, head: str | None = None) -> ResN
     if file.network not in BACKBONES:
         raise UsageError(f"{file.path} holds a {file.network}", ", ".join(BACKBONES))
     if file.head not in HEADS or head not in (None, file.head):
-        raise UsageError(f"{file.path} has a {file.head} head", head or ", ".join(HEADS))
+        fitting = f"--head {file.head}, or another file" if file.head in ("linear", "cosine") else "another file"
+        raise UsageError(f"{file.path} has a {file.head} head", fitting)
     model = build_model(file.network, file.num_classes, file.in_channels, file.head)
     try:
         model.load_state_dict(file.model)
@@ -258,12 +259,13 @@ def final_path(options: DataOptions, stage: str) -> Path:
     return checkpoints.default_path(options.dataset, options.imb_type, options.imb_ratio, options.network, stage)
 
 
-def begin(resolved: Resolved[Any], stage: str, data: LongTailed, device: torch.device) -> Run:
-    """Opens the run folder and says what will run; fails now what would fail later."""
+def begin(resolved: Resolved[Any], stage: str, data: LongTailed, device: torch.device, runs: int = 1) -> Run:
+    """Opens the folder of a run, or of so many, and says what will run; fails now what would fail later."""
     options = resolved.options
     require_writable("the folder", checkpoints.FOLDER)
     seeds = options.seed if isinstance(options.seed, tuple) else (options.seed,)
     label = f"seed{seeds[0]}" if len(seeds) == 1 else f"{len(seeds)}seeds"
+    label = f"{runs}runs" if runs > 1 else label
     run = Run(make_folder(options.out, final_path(options, stage).stem, label))
     run.say(resolved.describe())
     where = f"{device}, {torch.get_num_threads()} threads" if device.type == "cpu" else str(device)
@@ -328,7 +330,7 @@ def finish(
         num_classes=data.num_classes,
         in_channels=data.channels,
         model=selection.state,
-        options=dict(stored or dataclasses.asdict(options)),
+        options=dict(stored or vars(options)),
         data={key: getattr(options, key) for key in IDENTITY}
         | {
             "class_names": data.class_names,
@@ -358,6 +360,8 @@ def finish(
     test, (best_epoch, best) = selection.test, selection.oracle
     groups = ", ".join(f"{group} {percent(test['groups'][group]['accuracy'])}" for group in GROUPS)
     run.say(f"test top-1 {percent(test['top1'])} % ({groups}); {selection_words(file.metrics)}")
+    for words in ancestors(file):
+        run.say(words)
     if selection.rule != "best_test" and not sweep:
         run.say(f"best on the test set, not used: {percent(best['top1'])} % at epoch {best_epoch}")
     told = checkpoints.publish(file, final_path(options, stage)) if is_final else f"saved {run.folder}/checkpoint.pt"
@@ -372,6 +376,16 @@ def selection_words(metrics: Mapping[str, Any]) -> str:
     swept = metrics.get("sweep")
     setting = f"; the best of {swept['settings']} settings on {swept['chosen_on']}" if swept else ""
     return f"epoch {metrics['epoch']}, {rule[metrics['select']]}{setting}; {flip}"
+
+
+def ancestors(file: Checkpoint) -> list[str]:
+    """How the weights that a file began from were chosen, a line for each file before it."""
+    lines, parent = [], file.parent
+    while parent:
+        if parent.get("chosen"):  # older files do not say
+            lines.append(f"began from {parent['path']}: {selection_words(parent['chosen'])}")
+        parent = parent.get("parent")
+    return lines
 
 
 def flags_of(options: DataOptions, *names: str) -> str:

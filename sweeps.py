@@ -115,23 +115,28 @@ MEASURES: dict[str, Callable[[Outcome], float | None]] = {
 }
 
 
-def table_cells(rows: Sequence[Row], heading: str = "method") -> list[dict[str, str]]:
-    """The sorted table: method, the options that differ, and accuracies in percent, mean ± std over seeds.
+def table_cells(rows: Sequence[Row], names: Sequence[str], heading: str = "method") -> list[dict[str, str]]:
+    """The sorted table: method, the options ``names``, and accuracies in percent, mean ± std over seeds.
 
     ``heading`` is what the column of the settings' methods is called.
     """
-    names = varying([result.setting for row in rows for result in row.results])
     held_out = any(row.results[0].selection.val is not None for row in rows)
     measures = ({"val": score_of} if held_out else {}) | MEASURES
     cells = []
     for row in rows:
         values = row.setting.values
         line = {heading: row.setting.method}
-        line |= {name: short(values[name]) if name in values else "" for name in names}
+        line |= {name: shown_among(values[name], name, rows) if name in values else "" for name in names}
         line["seeds"] = str(len(row.results))
         line |= {name: plus_minus(row.figures(of), len(row.results)) for name, of in measures.items()}
         cells.append(line)
     return cells
+
+
+def shown_among(value: Any, name: str, rows: Sequence[Row]) -> str:
+    """A value of an option as short as tells it from those of the other rows."""
+    others = {row.setting.values.get(name) for row in rows} - {value}
+    return str(value) if short(value) in map(short, others) else short(value)
 
 
 def raw_rows(results: Sequence[Outcome], heading: str = "method") -> list[dict[str, Any]]:
@@ -170,27 +175,52 @@ def plus_minus(pair: tuple[float, float] | None, seeds: int) -> str:
     return percent(pair[0]) if seeds == 1 else f"{percent(pair[0])} ± {percent(pair[1])}"
 
 
-def rows_that_stand(results: Sequence[Any], run: Run, hint: str) -> list[Row]:
-    """The sorted rows; says which settings diverged, and raises Diverged, with a hint, where all did."""
+def rows_that_stand(results: Sequence[Any], run: Run, hint: str, heading: str = "method") -> list[Row]:
+    """The sorted rows; of several runs it writes sweep.csv and says which diverged.
+
+    Raises:
+        Diverged: every setting has a run that diverged; with a hint.
+    """
+    names = ["seed", *varying([result.setting for result in results])]
+    if len(results) > 1:
+        write_sweep(results, run, heading)
     for result in results:
         if result.diverged is not None:
-            run.say(f"diverged in epoch {result.diverged}: {result.setting.describe()}")
+            run.say(f"diverged in epoch {result.diverged}: {result.setting.describe(names)}")
     rows = rows_of(results)
     if not rows:
-        raise Diverged(f"the loss or the logits are not finite in any setting: {hint}")
+        lost = sum(result.diverged is not None for result in results)
+        where = f" in {lost} of {len(results)} runs, at least one of every setting" if len(results) > 1 else ""
+        raise Diverged(f"the loss or the logits are not finite{where}: {hint}")
     return rows
 
 
-def show_sweep(results: Sequence[Any], rows: Sequence[Row], run: Run, option: str, title: str, heading: str) -> None:
-    """Prints the sorted table, writes sweep.csv and, where ``option`` was swept, the figure of accuracy against it."""
-    run.say(f"\n{pd.DataFrame(table_cells(rows, heading)).to_string(index=False)}\n")
+def count(results: Sequence[Any]) -> int:
+    """How many settings there are, whatever became of them."""
+    return len({result.setting.key for result in results})
+
+
+def write_sweep(results: Sequence[Any], run: Run, heading: str = "method") -> None:
+    """Writes sweep.csv, a row for every run."""
     pd.DataFrame(raw_rows(results, heading)).convert_dtypes().to_csv(run.folder / "sweep.csv", index=False)
+
+
+def show_sweep(results: Sequence[Any], rows: Sequence[Row], run: Run, option: str, title: str, heading: str) -> None:
+    """Prints the sorted table and, where ``option`` was swept, draws accuracy against it."""
+    names = varying([result.setting for result in results])
+    run.say(f"\n{pd.DataFrame(table_cells(rows, names, heading)).to_string(index=False)}\n")
     curves = curves_over(option, rows)
     if curves:
         option_curves(curves, option, title, run.folder / f"{option}.png")
 
 
-def chosen_on(rows: Sequence[Row]) -> dict[str, Any]:
-    """What a checkpoint says of the sweep that its setting was chosen from."""
-    on = "the TEST set" if rows[0].results[0].selection.val is None else "held-out images"
-    return {"settings": len(rows), "chosen_on": on}
+def choice_in_words(sweep: Mapping[str, Any]) -> str:
+    """How a sweep's result was chosen, from what :func:`chosen_on` says."""
+    return f"sorted and chosen by accuracy on {sweep['chosen_on']}" if sweep else "the first seed, nothing was chosen"
+
+
+def chosen_on(results: Sequence[Any]) -> dict[str, Any]:
+    """What a checkpoint says of the sweep that its setting was chosen from; {} where only seeds differ."""
+    is_held_out = any(result.selection.val is not None for result in results)
+    where = "held-out images" if is_held_out else "the TEST set"
+    return {"settings": count(results), "chosen_on": where} if count(results) > 1 else {}

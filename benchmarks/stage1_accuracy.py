@@ -76,6 +76,7 @@ def main() -> None:
     arguments = parser.parse_args()
     one = {name: getattr(arguments, name) for name in ("dataset", *FLAGS)}
     device = pick_device()
+    arguments.json.parent.mkdir(parents=True, exist_ok=True)
 
     def lines() -> list[dict[str, Any]]:
         return [json.loads(line) for line in arguments.json.read_text().splitlines()] if arguments.json.exists() else []

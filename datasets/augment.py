@@ -1,7 +1,8 @@
 """What may be done to training images beyond crop and flip. ``AUGMENTATIONS`` maps an --aug name to a policy.
 
 Policies change many uint8 images at once, on their device; random numbers come from a generator on the CPU, so that
-they are the same on every device and nothing waits for a GPU. The operations and their tables are torchvision's.
+they are the same on every device. The operations and their tables are torchvision's; pixels that come in from outside
+are black, where some long-tail code has them grey.
 """
 
 from __future__ import annotations
@@ -154,6 +155,7 @@ class Mix:
 
     mixup: share ~ Beta(mixup, mixup), images share * x + (1 - share) * partner. CutMix: lambda ~ Beta(cutmix, cutmix),
     a box of the area 1 - lambda, centred anywhere and clipped, comes from the partner; share is what is left of x.
+    Every batch is mixed; CutMix's code for CIFAR mixes every second one.
 
     Attributes:
         mixup, cutmix: the Beta distributions' parameters; 0 for off.

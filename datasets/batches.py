@@ -110,7 +110,7 @@ class Batches:
         mix: Mix | None = None,
     ) -> None:
         self.windows = Windows(images, augment or Augment(pad=0, flip=False), device)
-        self.labels = labels.to(device)
+        self.labels, self.classes = labels.to(device), labels.cpu()
         row = [(1 / (255 * s), -m / s) for m, s in zip(mean, std)] * images.shape[3]  # channels last
         self.scale, self.shift = torch.tensor(row, device=device).T.contiguous()
         self.batch_size, self.augment, self.seed = batch_size, augment, seed
@@ -123,7 +123,7 @@ class Batches:
         """All random numbers of an epoch of cropped batches."""
         assert self.augment is not None
         generator = seeded(*self.seed, epoch)
-        order = self.sampler(self.labels.cpu(), epoch, self.epochs, generator)
+        order = self.sampler(self.classes, epoch, self.epochs, generator)
         return Draws(order, *draw_windows(len(order), self.augment, generator))
 
     def epoch(self, epoch: int = 0) -> Iterator[Batch]:

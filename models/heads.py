@@ -21,7 +21,8 @@ class CosineHead(nn.Module):
     def __init__(self, num_features: int, num_classes: int, scale: float = 30.0) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_classes, num_features))
-        nn.init.kaiming_uniform_(self.weight, a=5**0.5)
+        nn.init.uniform_(self.weight, -1, 1)
+        self.weight.data = F.normalize(self.weight.data)  # rows of length 1, as LDAM-DRW's
         self.register_buffer("scale", torch.tensor(scale))
 
     def forward(self, features: Tensor) -> Tensor:

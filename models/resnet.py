@@ -135,12 +135,12 @@ class ResNet(nn.Module):
         x = F.relu(self.bn1(self.conv1(images)), inplace=True)
         for stage in self.stages:
             x = self.get_submodule(stage)(x)
-        return x.mean(dim=(2, 3))
+        return x.to(self.conv1.weight.dtype).mean(dim=(2, 3))  # of full precision also in mixed precision
 
     def forward(self, images: Tensor) -> Tensor:
         features = self.features(images)
         with torch.autocast(images.device.type, enabled=False):  # the classifier stays in the precision of its weights
-            logits: Tensor = self.fc(features.to(self.conv1.weight.dtype))
+            logits: Tensor = self.fc(features)
         return logits
 
 

@@ -29,6 +29,9 @@ CPU_CHUNK = 8
 #: Steps that one part takes before the next part's turn, so that its weights are still in the cache.
 WINDOW = 32
 
+#: Parameters of the softmax family, a number for every head and class.
+TABLES = ("offset", "margin", "smooth", "weight")
+
 Steps = Iterable[tuple[Tensor, ...]]
 
 
@@ -80,23 +83,27 @@ class _LinearChunk:
         self.lr, self.wd = lr.reshape(-1, 1), wd.reshape(-1, 1)
         self.decays = bool((self.wd != 0).any())
         self.rate = torch.zeros_like(self.lr)
-        self.graphed = Graphed(self._step, lambda: (self.weight, self.velocity))
+        self.graphed = Graphed()
+        self.tables = {name: self.weight.new_zeros(self.heads, self.classes) for name in TABLES}
+        self.offset, self.margin, self.smooth, self.class_weight = self.tables.values()
+        self.is_plain = self.is_unweighted = False
 
     def begin(self, progress: float, rate: float) -> None:
         losses: list[SoftmaxLoss] = [t.loss(progress) for t in self.trainees]  # type: ignore[misc]
-        tables = {
-            name: torch.stack([getattr(loss, name) for loss in losses]).to(self.weight)  # (S, C)
-            for name in ("offset", "margin", "smooth", "weight")
-        }
-        self.offset, self.margin, self.smooth, self.class_weight = tables.values()
+        for name, table in self.tables.items():  # in place, where a CUDA graph reads them
+            table.copy_(torch.stack([getattr(loss, name) for loss in losses]))
         # A step skips what no loss of the chunk has.
+        before = self.is_plain, self.is_unweighted
         self.is_plain = not self.offset.any() and not self.margin.any()
         self.is_unweighted = bool((self.class_weight == 1).all())
+        if (self.is_plain, self.is_unweighted) != before:
+            self.graphed.forget()
         self.rate.copy_(-rate * self.lr)
-        self.graphed.forget()  # it holds the tables of the epoch before
 
     def step(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        loss, hits = (self.graphed if features.is_cuda else self._step)(features, labels)
+        if not features.is_cuda:
+            return self._step(features, labels)
+        loss, hits = self.graphed(self._step, lambda: (self.weight, self.velocity), features, labels)
         return loss, hits
 
     @torch.no_grad()

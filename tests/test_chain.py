@@ -131,7 +131,10 @@ def test_stage2_changes_the_classifier_alone_and_names_its_parent(workdir) -> No
     one, two = checkpoints.read(STAGE1), checkpoints.read(STAGE2)
     changed = {name for name in one.model if not torch.equal(one.model[name], two.model[name])}
     assert changed == {"fc.weight", "fc.bias"}
-    assert two.parent == {"path": str(STAGE1), "sha256": sha256(STAGE1), "seed": 0}
+    chosen = {"epoch": 2, "select": "last", "flip_tta": False}
+    assert two.parent == {
+        "path": str(STAGE1), "sha256": sha256(STAGE1), "seed": 0, "chosen": chosen, "parent": None,
+    }  # fmt: skip
 
 
 def test_published_protocol_lets_the_statistics_drift_and_says_how_it_selected(workdir, small_cifar10, capsys) -> None:

@@ -1,6 +1,8 @@
 """The training step against plain loops, and every way of running it against the plain one."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -57,8 +59,9 @@ def test_train_epoch_equals_a_plain_loop(device: torch.device) -> None:
             loss.backward()
             optimizer.step()
             losses, right = losses + loss.item() * len(labels), right + int((logits.argmax(1) == labels).sum())
-        assert stats.loss == pytest.approx(losses / N, rel=1e-5) and stats.top1 == right / N
-    assert distance(step.model, twin) < 1e-5
+        assert stats.loss == pytest.approx(losses / N, rel=1e-3 if device.type == "cuda" else 1e-5)
+        assert abs(stats.top1 - right / N) <= (1 / N if device.type == "cuda" else 0)
+    assert distance(step.model, twin) < (1e-3 if device.type == "cuda" else 1e-5)
 
 
 @pytest.mark.parametrize("replay", [False, True])
@@ -91,17 +94,30 @@ def test_the_optimizer_is_sgd(device: torch.device, momentum: float, nesterov: b
     assert torch.allclose(mine, theirs, atol=1e-6) and not torch.allclose(mine.cpu(), start, atol=1e-2)
 
 
-def stand_in(function):
-    """What a recording does, without a GPU: the runs before it really happen, its outputs are one fixed place."""
-    for _ in range(3):
-        function()
-    outputs = tuple(tensor.clone() for tensor in function())
+def stand_in(step: TrainStep):
+    """What a recording does, without a GPU: the runs before it really happen, outputs and loss stay what they were."""
 
-    def replay() -> None:
-        for place, tensor in zip(outputs, function()):
-            place.copy_(tensor)
+    def record(function):
+        criterion = step.criterion
 
-    return replay, outputs
+        def run():
+            now, step.criterion = step.criterion, criterion
+            try:
+                return function()
+            finally:
+                step.criterion = now
+
+        for _ in range(3):
+            run()
+        outputs = tuple(tensor.clone() for tensor in run())
+
+        def replay() -> None:
+            for place, tensor in zip(outputs, run()):
+                place.copy_(tensor)
+
+        return replay, outputs
+
+    return record
 
 
 def options_of_a_step(name: str, model: nn.Module) -> dict:
@@ -118,24 +134,47 @@ def test_a_graph_equals_the_plain_step(device: torch.device, name: str, mix: Mix
     """Weights, momentum, BatchNorm and averages are as if the recording had not run anything; so is the last batch."""
     models = [some_model(device) for _ in range(2)]
     plain, graphed = (some_step(device, model, **options_of_a_step(name, model)) for model in models)
-    if device.type == "cuda":
-        graphed.graph = Graphed(graphed.plain, graphed.changing)
-    else:
-        graphed.graph = Graphed(graphed.plain, graphed.changing, record=stand_in)
-    for epoch, lr in enumerate((0.1, 0.05)):
+    graphed.graph = Graphed() if device.type == "cuda" else Graphed(stand_in(graphed))
+    near = 1e-3 if device.type == "cuda" else 1e-5  # algorithms may differ
+    for epoch, lr in enumerate((0.1, 0.05, 0.02, 0.01)):
         found = []
         for step in (plain, graphed):
             set_lr(step.optimizer, lr)
             batches = some_batches(device, augment=Augment(1, False), mix=mix)
             found.append(train_epoch(step, batches.epoch(epoch), epoch, lr))
-            if epoch == 0:
-                weights = class_balanced_weights([9, 6, 5, 3, 2])
-                step.follow(reweighted(step.criterion, weights).to(device))
-        assert found[0].loss == pytest.approx(found[1].loss, rel=1e-5) and found[0].top1 == found[1].top1
-    assert distance(*models) < 1e-5
-    assert distance(plain.averaged, graphed.averaged) < 1e-5
+            if epoch == 1:
+                weights = class_balanced_weights([90, 6, 5, 3, 2])
+                step.use_loss(reweighted(step.criterion, weights).to(device))
+        assert found[0].loss == pytest.approx(found[1].loss, rel=near)
+        assert abs(found[0].top1 - found[1].top1) <= (1 / N if device.type == "cuda" else 0)
+    assert distance(*models) < near and distance(plain.averaged, graphed.averaged) < near
     momenta = [[s["momentum_buffer"] for s in step.optimizer.state.values()] for step in (plain, graphed)]
-    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*momenta))
+    assert all(torch.allclose(a, b, atol=near) for a, b in zip(*momenta))
+
+
+def test_a_graph_goes_with_its_step() -> None:
+    step = some_step()
+    step.graph = Graphed(lambda function: (lambda: None, function()))
+    step(*next(iter(some_batches().epoch())))
+    gone = weakref.ref(step)
+    gc.disable()
+    try:
+        del step
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("way", [{"compiled": True}, {"amp": torch.float16}, {"amp": torch.bfloat16, "compiled": True}])
+def test_other_ways_in_a_graph(way: dict) -> None:
+    models = [some_model(torch.device("cuda")) for _ in range(2)]
+    for model, graphed in zip(models, (False, True)):
+        step = some_step(torch.device("cuda"), model, lr=0.02, graphed=graphed, **way)
+        for epoch in range(3):
+            train_epoch(step, some_batches(torch.device("cuda")).epoch(), epoch, 0.02)
+    assert distance(*models) < (1e-3 if way == {"compiled": True} else 2e-2)
 
 
 def test_a_compiled_step_equals_the_plain_one(device: torch.device) -> None:
@@ -144,7 +183,7 @@ def test_a_compiled_step_equals_the_plain_one(device: torch.device) -> None:
         step = some_step(device, model, compiled=compiled)
         for epoch in range(2):
             train_epoch(step, some_batches(device).epoch(), epoch, 0.1)
-    assert 0 < distance(*models) < 1e-4
+    assert 0 < distance(*models) < (1e-3 if device.type == "cuda" else 1e-4)
 
 
 def test_bf16_follows_float32_with_weights_and_loss_in_float32(device: torch.device) -> None:
@@ -161,8 +200,9 @@ def test_bf16_follows_float32_with_weights_and_loss_in_float32(device: torch.dev
     step = some_step(device, models[1], amp=torch.bfloat16)
     models[1].fc.register_forward_hook(lambda module, inputs, output: seen.extend([inputs[0].dtype, output.dtype]))
     models[1].layer1.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    step.criterion.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].dtype))
     step(*next(iter(some_batches(device).epoch())))
-    assert seen == [torch.bfloat16, torch.float32, torch.float32]
+    assert seen == [torch.bfloat16, *[torch.float32] * 3]
 
 
 @pytest.mark.cuda
@@ -194,10 +234,11 @@ def test_a_mixed_batch_pays_both_labels() -> None:
     step, model = some_step(), some_model()
     images, labels = next(iter(some_batches().epoch()))
     partners, share = labels.roll(1), torch.tensor(0.3)
-    loss, hits = step(images, labels, partners, share)
+    loss, _ = step(images, labels, partners, share)
     logits, criterion = model(images), SoftmaxLoss(5, smooth=0.3)
     assert loss.item() == pytest.approx((0.3 * criterion(logits, labels) + 0.7 * criterion(logits, partners)).item())
-    assert hits == (logits.argmax(1) == labels).sum()
+    found = logits.argmax(1)
+    assert step(images, found, partners, share)[1] < 8 and some_step()(images, found, partners, share)[1] == 8
 
 
 @pytest.mark.parametrize("kind", ["l2", "maxnorm"])

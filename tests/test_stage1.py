@@ -14,17 +14,18 @@ import compare
 import evaluate
 import main_stage1
 import main_stage2
-from datasets import Batches
+from datasets import SAMPLERS, Batches
 from losses import LOSSES
 from main_stage1 import Options, train
 from models import build_model
-from recipe import COMPILE_PAYS, make_settings, one_run, settle
+from recipe import COMPILE_PAYS, class_counts_of, make_batches, make_settings, one_run, settle
 from utils import checkpoints, system
 from utils.options import UsageError
 from utils.run import Run
 
 CPU = torch.device("cpu")
-QUICK = ["--dataset", "digits", "--epochs", "2", "--seed", "0"]
+SHORT = ["--dataset", "digits", "--epochs", "2", "--device", "cpu"]
+QUICK = [*SHORT, "--seed", "0"]
 STAGE1 = Path("checkpoints/digits_exp100_resnet8_stage1.pt")
 
 
@@ -49,7 +50,10 @@ def test_the_product_of_all_values_and_nothing_twice() -> None:
     [
         ({"loss": "ldam"}, "--loss ldam --head cosine"),
         ({"drw_epoch": 1, "loss": ("ce", "lade")}, "--drw_epoch lade balanced-softmax"),
+        ({"drw_epoch": 1, "loss": "class-balanced"}, "--drw_epoch class-balanced ldam"),
         ({"drw_epoch": 200}, "--drw_epoch 200 fewer"),
+        ({"constraint_radius": 2.0}, "--constraint_radius l2"),
+        ({"parallel": 2}, "--parallel 2 single"),
         ({"warmup_epochs": 5, "epochs": 5}, "--warmup_epochs 5 fewer"),
         ({"constraint": "l2", "head": "cosine"}, "--constraint l2 --head linear"),
         ({"la_tau": 2.0}, "--la_tau logit-adjustment"),
@@ -100,8 +104,10 @@ def test_threads_are_those_that_the_process_may_use(monkeypatch) -> None:
     monkeypatch.setattr("torch.get_num_threads", lambda: 64)
     monkeypatch.setattr(system, "available_cpus", lambda: 3)
     system.pick_device("cpu")
-    system.pick_device("cpu", threads=7)
-    assert set_to == [3, 7]
+    system.pick_device("cpu", threads=2)
+    assert set_to == [3, 2]
+    with pytest.raises(UsageError, match="--threads 4: more"):
+        system.pick_device("cpu", threads=4)
     monkeypatch.undo()
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: range(8), raising=False)
     for quota, expected in (("max 100000", 8), ("250000 100000", 3), ("50000 100000", 1)):
@@ -110,7 +116,7 @@ def test_threads_are_those_that_the_process_may_use(monkeypatch) -> None:
 
 
 def test_a_sweep_is_the_runs_one_by_one(workdir, capsys) -> None:
-    report = main_stage1.main([*QUICK, "--seed", "0", "1", "--wd", "0.001", "0.1"])
+    report = main_stage1.main([*SHORT, "--seed", "0", "1", "--wd", "0.001", "0.1"])
     said = capsys.readouterr().out
     folders = {path.parent.name: path for path in workdir.glob("output/*/*/*/checkpoint.pt")}
     assert set(folders) == {f"seed{seed}_wd{wd}" for seed in (0, 1) for wd in (0.001, 0.1)}
@@ -133,13 +139,13 @@ def test_a_sweep_is_the_runs_one_by_one(workdir, capsys) -> None:
     assert "sorted and chosen by accuracy on the TEST set" in said and "±" in said
     evaluate.main(["--dataset", "digits"])
     assert "the best of 2 settings on the TEST set" in capsys.readouterr().out
-    main_stage1.main([*QUICK, "--seed", "1", "--wd", "0.1"])
+    main_stage1.main([*SHORT, "--seed", "1", "--wd", "0.1"])
     alone, together = checkpoints.read(STAGE1).model, checkpoints.read(folders["seed1_wd0.1"]).model
     assert all(torch.equal(alone[name], together[name]) for name in alone)
 
 
 def test_seeds_alone_choose_nothing_and_hold_out_their_own(workdir, capsys) -> None:
-    main_stage1.main([*QUICK, "--seed", "3", "4", "--val_split", "0.2"])
+    main_stage1.main([*SHORT, "--seed", "3", "4", "--val_split", "0.2"])
     files = [checkpoints.read(path) for path in sorted(workdir.glob("output/*/*/*/checkpoint.pt"))]
     assert files[0].data["val_indices"] != files[1].data["val_indices"]
     final = checkpoints.read(STAGE1)
@@ -161,11 +167,14 @@ def test_runs_side_by_side_are_the_runs_one_by_one(workdir) -> None:
 def test_a_run_that_diverges_does_not_end_a_sweep(workdir, capsys) -> None:
     main_stage1.main([*QUICK, "--lr", "0.05", "1e25"])
     said = capsys.readouterr().out
-    assert "diverged in epoch 1: ce" in said and "of epoch 1" in said
+    assert "diverged in epoch 1: ce seed 0 lr 1e+25\n" in said and "of epoch 1" in said
+    assert "sorted and chosen" in said and checkpoints.read(STAGE1).metrics["sweep"]["settings"] == 2
     assert checkpoints.read(STAGE1).options["lr"] == 0.05
     with pytest.raises(SystemExit) as stop:
         main_stage1.main([*QUICK, "--lr", "1e24", "1e25"])
-    assert stop.value.code == 1 and "a lower --lr may help" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert stop.value.code == 1 and "in 2 of 2 runs" in error and "a lower --lr" in error
+    assert len(list(workdir.glob("output/*/*/sweep.csv"))) == 2
 
 
 @pytest.mark.parametrize("parallel", [1, 2])
@@ -183,6 +192,7 @@ def test_an_interrupted_sweep_ends(workdir, monkeypatch, parallel: int) -> None:
     with pytest.raises(SystemExit) as stop:
         main_stage1.main([*QUICK, "--wd", "0", "0.1", "0.2", "0.3", "--parallel", str(parallel)])
     assert stop.value.code == 130 and len(begun) <= parallel and not STAGE1.exists()
+    assert list(workdir.glob("output/*/*/sweep.csv"))
     assert threading.active_count() < 5
 
 
@@ -194,10 +204,16 @@ RECIPES = {
     "ema": "--ema 0.5",
     "warmup": "--warmup_epochs 1",
     "sampler": "--sampler class",
+    "progressive": "--sampler progressive",
+    "momentum": "--momentum 0.8",
+    "nesterov": "--nesterov",
     "label_smooth": "--label_smooth 0.1",
+    "smooth and balanced": "--loss class-balanced --label_smooth 0.1",
     "cosine": "--head cosine",
     "ldam-drw": "--loss ldam --head cosine --drw_epoch 1",
     "ce-drw": "--drw_epoch 1",
+    "ce-drw beta": "--drw_epoch 1 --cb_beta 0.9",
+    **({"bf16": "--amp bf16"} if system.cpu_has_bf16() else {}),
     "maxnorm": "--constraint maxnorm --constraint_radius 0.3",
     "l2": "--constraint l2",
     **{f"loss {name}": f"--loss {name}" for name in LOSSES if name not in ("ce", "ldam", "logit-adjustment")},
@@ -263,3 +279,81 @@ def test_the_network_follows_from_the_seed_alone(workdir) -> None:
     trained = [name for name in expected if "running" not in name and "num_" not in name]
     assert not [name for name in trained if (state[name] - expected[name]).abs().max() > 1e-20]
     assert json.loads((workdir / "metrics.jsonl").read_text())["epoch"] == 1
+
+
+def test_a_stopped_sweep_stops_within_an_epoch(workdir) -> None:
+    run = Run(workdir)
+    with run, run.child("one") as child:
+        steps = child.bar(iter(range(5)), 5, "")
+        assert next(steps) == 0
+        run.stopped.set()
+        with pytest.raises(KeyboardInterrupt):
+            next(steps)
+
+
+def test_values_that_are_nearly_equal_stay_apart(workdir, capsys) -> None:
+    main_stage1.main([*QUICK, "--ema", "0.999999", "0.9999999"])
+    said = capsys.readouterr().out
+    assert {path.parent.name for path in workdir.glob("output/*/*/*/log.txt")} == {
+        "seed0_ema0.999999",
+        "seed0_ema0.9999999",
+    }
+    assert said.count("  ce  0.999999 ") == 1
+
+
+def test_files_made_from_a_chosen_one_say_so(workdir, capsys) -> None:
+    main_stage1.main([*QUICK, "--wd", "0", "0.1", "--select", "best_test"])
+    main_stage2.main("--dataset digits --seed 0 --finetune_epoch 1".split())
+    words = "began from checkpoints/digits_exp100_resnet8_stage1.pt: epoch"
+    for _ in range(2):
+        said = capsys.readouterr().out
+        assert (
+            words in said and "the best on the TEST set; the best of 2 settings on the TEST set" in said.split(words)[1]
+        )
+        evaluate.main(["--dataset", "digits", "--cur_stage", "stage2"])
+
+
+def test_the_loss_knows_the_images_that_are_trained_on(workdir) -> None:
+    data = main_stage1.load_data(Options(dataset="digits"), val_fraction=0.3, val_seed=1)
+    counts = class_counts_of(data)
+    assert sum(counts) == len(data.train) < sum(data.class_counts) and counts[0] == int((data.train.labels == 0).sum())
+    made: list[list[int]] = []
+    original = main_stage1.make_loss
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(main_stage1, "make_loss", lambda name, n, values: made.append(n) or original(name, n, values))
+        main_stage1.main([*SHORT, "--seed", "1", "--val_split", "0.3", "--loss", "balanced-softmax"])
+    assert made == [counts]
+
+
+def test_batches_follow_the_seed_and_are_stage_1s_own() -> None:
+    [one, other] = [one_run(Options(dataset="digits"), s) for s in settings(seed=(0, 1), sampler="progressive")]
+    data = main_stage1.load_data(Options(dataset="digits"))
+    first, second = (make_batches(each, data, CPU) for each in (one, other))
+    assert not torch.equal(first.draws(0).order, second.draws(0).order)
+    assert first.seed == (0, 1) and first.epochs == 200 and first.sampler is SAMPLERS["progressive"]
+
+
+def test_so_many_runs_at_a_time(monkeypatch) -> None:
+    together, meeting = [], threading.Barrier(3, timeout=20)
+
+    def task(item: int) -> int:
+        meeting.wait()
+        together.append(threading.active_count())
+        return item * 10
+
+    assert system.side_by_side(task, [1, 2, 3], 3, CPU, threading.Event()) == [10, 20, 30]
+    assert len(together) == 3
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_runs_share_a_gpu(workdir) -> None:
+    found = []
+    for parallel in ("1", "3"):
+        flags = (
+            f"--dataset digits --epochs 3 --seed 0 1 2 --parallel {parallel} --out {parallel} --device cuda --amp off"
+        )
+        main_stage1.main(flags.split())
+        paths = sorted(workdir.glob(f"{parallel}/*/*/*/checkpoint.pt"))
+        found.append([checkpoints.read(path).model["fc.weight"] for path in paths])
+    assert all((one - other).abs().max() < 1e-2 for one, other in zip(*found))

@@ -30,8 +30,21 @@ FOLDER = Path("checkpoints")
 STAGES = ("stage1", "stage2")
 SELECT = ("last", "best_test", "best_val")
 IDENTITY = ("dataset", "imb_type", "imb_ratio", "subset", "subset_seed", "network")
+#: Metrics that say how the stored weights were chosen.
+CHOSEN = ("epoch", "select", "flip_tta", "sweep")
 #: Options that do not change what a run computes: two files that differ in these alone are the same result.
-INCIDENTAL = ("out", "data_dir", "device", "gpu", "workers", "cur_stage", "pretrained_pth", "cache_dir")
+INCIDENTAL = (
+    "out",
+    "data_dir",
+    "device",
+    "gpu",
+    "workers",
+    "cur_stage",
+    "pretrained_pth",
+    "cache_dir",
+    "threads",
+    "parallel",
+)
 
 
 @dataclass
@@ -46,7 +59,7 @@ class Checkpoint:
         data: dataset, imb_type, imb_ratio, subset, subset_seed, class_names (C,), class_counts (C,), mean, std and
             val_indices (positions in the source file of the images the backbone never saw).
         metrics: the report on the test set, with epoch, select and flip_tta.
-        parent: None, or path, sha256 and seed of the stage-1 file.
+        parent: None, or what :func:`describe_parent` gives of the file that training began from.
         provenance: see :func:`utils.system.provenance`.
         path, sha256: the file it was read from and the hash of what was read; not stored.
     """
@@ -68,8 +81,10 @@ class Checkpoint:
     def save(self, path: str | Path) -> None:
         """Writes the file, whole or not at all."""
         content = {name: getattr(self, name) for name in _STORED}
-        with atomic(path) as temporary, open(temporary, "wb") as file:  # torch writes a path's name into the file
-            torch.save({"format": FORMAT, **content}, file)
+        buffer = io.BytesIO()  # torch would write a path's name into the file, and hide why a disk refuses it
+        torch.save({"format": FORMAT, **content}, buffer)
+        with atomic(path) as temporary:
+            temporary.write_bytes(buffer.getbuffer())
 
 
 _STORED = tuple(f.name for f in dataclasses.fields(Checkpoint) if f.name not in ("path", "sha256"))
@@ -218,9 +233,11 @@ def _same_run(checkpoint: Checkpoint, path: Path) -> bool:
 
 
 def describe_parent(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What a child file stores of the file it came from: path, sha256, seed."""
+    """What a child file stores of the file it came from: path, sha256, seed, how it was chosen, and its own parent."""
     return {
         "path": str(checkpoint.path),
         "sha256": checkpoint.sha256,
         "seed": checkpoint.options.get("seed"),
+        "chosen": {key: checkpoint.metrics[key] for key in CHOSEN if key in checkpoint.metrics},
+        "parent": checkpoint.parent,
     }

@@ -13,7 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+#: Tensors -> tensors, and the same on inputs that stay where they are.
 Function = Callable[..., tuple[Tensor, ...]]
+Call = Callable[[], tuple[Tensor, ...]]
 
 #: Runs before a recording: libraries choose their algorithms and allocate their workspaces in them.
 WARM_UP = 3
@@ -28,7 +30,7 @@ class _Recorded:
     replay: Callable[[], None]
 
 
-def record_cuda(function: Callable[[], tuple[Tensor, ...]]) -> tuple[Callable[[], None], tuple[Tensor, ...]]:
+def record_cuda(function: Call) -> tuple[Callable[[], None], tuple[Tensor, ...]]:
     """Warms a function up on a side stream and captures it; returns what replays it, and its outputs' places."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -43,33 +45,26 @@ def record_cuda(function: Callable[[], tuple[Tensor, ...]]) -> tuple[Callable[[]
 
 
 class Graphed:
-    """Calls ``function`` as a CUDA graph, one for each combination of input shapes: whole batches and the last one.
+    """Calls a function as a CUDA graph, one for each combination of input shapes: whole batches and the last one.
 
     The function must not wait for the GPU, must read its inputs from the tensors that it is given and may change others
-    in place. Those are what ``state`` yields: the runs before a recording are taken back there, so that the calls
-    compute what plain calls would.
+    in place. Those are what ``state`` returns: the runs before a recording are taken back there, so that the calls
+    compute what plain calls would. Neither is kept, so that a graph and its memory go with their owner.
 
     Args:
-        function: tensors -> tensors.
-        state: -> every tensor that the function changes, the same ones at every call.
         record: runs a function a few times and returns (replay, outputs); :func:`record_cuda` but for tests.
     """
 
-    def __init__(
-        self,
-        function: Function,
-        state: Callable[[], Iterable[Tensor]],
-        record: Callable[
-            [Callable[[], tuple[Tensor, ...]]], tuple[Callable[[], None], tuple[Tensor, ...]]
-        ] = record_cuda,
-    ) -> None:
-        self.function, self.state, self.record = function, state, record
+    def __init__(self, record: Callable[[Call], tuple[Callable[[], None], tuple[Tensor, ...]]] = record_cuda) -> None:
+        self.record = record
         self._recorded: dict[tuple[torch.Size, ...], _Recorded] = {}
 
-    def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+    def __call__(
+        self, function: Function, state: Callable[[], Iterable[Tensor]], *inputs: Tensor
+    ) -> tuple[Tensor, ...]:
         shapes = tuple(tensor.shape for tensor in inputs)
         if shapes not in self._recorded:
-            self._recorded[shapes] = self._make(inputs)
+            self._recorded[shapes] = self._make(function, state, inputs)
         recorded = self._recorded[shapes]
         for place, tensor in zip(recorded.inputs, inputs):
             place.copy_(tensor)
@@ -80,12 +75,12 @@ class Graphed:
         """Drops all recordings: the function has changed."""
         self._recorded.clear()
 
-    def _make(self, inputs: tuple[Tensor, ...]) -> _Recorded:
+    def _make(self, function: Function, state: Callable[[], Iterable[Tensor]], inputs: tuple[Tensor, ...]) -> _Recorded:
         places = tuple(tensor.clone() for tensor in inputs)
         with _RECORDING, torch.no_grad():
-            before = [(tensor, tensor.detach().clone()) for tensor in self.state()]
+            before = [(tensor, tensor.detach().clone()) for tensor in state()]
             with torch.enable_grad():
-                replay, outputs = self.record(lambda: self.function(*places))
+                replay, outputs = self.record(lambda: function(*places))
             for tensor, value in before:
                 tensor.copy_(value)
         return _Recorded(places, outputs, replay)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import errno
 import io
 import math
 import os
@@ -56,6 +57,10 @@ def command(main: Callable[..., T]) -> Callable[..., T]:
         except BrokenPipeError:  # the reader of our output has gone, as in "| head"
             sys.stdout = open(os.devnull, "w")
             status, message = 141, "stopped: standard output was closed"
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            status, message = 1, f"stopped: {error.strerror}" + (f": {error.filename}" if error.filename else "")
         print(message, file=sys.stderr)
         raise SystemExit(status)
 
@@ -197,6 +202,15 @@ def shown(value: Any) -> str:
     return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
+class _Values(argparse.Action):
+    """Stores several values; says so where a flag comes twice, since the first values do not join the last."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        if hasattr(namespace, self.dest):
+            print(f"{option_string} is given twice: {shown(values)} counts")
+        setattr(namespace, self.dest, values)
+
+
 class _OnOff(argparse.Action):
     """Stores True for --name, False for --no-name and --no_name."""
 
@@ -239,9 +253,9 @@ def make_parser(cls: type[Any], prog: str, description: str | None) -> argparse.
             one = kind.kind if isinstance(kind, Many) else kind
             if isinstance(one, Choice) or (isinstance(one, Number) and (one.low is not None or one.words)):
                 text += f" [{kind.allowed.replace('%', '%%')}]"
-            nargs = "+" if isinstance(kind, Many) else None
             metavar = field.name.split("_")[-1].upper()
-            parser.add_argument(*names, dest=field.name, nargs=nargs, metavar=metavar, help=text)
+            many: dict[str, Any] = {"nargs": "+", "action": _Values} if isinstance(kind, Many) else {}
+            parser.add_argument(*names, dest=field.name, metavar=metavar, help=text, **many)
     return parser
 
 
@@ -253,6 +267,10 @@ def parse_typed(cls: type[Any], argv: Sequence[str], prog: str, description: str
     """
     parser = make_parser(cls, prog, description)
     namespace, unknown = parser.parse_known_args(argv)
+    if unknown and not unknown[0].startswith("-"):
+        several = [field.name for field in dataclasses.fields(cls) if isinstance(field.metadata["kind"], Many)]
+        takers = f", several of {', '.join(several)}" if several else ""
+        raise UsageError(f"{prog}: {unknown[0]!r} is one value too many", f"one value an option{takers}")
     if unknown:
         flags = [name for name in parser._option_string_actions if name.startswith("--") and "-" not in name[2:]]
         wanted = unknown[0].split("=")[0].replace("--", "").replace("-", "_")

@@ -121,7 +121,8 @@ def option_curves(curves: Mapping[str, Sequence[tuple[float, Any]]], option: str
         axes.set(title=method, xlabel=f"{option} (evenly spaced)")
         axes.set_xticks(places, [f"{value:.4g}" for value, _ in points], rotation=60 if len(points) > 6 else 0)
         axes.grid(alpha=0.3)
-    panels[0].set(ylabel="test top-1 accuracy (%)")
+    low, high = panels[0].get_ylim()  # error bars may reach beyond what an accuracy can be
+    panels[0].set(ylabel="test top-1 accuracy (%)", ylim=(max(low, -2), min(high, 102)))
     panels[0].legend(fontsize="small", ncols=2)
     figure.suptitle(title)
     figure.savefig(path)

@@ -78,7 +78,7 @@ class Run:
     Attributes:
         epochs: the records passed to :meth:`log` so far.
         is_sweep: makes :meth:`log_many` brief.
-        stopped: set to end this run, and its children, after the epoch that they are in.
+        stopped: set to end this run, and its children, after the step that they are in.
     """
 
     def __init__(self, folder: Path, prefix: str = "") -> None:
@@ -95,7 +95,7 @@ class Run:
     def child(self, name: str, prefix: str = "") -> Run:
         """One run of a sweep, in a folder inside this one's."""
         folder = self.folder / name
-        folder.mkdir()
+        folder.mkdir()  # the names differ, since the settings do
         run = Run(folder, prefix)
         run.stopped = self.stopped
         return run
@@ -107,7 +107,8 @@ class Run:
         with self._open:  # closes the files
             if value is not None and not isinstance(value, BrokenPipeError):
                 where = "" if self.is_sweep else f", in epoch {len(self.epochs) + 1}"
-                self.say(f"ended early{where}: {' '.join((str(value) or repr(value)).split())}")
+                why = "interrupted" if isinstance(value, KeyboardInterrupt) else str(value) or repr(value)
+                self.say(f"ended early{where}: {' '.join(why.split())}")
 
     @property
     def seconds(self) -> float:
@@ -124,7 +125,12 @@ class Run:
         (self.folder / name).write_text(json.dumps(content, indent=1) + "\n")
 
     def bar(self, steps: Iterable[T], total: int, label: str) -> Iterator[T]:
-        """Passes ``steps`` through; on a terminal with a progress bar and the time still needed."""
+        """Passes ``steps`` through; on a terminal with a progress bar and the time still needed.
+
+        Raises:
+            KeyboardInterrupt: the sweep that this run belongs to has been stopped.
+        """
+        steps = self._until_stopped(steps)
         if sys.stderr is None or not sys.stderr.isatty():
             yield from steps
             return
@@ -136,14 +142,14 @@ class Run:
         finally:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)  # clears the bar's line
 
-    def log(self, record: dict[str, Any]) -> None:
-        """One epoch: a table line, a line of metrics.jsonl, TensorBoard scalars. None stands for "not measured".
+    def _until_stopped(self, steps: Iterable[T]) -> Iterator[T]:
+        for step in steps:
+            if self.stopped.is_set():
+                raise KeyboardInterrupt
+            yield step
 
-        Raises:
-            KeyboardInterrupt: the sweep that this run belongs to has been stopped.
-        """
-        if self.stopped.is_set():
-            raise KeyboardInterrupt
+    def log(self, record: dict[str, Any]) -> None:
+        """One epoch: a table line, a line of metrics.jsonl, TensorBoard scalars. None stands for "not measured"."""
         if not self.epochs:
             self.say(table_row(None))
         self.epochs.append(record)

@@ -14,7 +14,6 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -49,7 +48,7 @@ def pick_device(device: str = "auto", gpu: int | None = None, threads: int | Non
     threads than CPUs make each other wait.
 
     Raises:
-        UsageError: a GPU asked for that is not there, or beside --device cpu.
+        UsageError: a GPU asked for that is not there, or beside --device cpu; more threads than CPUs.
     """
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device == "cpu" and gpu is not None:
@@ -59,12 +58,14 @@ def pick_device(device: str = "auto", gpu: int | None = None, threads: int | Non
         raise UsageError(f"--gpu {gpu}", numbers)
     if device == "cuda" and gpus == 0:
         raise UsageError("--device cuda: this machine has no GPU", "auto, cpu")
-    torch.set_num_threads(threads or min(torch.get_num_threads(), available_cpus()))
+    cpus = available_cpus()
+    if threads is not None and threads > cpus:
+        raise UsageError(f"--threads {threads}: more than CPUs make each other wait", f"1 to {cpus}")
+    torch.set_num_threads(threads or min(torch.get_num_threads(), cpus))
     if device == "cpu" or gpus == 0:
         keep_freed_memory()
         return torch.device("cpu")
     torch.cuda.set_device(gpu or 0)
-    torch.backends.cudnn.benchmark = True  # all steps but the last of an epoch have the same shapes
     return torch.device("cuda", gpu or 0)
 
 
@@ -90,8 +91,14 @@ def side_by_side(
     if workers == 1:
         return [task(item) for item in items]
 
+    origin = torch.cuda.current_stream(device) if device.type == "cuda" else None
+
     def on_stream(item: T) -> R:
-        with torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else nullcontext():
+        if origin is None:
+            return task(item)
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(origin)
+        with torch.cuda.stream(stream):
             return task(item)
 
     with ThreadPoolExecutor(workers) as pool:
@@ -100,6 +107,7 @@ def side_by_side(
             wait(futures, return_when=FIRST_EXCEPTION)
             return [future.result() for future in futures if future.done()]
         except BaseException:
+            print("stopping the other runs", flush=True)
             stopped.set()
             pool.shutdown(wait=False, cancel_futures=True)
             raise
@@ -120,7 +128,8 @@ def pick_amp(amp: str, device: torch.device) -> str:
             raise UsageError("--amp bf16: this GPU has no bfloat16", "auto, fp16, off")
         return ("bf16" if has_bf16 else "off") if amp == "auto" else amp
     if amp == "fp16" or (amp == "bf16" and not cpu_has_bf16()):
-        raise UsageError(f"--amp {amp}: this CPU is slower with it than without", "auto, off")
+        allowed = "auto, bf16, off" if cpu_has_bf16() else "auto, off"
+        raise UsageError(f"--amp {amp}: this CPU is slower with it than without", allowed)
     return "off" if amp == "auto" else amp
 
 
