@@ -13,8 +13,9 @@ import compare
 import evaluate
 import main_stage1
 import main_stage2
-from datasets import DATASETS, SAMPLERS
+from datasets import AUGMENTATIONS, DATASETS, SAMPLERS
 from datasets.longtail import class_sizes
+from losses import LOSSES
 from models import BACKBONES
 from retraining.features import FEATURES
 from retraining.methods import METHODS
@@ -70,7 +71,7 @@ def test_every_departure_from_a_published_default_is_listed() -> None:
 
 
 def test_every_data_set_and_network_is_described() -> None:
-    for name in (*DATASETS, *BACKBONES, *SAMPLERS, *FEATURES):
+    for name in (*DATASETS, *BACKBONES, *SAMPLERS, *FEATURES, *LOSSES, *(set(AUGMENTATIONS) - {"crop_flip"})):
         assert f"`{name}`" in README
 
 
