@@ -102,13 +102,13 @@ def test_validation_split_is_disjoint_and_comes_back_from_its_indices() -> None:
 
 
 @pytest.mark.parametrize("name", ["cifar10", "digits"])
-def test_batches_equal_the_pil_pipeline(name: str, small_cifar10: str) -> None:
+def test_batches_equal_the_pil_pipeline(name: str, small_cifar10: str, device: torch.device) -> None:
     """Same draws, same pixels: crop with zero padding, flip, ToTensor, Normalize of torchvision on PIL images."""
     spec, data = DATASETS[name], datasets.load(name, small_cifar10, imb_ratio=2)
     n, pad = len(data.train), spec.augment.pad
-    batches = Batches(data.train.images, data.train.labels, 32, spec.mean, spec.std, CPU, spec.augment, seed=(3,))
+    batches = Batches(data.train.images, data.train.labels, 32, spec.mean, spec.std, device, spec.augment, seed=(3,))
     draws = batches.draws(2)
-    got = list(batches.epoch(2))
+    got = [(images.cpu(), labels.cpu()) for images, labels in batches.epoch(2)]
     assert len(got) == len(batches) == -(-n // 32) and len(got[-1][1]) == (n % 32 or 32)
     images, labels = torch.cat([i for i, _ in got]), torch.cat([j for _, j in got])
     assert torch.equal(labels, data.train.labels[draws.order])

@@ -168,6 +168,7 @@ def test_a_graph_goes_with_its_step() -> None:
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("way", [{"compiled": True}, {"amp": torch.float16}, {"amp": torch.bfloat16, "compiled": True}])
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 def test_other_ways_in_a_graph(way: dict) -> None:
     models = [some_model(torch.device("cuda")) for _ in range(2)]
     for model, graphed in zip(models, (False, True)):
@@ -177,6 +178,7 @@ def test_other_ways_in_a_graph(way: dict) -> None:
     assert distance(*models) < (1e-3 if way == {"compiled": True} else 2e-2)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's own, while it compiles
 def test_a_compiled_step_equals_the_plain_one(device: torch.device) -> None:
     models = [some_model(device).to(memory_format=torch.channels_last) for _ in range(2)]
     for model, compiled in zip(models, (False, True)):

@@ -137,6 +137,7 @@ def test_a_sweep_is_the_runs_one_by_one(workdir, capsys) -> None:
     assert (final.options["wd"], final.options["seed"]) == (best, 0) and report["top1"] == final.metrics["top1"]
     assert final.metrics["sweep"] == {"settings": 2, "chosen_on": "the TEST set"}
     assert "sorted and chosen by accuracy on the TEST set" in said and "±" in said
+    assert said.count("saved checkpoints/") == 1 and not list(workdir.glob("checkpoints/*.prev"))
     evaluate.main(["--dataset", "digits"])
     assert "the best of 2 settings on the TEST set" in capsys.readouterr().out
     main_stage1.main([*SHORT, "--seed", "1", "--wd", "0.1"])
