@@ -31,7 +31,6 @@ from losses import LOSSES, class_balanced_weights, make_loss, reweighted
 from recipe import (
     CONSTRAINTS,
     check_recipe,
-    class_counts_of,
     constraint,
     make_batches,
     make_network,
@@ -152,7 +151,7 @@ def main(argv: Sequence[str]) -> Report:
 
 def train(one: Any, data: LongTailed, device: torch.device, run: Run, start: Checkpoint | None) -> Selection:
     """The experiment: one run, with single values ``one`` of all options."""
-    class_counts = class_counts_of(data)
+    class_counts = data.trained_counts
     model = make_network(one, data, device, restore(start, data) if start else None)
     batches = make_batches(one, data, device)
     step = TrainStep(
@@ -193,18 +192,22 @@ def train_many(
     names = ["seed", *varying(settings)] + ["loss"] * (len(options.loss) > 1)
     finishing = threading.Lock()  # Matplotlib draws one figure at a time
     finished: list[Trained] = []
+    others = {setting.values["seed"] for setting in settings[1:]} - {settings[0].values["seed"]}
+    data_of = {  # which images are held out follows from the seed
+        seed: load_data(options, val_fraction=options.val_split, val_seed=seed) for seed in others if options.val_split
+    }
 
     def task(setting: Setting) -> Trained:
         one, result = one_run(options, setting), Trained(setting, options.select)
+        mine = data_of.get(one.seed, data)
         number = f"run {settings.index(setting) + 1} of {len(settings)}"
         label = "_".join(f"{name}{getattr(one, name)}" for name in names if getattr(one, name) is not None)
-        own = load_data(options, val_fraction=options.val_split, val_seed=one.seed) if options.val_split else data
         folder = label if len(label) < 200 else number.replace(" ", "_")
         with run.child(folder, f"{label}  " if options.parallel > 1 else "") as child:
             child.say(f"\n{number}: {label}")
             result.folder = child.folder
             try:
-                result.selection = train(one, own, device, child, start)
+                result.selection = train(one, mine, device, child, start)
             except Diverged as error:
                 child.say(f"stopped: {error}")
                 result.diverged = len(child.epochs) + 1
@@ -213,7 +216,7 @@ def train_many(
                 finished.append(result)
                 if result.diverged is None:
                     chosen = result.selection
-                    finish(child, "stage1", one, own, chosen, argv, device, start, head=one.head, is_final=False)
+                    finish(child, "stage1", one, mine, chosen, argv, device, start, head=one.head, is_final=False)
         return result
 
     try:

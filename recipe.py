@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import math
 import shutil
 import threading
 from collections.abc import Callable, Collection
+from functools import partial
 from itertools import product
 from types import SimpleNamespace
 from typing import Any
@@ -18,12 +18,17 @@ from torch import nn
 from datasets import AUGMENTATIONS, SAMPLERS, Batches, LongTailed, Mix
 from losses import LOSSES, SoftmaxLoss, make_loss
 from models import ResNet, build_model
-from sweeps import Setting
+from models.heads import project_rows
+from sweeps import Setting, distinct
 from utils.options import Many, UsageError, shown
 from utils.system import pick_amp
 
-#: Options of the table of losses; a run has a value for those that its loss, its head or --drw_epoch takes.
-LOSS_OPTIONS = tuple(dict.fromkeys(option for _, options in LOSSES.values() for option in options))
+#: Options of the table of losses, with their defaults; a run has a value for those that :func:`taken_by` names.
+LOSS_OPTIONS = {
+    option: inspect.signature(make).parameters[parameter].default
+    for make, options in LOSSES.values()
+    for option, parameter in options.items()
+}
 #: Networks that torch.compile makes faster on a CPU (1.05 to 1.15 times the channels-last step), and the number of
 #: training images, epochs counted, from which on this is worth the minute that compiling takes.
 COMPILED_ON_CPU = ("resnet20", "resnet32", "resnet44", "resnet56")
@@ -42,40 +47,34 @@ def make_settings(options: Any, typed: Collection[str]) -> list[Setting]:
         UsageError: an option that none of the runs has a use for, or values that do not go together.
     """
     names = [f.name for f in dataclasses.fields(options) if isinstance(f.metadata["kind"], Many) and f.name != "loss"]
+    taken = {loss: taken_by(loss, options) for loss in options.loss}
     settings = []
     for loss in options.loss:
         for combination in product(*(getattr(options, name) or (None,) for name in names)):
             values = dict(zip(names, combination))
-            taken = taken_by(loss, options)
-            for name in LOSS_OPTIONS:
-                if name not in taken:
+            for name, default in LOSS_OPTIONS.items():
+                if name not in taken[loss]:
                     values[name] = None
                 elif values[name] is None:
-                    values[name] = taken[name]
+                    values[name] = default
             settings.append(Setting(loss, values))
     if "constraint_radius" in typed and options.constraint == "none":
         raise UsageError("--constraint_radius without --constraint", "--constraint l2, maxnorm")
     if options.parallel is not None and len(settings) == 1:
         raise UsageError(f"--parallel {options.parallel} with a single run", "several values of --seed, --wd ...")
     for name in LOSS_OPTIONS:
-        if name in typed and not any(name in taken_by(loss, options) for loss in options.loss):
+        if name in typed and not any(name in each for each in taken.values()):
             takers = [loss for loss, (_, parameters) in LOSSES.items() if name in parameters]
             also = {"cosine_scale": "--head cosine", "cb_beta": "--drw_epoch, "}.get(name, "")
             losses = f"--loss {', '.join(takers)}" if name != "cosine_scale" else ""
             raise UsageError(f"--{name} with --loss {shown(options.loss)}", f"{also}{losses}")
-    return list({(setting.key, setting.values["seed"]): setting for setting in settings}.values())
+    return distinct(settings)
 
 
-def taken_by(loss: str, options: Any) -> dict[str, Any]:
-    """The options of the table of losses that a run takes, with their defaults."""
-    make, parameters = LOSSES[loss]
-    defaults = inspect.signature(make).parameters
-    taken = {name: defaults[parameter].default for name, parameter in parameters.items()}
-    if options.head == "cosine":
-        taken.setdefault("cosine_scale", 30.0)
-    if options.drw_epoch is not None:
-        taken.setdefault("cb_beta", 0.9999)
-    return taken
+def taken_by(loss: str, options: Any) -> set[str]:
+    """The options of the table of losses that a run takes: its loss's, and what its head and --drw_epoch need."""
+    needed = {"cosine_scale": options.head == "cosine", "cb_beta": options.drw_epoch is not None}
+    return {*LOSSES[loss][1], *(name for name, is_needed in needed.items() if is_needed)}
 
 
 def one_run(options: Any, setting: Setting) -> Any:
@@ -167,12 +166,6 @@ def make_batches(one: Any, data: LongTailed, device: torch.device) -> Batches:
     )
 
 
-def class_counts_of(data: LongTailed) -> list[int]:
-    """Images per class that are trained on: without those held out."""
-    counts: list[int] = torch.bincount(data.train.labels, minlength=data.num_classes).tolist()
-    return counts
-
-
 def constraint(head: nn.Module, kind: str, radius: float) -> Callable[[], None] | None:
     """Projects the classifier's rows w_j (Weight Balancing, CVPR 2022), its bias left free; None for ``none``.
 
@@ -180,10 +173,4 @@ def constraint(head: nn.Module, kind: str, radius: float) -> Callable[[], None] 
     """
     if kind == "none":
         return None
-    weight, most = head.get_parameter("weight"), math.inf if kind == "l2" else 1.0
-
-    @torch.no_grad()
-    def project() -> None:
-        weight.mul_((radius / weight.norm(dim=1, keepdim=True)).clamp(max=most))
-
-    return project
+    return partial(project_rows, head.get_parameter("weight"), radius, onto=kind == "l2")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import pandas as pd
 
@@ -34,6 +34,9 @@ class Setting:
         return " ".join([self.method, *(f"{name} {short(self.values[name])}" for name in names if name in self.values)])
 
 
+S = TypeVar("S", bound=Setting)
+
+
 class Outcome:
     """What became of a setting.
 
@@ -48,6 +51,11 @@ class Outcome:
         self.setting, self.selection = setting, Selection(select)
         self.seconds = 0.0
         self.diverged: int | None = None
+
+
+def distinct(settings: Iterable[S]) -> list[S]:
+    """The settings, each once."""
+    return list({(setting.key, setting.values.get("seed")): setting for setting in settings}.values())
 
 
 def varying(settings: Sequence[Setting]) -> list[str]:

@@ -1,1 +1,32 @@
-"""Literal benchmark commands; raw results are in results/."""
+"""Benchmarks and the literal commands behind the figures of the README; here what several of them need."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def timed(part: Callable[[], object], device: torch.device) -> float:
+    """Seconds of one call."""
+    began = time.perf_counter()
+    part()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - began
+
+
+def read_lines(path: Path | None) -> list[dict[str, Any]]:
+    """The JSON lines of a file; none where there is no file."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path and path.exists() else []
+
+
+def append_line(path: Path | None, content: Mapping[str, Any]) -> None:
+    """Adds a JSON line to a file; without a path, nothing."""
+    if path:
+        with open(path, "a") as file:
+            file.write(json.dumps(content) + "\n")

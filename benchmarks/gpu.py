@@ -29,6 +29,7 @@ from typing import Any
 
 import torch
 
+from benchmarks import append_line, read_lines
 from utils import checkpoints
 from utils.metrics import percent, scores
 from utils.system import ROOT, provenance
@@ -191,17 +192,13 @@ def main() -> int:
     arguments.results.mkdir(parents=True, exist_ok=True)
     log, lab = arguments.results / "gpu.jsonl", Lab(arguments.data_dir, arguments.results)
 
-    def done() -> dict[str, dict[str, Any]]:
-        lines = log.read_text().splitlines() if log.exists() else []
-        return {line["piece"]: line for line in map(json.loads, lines)}
-
-    pieces = lab.pieces()
+    pieces, done = lab.pieces(), {line["piece"]: line for line in read_lines(log)}
     if not arguments.list and not torch.cuda.is_available():
         print("not run: this machine has no GPU")
         return 1
     for piece in () if arguments.list else pieces:
         left = arguments.minutes - (time.monotonic() - began) / 60
-        if piece.name in done() or piece.minutes > left:
+        if piece.name in done or piece.minutes > left:
             continue
         started, lab.deadline = time.perf_counter(), began + 60 * (arguments.minutes + 0.3)
         try:
@@ -212,10 +209,10 @@ def main() -> int:
             failed.append(f"{piece.name}: {error}")
             continue
         about = provenance("-m benchmarks.gpu", sys.argv[1:], torch.device("cuda", 0), time.perf_counter() - started)
-        with open(log, "a") as file:
-            file.write(json.dumps({"piece": piece.name, **found, "run": about}) + "\n")
+        done[piece.name] = {"piece": piece.name, **found, "run": about}
+        append_line(log, done[piece.name])
     for piece in pieces:
-        line = done().get(piece.name)
+        line = done.get(piece.name)
         figures = (
             [percent(line.get(key)) for key in ("top1", "many", "medium", "few")] if line and "top1" in line else []
         )

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
-import json
 import shlex
 import sys
 import time
@@ -27,7 +26,7 @@ from torch import nn
 
 import datasets
 import main_stage1
-from benchmarks import published
+from benchmarks import append_line, published, read_lines
 from benchmarks.published import make_loader
 from models import build_model
 from utils.metrics import report, scores
@@ -78,13 +77,10 @@ def main() -> None:
     device = pick_device()
     arguments.json.parent.mkdir(parents=True, exist_ok=True)
 
-    def lines() -> list[dict[str, Any]]:
-        return [json.loads(line) for line in arguments.json.read_text().splitlines()] if arguments.json.exists() else []
-
     for seed in arguments.seed:
         for path in ("published loop", "main_stage1.py", *(f"main_stage1.py {v}" for v in arguments.variant)):
             wanted = one | {"path": path, "seed": seed, "device": device.type}
-            if any(wanted.items() <= line.items() for line in lines()):
+            if any(wanted.items() <= line.items() for line in read_lines(arguments.json)):
                 continue
             began = time.perf_counter()
             if path == "published loop":
@@ -92,9 +88,8 @@ def main() -> None:
             else:
                 found = run_here(one, seed, arguments.data_dir, path.removeprefix("main_stage1.py"))
             about = provenance("-m benchmarks.stage1_accuracy", sys.argv[1:], device, time.perf_counter() - began)
-            with open(arguments.json, "a") as file:
-                file.write(json.dumps(wanted | scores(found) | {"provenance": about}) + "\n")
-    mine = [line for line in lines() if (one | {"device": device.type}).items() <= line.items()]
+            append_line(arguments.json, wanted | scores(found) | {"provenance": about})
+    mine = [line for line in read_lines(arguments.json) if (one | {"device": device.type}).items() <= line.items()]
     frame = pd.DataFrame(mine).dropna(axis=1, how="all")
     columns = [name for name in ("top1", "many", "medium", "few") if name in frame]
     print(frame.groupby("path")[columns].agg(["mean", "std"]).mul(100).round(2).to_string())

@@ -15,7 +15,6 @@ holds already for this GPU are not run again.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import multiprocessing
 import statistics
@@ -30,7 +29,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import published
+from benchmarks import append_line, published, read_lines, timed
 from benchmarks.published import make_loader
 from datasets import DATASETS, Batches, ImageSet, LongTailed
 from datasets.longtail import class_sizes
@@ -80,15 +79,6 @@ def published_model(network: str, device: torch.device) -> tuple[nn.Module, nn.M
     """Network, loss and optimizer of the published loop."""
     model = build_model(network, CLASSES).to(device).train()
     return model, nn.CrossEntropyLoss(), torch.optim.SGD(model.parameters(), 0.01, momentum=0.9, weight_decay=5e-3)
-
-
-def timed(part: Part, device: torch.device) -> float:
-    """Seconds of one call."""
-    began = time.perf_counter()
-    part()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - began
 
 
 # On a CPU: parts.
@@ -265,7 +255,7 @@ def on_gpu(networks: list[str], arguments: argparse.Namespace, device: torch.dev
         for network in networks:
             for way in WAYS:
                 wanted = {"network": network, "ratio": ratio, "way": way, "gpu": name}
-                if any(wanted.items() <= line.items() for line in stored(arguments)):
+                if any(wanted.items() <= line.items() for line in read_lines(arguments.json)):
                     continue
                 if time.monotonic() > deadline:
                     print("out of time: run it again for the other rows")
@@ -273,7 +263,7 @@ def on_gpu(networks: list[str], arguments: argparse.Namespace, device: torch.dev
                 began = time.perf_counter()
                 torch.cuda.reset_peak_memory_stats(device)
                 save(arguments, device, began, wanted | gpu_row(network, ratio, way, device))
-    lines = [line for line in stored(arguments) if line.get("gpu") == name]
+    lines = [line for line in read_lines(arguments.json) if line.get("gpu") == name]
     base = {(r["network"], r["ratio"]): r["run_s"] for r in lines if r["way"] == "published"}
     print(f"{name}: seconds per epoch, per evaluation, per run of {EPOCHS} epochs; images/s; MFU; ratio to published")
     for r in lines:
@@ -284,19 +274,10 @@ def on_gpu(networks: list[str], arguments: argparse.Namespace, device: torch.dev
         )
 
 
-def stored(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """The lines that --json holds."""
-    if arguments.json is None or not arguments.json.exists():
-        return []
-    return [json.loads(line) for line in arguments.json.read_text().splitlines()]
-
-
 def save(arguments: argparse.Namespace, device: torch.device, began: float, content: Mapping[str, Any]) -> None:
     """Appends a line to --json."""
-    if arguments.json is not None:
-        about = provenance("-m benchmarks.stage1_bench", sys.argv[1:], device, time.perf_counter() - began)
-        with open(arguments.json, "a") as file:
-            file.write(json.dumps({**content, "provenance": about}) + "\n")
+    about = provenance("-m benchmarks.stage1_bench", sys.argv[1:], device, time.perf_counter() - began)
+    append_line(arguments.json, {**content, "provenance": about})
 
 
 def main() -> None:

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import resource
 import statistics
 import subprocess
@@ -31,7 +30,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from benchmarks import published
+from benchmarks import append_line, published, timed
 from datasets.longtail import class_sizes
 from engine import for_evaluation
 from losses.softmax import SoftmaxLoss
@@ -115,15 +114,6 @@ def separate_run(features: Tensor, labels: Tensor, fc: nn.Linear) -> Callable[[]
             correct += (logits.argmax(dim=1) == targets).sum().item()
 
     return epoch
-
-
-def timed(part: Callable[[], object], device: torch.device) -> float:
-    """Seconds of one call."""
-    began = time.perf_counter()
-    part()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - began
 
 
 def totals(t: dict[str, float]) -> dict[str, float]:
@@ -210,10 +200,9 @@ def main() -> None:
         print(f"{name:<36}{statistics.median(values):>12.2f}  ({min(values):.2f} to {max(values):.2f})")
     if arguments.json:
         about = provenance("-m benchmarks.stage2_bench", sys.argv[1:], device, time.perf_counter() - began)
-        with open(arguments.json, "a") as file:
-            for pair, result in zip(pairs, results):
-                record = {"network": arguments.network, "parts": pair, "totals": result, "provenance": about}
-                file.write(json.dumps(record) + "\n")
+        for pair, result in zip(pairs, results):
+            record = {"network": arguments.network, "parts": pair, "totals": result, "provenance": about}
+            append_line(arguments.json, record)
 
 
 if __name__ == "__main__":

@@ -52,6 +52,12 @@ class LongTailed:
     def channels(self) -> int:
         return self.train.images.shape[1]
 
+    @property
+    def trained_counts(self) -> list[int]:
+        """(C,) images that are trained on: without those held out."""
+        counts: list[int] = torch.bincount(self.train.labels, minlength=self.num_classes).tolist()
+        return counts
+
     def describe(self) -> str:
         """One line: images per split, classes, the largest and the smallest class."""
         val = "" if self.val is None else f", {len(self.val)} held out for validation"

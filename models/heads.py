@@ -6,6 +6,7 @@ Every head has ``weight`` (C, D), whose rows are what weight norms are measured 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -116,6 +117,12 @@ class MARC(nn.Module):
         """The linear head of the same logits."""
         scale, shift = self.scale.detach(), self.shift.detach()
         return make_linear(scale[:, None] * self.linear.weight, scale * self.linear.bias + shift * self.norms)
+
+
+@torch.no_grad()
+def project_rows(weight: Tensor, radius: float, onto: bool = False) -> None:
+    """Puts the rows of a weight (C, D) inside a sphere, w_j <- min(1, r / |w_j|) w_j, or ``onto`` it, in place."""
+    weight.mul_((radius / weight.norm(dim=1, keepdim=True)).clamp(max=math.inf if onto else 1.0))
 
 
 def make_linear(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:

@@ -31,7 +31,7 @@ from losses.softmax import (
     reweighted,
 )
 from losses.weighted import LADE, ClassBalancedBCE, Focal
-from models.heads import MARC, CosineHead, DisAlignHead, PrototypeHead, ScaledLinear, make_linear
+from models.heads import MARC, CosineHead, DisAlignHead, PrototypeHead, ScaledLinear, make_linear, project_rows
 from utils.metrics import accuracies
 from utils.options import UsageError
 
@@ -378,9 +378,7 @@ class MaxNorm(WeightDecay):
         if radius == "published":
             norms = start.linear.weight.norm(dim=1)
             radius = float(norms.min() + 0.1 * (norms.max() - norms.min()))
-        weight = head.get_parameter("weight")
-        with torch.no_grad():
-            weight.mul_((radius / weight.norm(dim=1, keepdim=True)).clamp(max=1))
+        project_rows(head.get_parameter("weight"), radius)
 
 
 class Cosine(Method):

@@ -87,7 +87,7 @@ def make_settings(
                 raise UsageError(f"--finetune_scope {one['finetune_scope']} with --method {key}", ", ".join(takers))
             method.settle(one, typed)
             settings.append(Setting(key, one))
-    return list({(s.key, s.values.get("seed")): s for s in settings}.values())
+    return sweeps.distinct(settings)
 
 
 def options_of(method: Method) -> dict[str, Any]:

@@ -84,10 +84,9 @@ class Lab:
 
     def __init__(self, source: FeatureSource) -> None:
         self.source, self.data = source, source.data
-        counts = torch.bincount(self.data.train.labels, minlength=self.data.num_classes).tolist()
         held_out = None if self.data.val is None else self._held_out
         head = copy.deepcopy(source.model.fc).requires_grad_(False)
-        self.start = Start(head, counts, self._clean, held_out)
+        self.start = Start(head, self.data.trained_counts, self._clean, held_out)
 
     def _clean(self) -> tuple[Tensor, Tensor]:
         return self.source.evaluated("train")[0], self.source.labels

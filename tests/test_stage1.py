@@ -18,7 +18,7 @@ from datasets import SAMPLERS, Batches
 from losses import LOSSES
 from main_stage1 import Options, train
 from models import build_model
-from recipe import COMPILE_PAYS, class_counts_of, make_batches, make_settings, one_run, settle
+from recipe import COMPILE_PAYS, make_batches, make_settings, one_run, settle
 from utils import checkpoints, system
 from utils.options import UsageError
 from utils.run import Run
@@ -316,7 +316,7 @@ def test_files_made_from_a_chosen_one_say_so(workdir, capsys) -> None:
 
 def test_the_loss_knows_the_images_that_are_trained_on(workdir) -> None:
     data = main_stage1.load_data(Options(dataset="digits"), val_fraction=0.3, val_seed=1)
-    counts = class_counts_of(data)
+    counts = data.trained_counts
     assert sum(counts) == len(data.train) < sum(data.class_counts) and counts[0] == int((data.train.labels == 0).sum())
     made: list[list[int]] = []
     original = main_stage1.make_loss

@@ -77,8 +77,8 @@ def keep_freed_memory() -> None:
     """
     if platform.libc_ver()[0] == "glibc":
         library = ctypes.CDLL(None)
-        for name, value in MALLOPT.values():
-            library.mallopt(name, value)
+        for parameter, value in MALLOPT.values():
+            library.mallopt(parameter, value)
 
 
 def side_by_side(
