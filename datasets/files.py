@@ -1,0 +1,123 @@
+"""Image files: decoding to RGB whatever the file holds, and the list of a data set's files with what was found of them.
+
+A :class:`Manifest` is what a check of all files leaves behind (``python -m datasets.prepare``): paths, labels, sizes.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.io import ImageReadMode, decode_image
+
+from utils.files import atomic
+from utils.options import UsageError
+
+#: File names that count as images.
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+MANIFEST_FORMAT = 1
+
+
+def read_image(path: str | Path) -> Tensor:
+    """The pixels of an image file: (3, H, W) uint8, RGB. An orientation in EXIF is not applied, as in published code.
+
+    Grey, palette, CMYK and alpha images become RGB (alpha is dropped), 16-bit ones are scaled to 8 bits, of an
+    animation the first frame is taken.
+
+    Raises:
+        UsageError: the file is missing, no image, truncated, or of a kind without a range (32-bit, float).
+    """
+    try:
+        content = np.fromfile(path, dtype=np.uint8)
+    except OSError as error:
+        raise UsageError(f"image {path}: {error.strerror}", "all files of the data set, readable") from None
+    if content[:2].tobytes() in (b"\xff\xd8", b"\x89P"):  # JPEG and PNG, nearly all there is
+        try:
+            image: Tensor = decode_image(torch.from_numpy(content), ImageReadMode.RGB)
+            return image if image.dtype == torch.uint8 else (image.to(torch.int32) // 257).to(torch.uint8)
+        except RuntimeError:  # a rare kind, which PIL may know, or damaged, which it will tell
+            pass
+    try:
+        with Image.open(path) as opened:
+            return _from_pil(opened)
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+        reason = " ".join(str(error).split()).replace(str(path), "it")
+        raise UsageError(f"image {path} cannot be read ({reason})", "an undamaged image of 8 or 16 bits") from None
+
+
+def _from_pil(image: Image.Image) -> Tensor:
+    if image.mode.startswith("I;16"):
+        grey = torch.from_numpy(np.asarray(image).astype(np.int32) // 257).to(torch.uint8)
+        return grey.expand(3, -1, -1).contiguous()
+    if image.mode in ("I", "F"):
+        raise ValueError(f"pixels of 32 bits, mode {image.mode}, have no known range")
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
+
+
+@dataclass(frozen=True)
+class Files:
+    """Images of a split: paths relative to a root, labels (N,) int64, sizes (N, 2) int32 (height, width)."""
+
+    paths: list[str]
+    labels: Tensor
+    sizes: Tensor
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A data set whose files have all been decoded once.
+
+    Attributes:
+        name: the data set's.
+        root: what the paths are relative to.
+        splits: of "train", "val" and "test"; those that there are.
+        class_names: (C,).
+        about: plain values that say what was checked and found.
+    """
+
+    name: str
+    root: str
+    splits: dict[str, Files]
+    class_names: list[str]
+    about: dict[str, Any]
+
+    def save(self, path: str | Path) -> None:
+        """Writes the file, whole or not at all."""
+        head = {"format": MANIFEST_FORMAT, "name": self.name, "root": self.root, "class_names": self.class_names}
+        arrays = {"head": _text(json.dumps(head | {"about": self.about}))}
+        for name, split in self.splits.items():
+            arrays[f"{name}_paths"] = _text("\n".join(split.paths))
+            arrays[f"{name}_labels"], arrays[f"{name}_sizes"] = split.labels.numpy(), split.sizes.numpy()
+        with atomic(path) as temporary, open(temporary, "wb") as file:
+            np.savez(file, **arrays)  # type: ignore[arg-type]
+
+    @classmethod
+    def load(cls, path: str | Path) -> Manifest | None:
+        """The manifest of a file; None where there is none, or one that is damaged or of another format."""
+        try:
+            with np.load(path) as arrays:
+                head = json.loads(bytes(arrays["head"]))
+                if head.pop("format") != MANIFEST_FORMAT:
+                    return None
+                splits = {
+                    name: Files(
+                        bytes(arrays[f"{name}_paths"]).decode().split("\n"),
+                        torch.from_numpy(arrays[f"{name}_labels"]),
+                        torch.from_numpy(arrays[f"{name}_sizes"]),
+                    )
+                    for name in ("train", "val", "test")
+                    if f"{name}_paths" in arrays
+                }
+        except (OSError, ValueError, KeyError, EOFError):
+            return None
+        return cls(splits=splits, **head)
+
+
+def _text(text: str) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    return np.frombuffer(text.encode(), dtype=np.uint8)
