@@ -16,15 +16,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from datasets import NATURAL
 from engine import predict
 from stages import (
     DataOptions,
     ancestors,
     check_data_flags,
     eval_batches,
+    file_defaults,
     file_identity,
     load_data,
     open_checkpoint,
+    recipe_layers,
     refuse_contradictions,
     restore,
     selection_words,
@@ -77,7 +80,11 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     stored = file_identity(file) | ({"cur_stage": file.stage} if file.stage else {})
     refuse_contradictions(typed, stored, str(file.path))
     flip_tta = file.metrics.get("flip_tta", False)
-    options: Any = resolve(Options, typed, {str(file.path): stored | {"flip_tta": flip_tta}}).options
+    layers: dict[str, Any] = {str(file.path): stored | {"flip_tta": flip_tta}, "its options": file_defaults(file)}
+    dataset = {**stored, **typed}.get("dataset", "cifar100")
+    options: Any = resolve(
+        Options, typed, layers | recipe_layers(dataset, {**file_defaults(file), **stored, **typed})
+    ).options
     check_data_flags(options, typed)
     targets = {flag: getattr(options, flag) for flag in ("json", "csv") if getattr(options, flag) is not None}
     for flag, target in targets.items():
@@ -137,7 +144,8 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     method = f" {file.options['method']}" if "method" in file.options else ""
     seed = file.options.get("seed", "unknown")
     print(f"{file.path}: {file.stage or 'bare state dict'}{method}, {file.network}, seed {seed}")
-    print(f"{data.describe()}, {options.imb_type} ratio {options.imb_ratio}, subset {options.subset}\n")
+    made = f", {options.imb_type} ratio {options.imb_ratio}, subset {options.subset}"
+    print(f"{data.describe()}{'' if options.imb_ratio == NATURAL else made}\n")
     print(table(report) + "\n")
     print(f"worst class {percent(report['worst_class'])}, harmonic mean {percent(report['harmonic_mean'])}, ", end="")
     print(f"macro-F1 {percent(report['macro_f1'])}")

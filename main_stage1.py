@@ -28,6 +28,7 @@ import torch
 from datasets import AUGMENTATIONS, SAMPLERS, LongTailed
 from engine import Selection, TrainStep, cosine, make_sgd, set_lr, train_epoch
 from losses import LOSSES, class_balanced_weights, make_loss, reweighted
+from models import trained_part
 from recipe import (
     CONSTRAINTS,
     check_recipe,
@@ -40,6 +41,7 @@ from recipe import (
 )
 from stages import (
     HUGE,
+    START_WORDS,
     Evaluator,
     TrainOptions,
     begin,
@@ -48,8 +50,10 @@ from stages import (
     finish,
     load_data,
     open_checkpoint,
-    restore,
+    published_start,
+    require_val,
     stage_option,
+    starting_weights,
 )
 from sweeps import (
     Outcome,
@@ -96,7 +100,12 @@ class Options(TrainOptions):
     )
     warmup_epochs: int = option(0, Number(int, 0), "epochs in which the learning rate rises evenly")
     val_split: float = option(0.0, Number(float, 0, 0.5), "share of every class held out, never seen by the backbone")
-    pretrained_pth: str | None = option(None, Text(), "start from this checkpoint's weights, not from random ones")
+    pretrained_pth: str | None = option(
+        None,
+        Text(),
+        "start from this checkpoint's weights, not from random ones; imagenet: from torchvision's; none: random ones",
+    )
+    train_scope: str = option("all", Choice(("all", "last_block")), "what is trained: the rest keeps its weights")
     amp: str = option(
         "auto", Choice(("auto", *AMP)), "mixed precision; auto: bf16 on a GPU, off on a CPU", published="off"
     )
@@ -110,10 +119,12 @@ class Options(TrainOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.select == "best_val" and self.val_split == 0:
-            raise UsageError("--select best_val without held-out images", "--val_split F beside it, 0.1 for instance")
-        if self.val_split > 0 and self.pretrained_pth is not None:
+        if self.val_split > 0 and self.pretrained_pth not in (None, *START_WORDS):
             raise UsageError("--val_split with --pretrained_pth, whose weights may know the images", "one of the two")
+        if self.train_scope != "all" and self.pretrained_pth in (None, "none"):
+            raise UsageError(
+                f"--train_scope {self.train_scope} of random weights", "--pretrained_pth beside it, or all"
+            )
         check_recipe(self)
 
 
@@ -128,7 +139,7 @@ def main(argv: Sequence[str]) -> Report:
     """Runs the command; returns the selected epoch's report on the test set, of a sweep the chosen run's."""
     typed = parse_typed(Options, argv, "main_stage1.py", __doc__)
     start = None
-    if "pretrained_pth" in typed:  # its network and weights are taken, not its data
+    if typed.get("pretrained_pth", "none") not in START_WORDS:  # its network and weights are taken, not its data
         start = replace(open_checkpoint(typed, "stage1", Options), data={})
     resolved = fill_options(Options, typed, "stage1", file=start)
     settings = make_settings(resolved.options, typed)
@@ -136,10 +147,15 @@ def main(argv: Sequence[str]) -> Report:
     device = pick_device(resolved.options.device, resolved.options.gpu, resolved.options.threads)
     data = load_data(resolved.options, val_fraction=resolved.options.val_split, val_seed=seed)
     options: Any = settle(resolved.options, device, len(data.train), len(settings))
+    require_val(data, options)
+    if options.pretrained_pth == "imagenet":
+        start = published_start(options.network)
     if start:
-        restore(start, data, options.head)  # fails now where it would fail later
+        starting_weights(start, data, options.head)  # fails now where it would fail later
     with begin(Resolved(options, resolved.sources), "stage1", data, device, len(settings)) as run:
         run.is_sweep = len(settings) > 1
+        if start and start.num_classes != data.num_classes:
+            run.say(f"from {start.path}, of {start.num_classes} classes: the classifier begins anew")
         if options.compile == "on":
             run.say("torch.compile: the first steps take up to a minute")
         if len(settings) > 1:
@@ -152,12 +168,13 @@ def main(argv: Sequence[str]) -> Report:
 def train(one: Any, data: LongTailed, device: torch.device, run: Run, start: Checkpoint | None) -> Selection:
     """The experiment: one run, with single values ``one`` of all options."""
     class_counts = data.trained_counts
-    model = make_network(one, data, device, restore(start, data) if start else None)
+    model = make_network(one, data, device, starting_weights(start, data, one.head) if start else None)
+    trained = trained_part(model, one.train_scope)
     batches = make_batches(one, data, device)
     step = TrainStep(
         model,
         make_loss(one.loss, class_counts, vars(one)).to(device),
-        make_sgd(model.parameters(), one.lr, one.momentum, one.wd, one.nesterov),
+        make_sgd(trained.parameters(), one.lr, one.momentum, one.wd, one.nesterov),
         amp=AMP[one.amp],
         ema=one.ema,
         project=constraint(model.fc, one.constraint, one.constraint_radius),
@@ -171,7 +188,8 @@ def train(one: Any, data: LongTailed, device: torch.device, run: Run, start: Che
         set_lr(step.optimizer, lr)
         if epoch == one.drw_epoch:
             step.use_loss(reweighted(step.criterion, class_balanced_weights(class_counts, one.cb_beta)).to(device))
-        model.train()
+        model.train(trained is model)  # what is frozen keeps its BatchNorm statistics too
+        trained.train()
         steps = run.bar(batches.epoch(epoch), len(batches), f"epoch {epoch + 1}/{one.epochs}")
         stats = train_epoch(step, steps, epoch, lr)
         evaluator.after(epoch, step.averaged, stats, lr, time.perf_counter() - began)

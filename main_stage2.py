@@ -20,10 +20,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 from datasets import SAMPLERS, LongTailed
 from engine import TrainStep, cosine, is_due, make_sgd, set_lr, train_epoch
+from models import trained_part
 from models.heads import head_name
 from retraining.features import FEATURES, Stream
 from retraining.methods import METHODS
@@ -255,7 +255,7 @@ def train_network(setting: Setting, lab: Lab, options: Any, run: Run) -> Result:
     model = copy.deepcopy(lab.source.model).to(memory_format=torch.channels_last)
     model.load_state_dict(lab.source.backbone(None, -1))
     model.fc = method.head(lab.start, values)
-    trained = nn.ModuleList([model] if setting.scope == "all" else [model.last_block, model.fc]).requires_grad_(True)
+    trained = trained_part(model, setting.scope)
     batches = lab.source.train_batches(stream)
     lr, wd = values["finetune_lr"], values["finetune_wd"]
     optimizer = make_sgd(trained.parameters(), lr, options.momentum, wd, options.nesterov)

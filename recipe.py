@@ -6,18 +6,18 @@ import dataclasses
 import inspect
 import shutil
 import threading
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from itertools import product
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from datasets import AUGMENTATIONS, SAMPLERS, Batches, LongTailed, Mix
 from losses import LOSSES, SoftmaxLoss, make_loss
-from models import ResNet, build_model
+from models import Network, build_model, pick_stem
 from models.heads import project_rows
 from sweeps import Setting, distinct
 from utils.options import Many, UsageError, shown
@@ -137,11 +137,15 @@ def settle(options: Any, device: torch.device, images: int, runs: int) -> Any:
     )
 
 
-def make_network(one: Any, data: LongTailed, device: torch.device, started: ResNet | None = None) -> ResNet:
-    """A network initialised from the run's seed, or ``started``, on its device in the channels-last memory format."""
+def make_network(
+    one: Any, data: LongTailed, device: torch.device, weights: Mapping[str, Tensor] | None = None
+) -> Network:
+    """A network initialised from the run's seed, then ``weights``, on its device in the channels-last memory format."""
     with _BUILDING:
         torch.manual_seed(one.seed)
-        model = started or build_model(one.network, data.num_classes, data.channels, one.head)
+        stem = pick_stem(one.network, data.train.side, one.stem)
+        model = build_model(one.network, data.num_classes, data.channels, one.head, stem)
+    model.load_state_dict(model.state_dict() | dict(weights or {}))
     if one.head == "cosine":
         model.fc.get_buffer("scale").fill_(one.cosine_scale)
     return model.to(device).to(memory_format=torch.channels_last)

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import datasets
-from datasets import DATASETS, IMB_TYPES, SUBSETS, Batches, ImageSet, LongTailed
+from datasets import DATASETS, IMB_TYPES, INPUTS, NATURAL, SUBSETS, Batches, ImageSet, LongTailed, Shown
 from engine import Selection, TrainStats, evaluate, is_due
-from models import BACKBONES, HEADS, ResNet, build_model, recognise
+from models import BACKBONES, HEADS, STEMS, TIMM, Network, build_model, imagenet_weights, pick_stem, recognise
 from utils import checkpoints
 from utils.checkpoints import IDENTITY, SELECT, STAGES, Checkpoint
 from utils.files import require_writable
@@ -27,6 +27,7 @@ from utils.options import (
     Resolved,
     Text,
     UsageError,
+    Vector,
     check,
     option,
     published_values,
@@ -43,6 +44,8 @@ T = TypeVar("T", bound="DataOptions")
 #: Images per step of an evaluation, by device; constants, so that stored and later figures agree to the last digit.
 EVAL_BATCH = {"cpu": 50, "cuda": 500}
 SEED = Number(int, 0, 2**31 - 1, words=("None",))
+#: --pretrained_pth of stage 1 that is no file: torchvision's ImageNet weights, or random ones.
+START_WORDS = ("imagenet", "none")
 HUGE = 1e30  # the largest learning rate or weight decay: beyond, float32 overflows
 
 
@@ -51,9 +54,16 @@ class DataOptions:
     """Data, network and device: options of every command."""
 
     dataset: str = option("cifar100", Choice(DATASETS), "data set; it brings its recipe")
-    data_dir: str = option("data/", Text("a folder"), "where the data sets lie, or are downloaded to")
+    recipe: str | None = option(None, Text("a name"), "which of the data set's recipes; the first, if not given")
+    data_dir: str = option(
+        "data/", Text("a folder or file"), "where the data sets lie, or are downloaded to; data of one's own itself"
+    )
     num_class: int | None = option(None, Number(int, 2), "number of classes; follows the data set and must agree")
-    imb_ratio: float = option(100, Number(ratio_number, 1), "images of the largest over the smallest class")
+    imb_ratio: float | str = option(
+        100,
+        Number(ratio_number, 1, words=(NATURAL,)),
+        "images of the largest over the smallest class; natural: as it is",
+    )
     imb_type: str = option("exp", Choice(IMB_TYPES), "class sizes: exponential decay, or a step to half the classes")
     subset: str = option(
         "first",
@@ -61,12 +71,24 @@ class DataOptions:
         "images of a class: the first in file order (LOS, weight balancing), or shuffled (LDAM-DRW's generator)",
     )
     subset_seed: int = option(0, Number(int, 0, 2**32 - 1), "seed of --subset shuffled; 0 is LDAM-DRW's subset")
-    network: str = option("resnet34", Choice(BACKBONES), "backbone")
+    image_size: int | None = option(
+        None,
+        Number(int, 8, 1024),
+        "side in pixels that photos are shown at; 224, of small images their own, if not given",
+    )
+    mean: Any = option(None, Vector(Number(float, 0, 1)), "own data: of each channel; computed, if not given")
+    std: Any = option(None, Vector(Number(float, 0, 1, above=True)), "own data: the same of standard deviations")
+    input: str = option(
+        "files",
+        Choice(INPUTS),
+        "photos: decoded on the fly, read from what datasets.prepare --cache decoded, or decoded by the GPU",
+    )
+    network: str = option("resnet34", Choice(BACKBONES, prefix=TIMM), "backbone; timm:NAME where timm is installed")
+    stem: str = option(
+        "auto", Choice(("auto", *STEMS)), "3x3 for small images or 7x7 for photos; auto: what suits them"
+    )
     workers: int = option(
-        16,
-        Number(int, 0),
-        "processes that decode images, for data sets that are decoded; cifar10, cifar100 and digits are held in memory "
-        "and need none",
+        16, Number(int, 0, 256), "processes that decode photos, up to the CPUs there are; images in memory need none"
     )
     device: str = option("auto", Choice(("auto", "cpu", "cuda")), "auto: a GPU where there is one")
     gpu: int | None = option(None, Number(int, 0), "number of the GPU")
@@ -124,10 +146,12 @@ def fill_options(cls: type[T], typed: Mapping[str, Any], stage: str, file: Check
         stored = file_identity(file)
         refuse_contradictions(typed, stored, str(file.path))
         layers[str(file.path)] = stored
+        layers[f"{file.path}, its options"] = file_defaults(file)
     dataset = next((layer["dataset"] for layer in (typed, *layers.values()) if "dataset" in layer), "cifar100")
     if dataset not in DATASETS:
         raise UsageError(f"a file of data set {dataset}", ", ".join(DATASETS))
-    layers[f"--dataset {dataset}"] = DATASETS[dataset].recipe
+    stated = file_defaults(file) | file_identity(file) if file else {}
+    layers |= recipe_layers(dataset, stated | dict(typed))
     if typed.get("protocol") == "published":
         layers["--protocol published"] = published_values(cls)
     layers["drawn"] = {"seed": draw_seed()}
@@ -137,9 +161,36 @@ def fill_options(cls: type[T], typed: Mapping[str, Any], stage: str, file: Check
     return resolved
 
 
+def recipe_layers(dataset: str, known: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Layers of option values that a data set brings: its recipe, and what suits the data in a place.
+
+    ``known`` are the flags that choose them. Raises UsageError where there is no such recipe.
+    """
+    spec = DATASETS[dataset]
+    name = known.get("recipe") or next(iter(spec.recipes))
+    if name not in spec.recipes:
+        raise UsageError(f"--recipe {name} with --dataset {dataset}", ", ".join(spec.recipes))
+    recipe = dict(spec.recipes[name])
+    if (spec.own or spec.natural) and "imb_ratio" not in known:
+        recipe["imb_ratio"] = NATURAL
+    label = f"--dataset {dataset}" + (f", {name}" if len(spec.recipes) > 1 else "")
+    layers: dict[str, Mapping[str, Any]] = {label: recipe}
+    if spec.suited:
+        layers["for its images"] = spec.suited(known.get("data_dir", "data/"), known.get("image_size"))
+    return layers
+
+
 def file_identity(file: Checkpoint) -> dict[str, Any]:
     """The data set, subset and network that a checkpoint states; a bare state dict states its network alone."""
-    return {"network": file.network} | {key: file.data[key] for key in IDENTITY if key in file.data}
+    own = ("mean", "std") if file.data and DATASETS[file.data["dataset"]].own else ()
+    stated = {key: file.data[key] for key in IDENTITY if key in file.data}
+    return {"network": file.network, "stem": file.stem} | stated | {key: tuple(file.data[key]) for key in own}
+
+
+def file_defaults(file: Checkpoint) -> dict[str, Any]:
+    """What a checkpoint's own run was given and the next may change: where data of one's own lies, how it is read."""
+    names = ("input", "data_dir") if file.data and DATASETS[file.data["dataset"]].own else ("input",)
+    return {name: file.options[name] for name in names if name in file.options}
 
 
 def refuse_contradictions(typed: Mapping[str, Any], stored: Mapping[str, Any], source: str) -> None:
@@ -151,14 +202,37 @@ def refuse_contradictions(typed: Mapping[str, Any], stored: Mapping[str, Any], s
 
 def check_data_flags(options: DataOptions, typed: Mapping[str, Any]) -> None:
     """Says which typed flags have nothing to do here; raises UsageError for those that the data set rules out."""
+    spec = DATASETS[options.dataset]
     if "subset_seed" in typed and options.subset == "first":
         raise UsageError("--subset_seed without --subset shuffled", "--subset shuffled")
-    if getattr(options, "flip_tta", False) and not DATASETS[options.dataset].augment.flip:
+    if options.imb_ratio == NATURAL:
+        for name in ("imb_type", "subset", "subset_seed"):
+            if name in typed:
+                raise UsageError(f"--{name} with a training set taken as it is", "--imb_ratio R beside it, or without")
+    elif spec.natural:
+        raise UsageError(f"--imb_ratio {options.imb_ratio}: {options.dataset} is long-tailed as it is", NATURAL)
+    if getattr(options, "flip_tta", False) and not spec.augment.flip:
         raise UsageError(f"--flip_tta: mirrored {options.dataset} are other characters", "--no-flip_tta")
-    if "data_dir" in typed and DATASETS[options.dataset].embedded:
+    for name in ("image_size", "input"):
+        if name in typed and not spec.photos:
+            raise UsageError(
+                f"--{name} {typed[name]}: {options.dataset} has images of one size, held in memory",
+                f"without it, or one of {', '.join(key for key, each in DATASETS.items() if each.photos)}",
+            )
+    for name in ("mean", "std"):
+        if name in typed and not spec.own:
+            own = ", ".join(key for key, each in DATASETS.items() if each.own)
+            raise UsageError(f"--{name}: that of {options.dataset} is fixed", f"without it, or one of {own}")
+    if "data_dir" in typed and spec.embedded:
         print(f"--data_dir {options.data_dir}: {options.dataset} comes with the installation; nothing is read there")
-    if "workers" in typed:
+    if "workers" in typed and not spec.photos:
         print(f"--workers {options.workers}: {options.dataset} is held in memory; no worker process is started")
+
+
+def data_name(options: DataOptions) -> str:
+    """What files of a data set are called: its name, and of data of one's own the name of its folder or file too."""
+    own = f"-{Path(options.data_dir).resolve().stem}" if DATASETS[options.dataset].own else ""
+    return f"{options.dataset}{own}"
 
 
 def load_data(options: DataOptions, **held_out: Any) -> LongTailed:
@@ -170,6 +244,7 @@ def load_data(options: DataOptions, **held_out: Any) -> LongTailed:
     data = datasets.load(
         options.dataset,
         options.data_dir,
+        shown=Shown(options.image_size, options.mean, options.std, options.input, options.workers),
         imb_type=options.imb_type,
         imb_ratio=options.imb_ratio,
         subset=options.subset,
@@ -196,9 +271,15 @@ def open_checkpoint(typed: Mapping[str, Any], stage: str, cls: type[DataOptions]
         path = Path(typed["pretrained_pth"])
     else:
         dataset = typed.get("dataset", "cifar100")
-        options = resolve(cls, typed, {"recipe": DATASETS[dataset].recipe}).options
+        options = resolve(cls, typed, recipe_layers(dataset, typed)).options
         path = checkpoints.find(
-            dataset, options.imb_type, options.imb_ratio, options.network, stage, exact="network" in typed
+            data_name(options),
+            options.imb_type,
+            options.imb_ratio,
+            options.network,
+            stage,
+            exact="network" in typed,
+            flags=flags_of(options, "dataset", *(["data_dir"] if DATASETS[dataset].own else [])),
         )
     file = checkpoints.read(path)
     if file.stage is not None:
@@ -210,17 +291,30 @@ def open_checkpoint(typed: Mapping[str, Any], stage: str, cls: type[DataOptions]
         raise UsageError(
             f"{path} is a state dict of no network known here", f"names and shapes of one of {', '.join(BACKBONES)}"
         )
-    network, num_classes, in_channels = known
-    return dataclasses.replace(file, network=network, num_classes=num_classes, in_channels=in_channels)
+    network, stem, num_classes, in_channels = known
+    return dataclasses.replace(file, network=network, stem=stem, num_classes=num_classes, in_channels=in_channels)
 
 
 def _own_name(file: Checkpoint) -> Path:
     """The default path of a checkpoint, by what it says of itself."""
     data = file.data
-    return checkpoints.default_path(data["dataset"], data["imb_type"], data["imb_ratio"], file.network, str(file.stage))
+    name = data.get("name", data["dataset"])  # older files have none, and are not of data of one's own
+    return checkpoints.default_path(name, data["imb_type"], data["imb_ratio"], file.network, str(file.stage))
 
 
-def restore(file: Checkpoint, data: LongTailed, head: str | None = None) -> ResNet:
+def published_start(network: str) -> Checkpoint:
+    """torchvision's ImageNet weights of a network, as a file to start from."""
+    state, place = imagenet_weights(network), Path("torchvision", f"{network}-IMAGENET1K_V1")
+    return Checkpoint(None, network, len(state["fc.weight"]), 3, state, stem="imagenet", path=place)
+
+
+def require_val(data: LongTailed, options: Any) -> None:
+    """Raises UsageError where epochs are to be chosen on held-out images and there are none."""
+    if options.select == "best_val" and data.val is None:
+        raise UsageError("--select best_val without held-out images", "--val_split F beside it, 0.1 for instance")
+
+
+def restore(file: Checkpoint, data: LongTailed, head: str | None = None) -> Network:
     """The network of a checkpoint with its weights, checked against the data and, where given, the kind of its head.
 
     Raises:
@@ -241,12 +335,33 @@ def restore(file: Checkpoint, data: LongTailed, head: str | None = None) -> ResN
     for key, value in known.items():
         if file.data and file.data[key] != value:
             raise UsageError(f"{file.path} was trained with other {key}", "the data that it was trained on")
-    if file.network not in BACKBONES:
-        raise UsageError(f"{file.path} holds a {file.network}", ", ".join(BACKBONES))
     if file.head not in HEADS or head not in (None, file.head):
         fitting = f"--head {file.head}, or another file" if file.head in ("linear", "cosine") else "another file"
         raise UsageError(f"{file.path} has a {file.head} head", fitting)
-    model = build_model(file.network, file.num_classes, file.in_channels, file.head)
+    return built(file)
+
+
+def starting_weights(file: Checkpoint, data: LongTailed, head: str) -> dict[str, Tensor]:
+    """A checkpoint's weights to train on from; without its classifier where that is of another number of classes.
+
+    Raises:
+        UsageError: see :func:`restore`.
+    """
+    if file.num_classes == data.num_classes:
+        return restore(file, data, head).state_dict()
+    if file.in_channels != data.channels:
+        raise UsageError(
+            f"{file.path} has {file.in_channels} input channels", f"{data.channels}, as {data.spec.name} has"
+        )
+    return {name: value for name, value in built(file).state_dict().items() if not name.startswith("fc.")}
+
+
+def built(file: Checkpoint) -> Network:
+    """The network of a checkpoint with its weights; UsageError where there is no such network or they do not fit."""
+    is_known = file.network.startswith(TIMM) or file.stem in BACKBONES.get(file.network, {})
+    if not is_known:
+        raise UsageError(f"{file.path} holds a {file.network} with the {file.stem} stem", ", ".join(BACKBONES))
+    model = build_model(file.network, file.num_classes, file.in_channels, file.head, file.stem)
     try:
         model.load_state_dict(file.model)
     except RuntimeError:
@@ -256,7 +371,7 @@ def restore(file: Checkpoint, data: LongTailed, head: str | None = None) -> ResN
 
 def final_path(options: DataOptions, stage: str) -> Path:
     """Where a stage of these options puts its final file."""
-    return checkpoints.default_path(options.dataset, options.imb_type, options.imb_ratio, options.network, stage)
+    return checkpoints.default_path(data_name(options), options.imb_type, options.imb_ratio, options.network, stage)
 
 
 def begin(resolved: Resolved[Any], stage: str, data: LongTailed, device: torch.device, runs: int = 1) -> Run:
@@ -324,6 +439,7 @@ def finish(
     ``sweep`` how many settings it was chosen from and on what. A run that is not ``is_final``, one of several, leaves
     the final path alone.
     """
+    stem = pick_stem(options.network, data.train.side, options.stem)
     file = Checkpoint(
         stage=stage,
         network=options.network,
@@ -333,6 +449,9 @@ def finish(
         options=dict(stored or vars(options)),
         data={key: getattr(options, key) for key in IDENTITY}
         | {
+            "name": data_name(options),
+            "image_size": data.train.side if data.spec.photos else None,
+            "stem": stem,
             "class_names": data.class_names,
             "class_counts": data.class_counts,
             "mean": list(data.spec.mean),
@@ -345,6 +464,7 @@ def finish(
         parent=None if parent is None else checkpoints.describe_parent(parent),
         provenance=provenance(f"main_{stage}.py", argv, device, run.seconds),
         head=head,
+        stem=stem,
     )
     file.save(run.folder / "checkpoint.pt")
     rows = per_class_rows(selection.test, data.class_names, data.class_counts)

@@ -16,13 +16,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from datasets import DatasetSpec, ImageSet
+from datasets import Augment, DatasetSpec, ImageSet
 
 
 class PilImages(Dataset[Any]):
     """An image set as PIL images, each through a transform when it is asked for."""
 
     def __init__(self, images: ImageSet, transform: Any) -> None:
+        assert isinstance(images.images, Tensor)
         self.pixels = images.images.permute(0, 2, 3, 1).squeeze(-1).numpy()
         self.labels, self.transform = images.labels.tolist(), transform
 
@@ -37,7 +38,8 @@ def make_loader(images: ImageSet, spec: DatasetSpec, batch_size: int, train: boo
     """The published loader; workers start anew at every epoch, as theirs do."""
     steps: list[Any] = []
     if train:
-        steps.append(transforms.RandomCrop(images.images.shape[2], padding=spec.augment.pad))
+        assert isinstance(spec.augment, Augment)
+        steps.append(transforms.RandomCrop(images.side, padding=spec.augment.pad))
         steps += [transforms.RandomHorizontalFlip()] if spec.augment.flip else []
     steps += [transforms.ToTensor(), transforms.Normalize(spec.mean, spec.std)]
     data = PilImages(images, transforms.Compose(steps))

@@ -34,7 +34,7 @@ from benchmarks import append_line, published, timed
 from datasets.longtail import class_sizes
 from engine import for_evaluation
 from losses.softmax import SoftmaxLoss
-from models import ResNet, build_model
+from models import Network, build_model
 from models.heads import make_linear
 from retraining.features import features_of, predict_features
 from retraining.solver import Solver, Trainee
@@ -60,7 +60,7 @@ def published_evaluation(model: nn.Module, images: Tensor, labels: Tensor) -> Ca
     return lambda: published.validate_step(model.eval(), images, labels, criterion)
 
 
-def backbone_pass(model: ResNet, images: Tensor, train: bool) -> Callable[[], None]:
+def backbone_pass(model: Network, images: Tensor, train: bool) -> Callable[[], None]:
     """Features of a batch, as the sources make them."""
     frozen = copy.deepcopy(model).requires_grad_(False).train() if train else for_evaluation(model)
 

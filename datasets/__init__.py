@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from datasets.augment import AUGMENTATIONS, Mix
 from datasets.batches import Augment, Batches
 from datasets.longtail import IMB_TYPES, SUBSETS, choose_subset, class_sizes, hold_out
-from datasets.readers import DATASETS, DatasetSpec, ImageSet
+from datasets.photos import INPUTS, ResizedCrop
+from datasets.readers import DATASETS
 from datasets.samplers import SAMPLERS
+from datasets.spec import AS_IT_IS, NATURAL, DatasetSpec, ImageSet, Shown
 from utils.options import UsageError
 
 __all__ = [
     "AUGMENTATIONS",
     "DATASETS",
     "IMB_TYPES",
+    "INPUTS",
+    "NATURAL",
     "SAMPLERS",
     "SUBSETS",
     "Augment",
@@ -25,6 +29,8 @@ __all__ = [
     "ImageSet",
     "LongTailed",
     "Mix",
+    "ResizedCrop",
+    "Shown",
     "load",
 ]
 
@@ -33,8 +39,9 @@ __all__ = [
 class LongTailed:
     """A long-tailed training set with its balanced test set.
 
-    ``class_counts`` (C,) are those of the long-tailed set before a validation split is held out of it: they define
-    many/medium/few, so that the groups are the benchmark's whatever was held out.
+    ``val`` are held-out images: the data set's own, or taken from the training set. ``class_counts`` (C,) are those of
+    the long-tailed set before a validation split is held out of it: they define many/medium/few, so that the groups
+    are the benchmark's whatever was held out.
     """
 
     spec: DatasetSpec
@@ -50,7 +57,7 @@ class LongTailed:
 
     @property
     def channels(self) -> int:
-        return self.train.images.shape[1]
+        return self.train.channels
 
     @property
     def trained_counts(self) -> list[int]:
@@ -71,8 +78,9 @@ def load(
     name: str,
     data_dir: str,
     *,
+    shown: Shown = AS_IT_IS,
     imb_type: str = "exp",
-    imb_ratio: float = 100,
+    imb_ratio: float | str = 100,
     subset: str = "first",
     subset_seed: int = 0,
     val_fraction: float = 0.0,
@@ -84,7 +92,8 @@ def load(
     Args:
         name: key of ``DATASETS``.
         data_dir: folder that holds the data, or receives the download.
-        imb_type, imb_ratio: see :func:`datasets.longtail.class_sizes`.
+        shown: how images are to be shown, where the data set leaves it open.
+        imb_type, imb_ratio: see :func:`datasets.longtail.class_sizes`; ratio ``natural`` takes all images.
         subset, subset_seed: which images of a class, see :func:`datasets.longtail.choose_subset`.
         val_fraction, val_seed: share of every class to hold out, see :func:`datasets.longtail.hold_out`; 0 for none.
         val_indices: an earlier run's held-out images instead, as positions in the source file.
@@ -93,13 +102,22 @@ def load(
         UsageError: the data is not there and cannot be had, or a class would be left without an image.
     """
     spec = DATASETS[name]
-    full, test, class_names = spec.read(data_dir)
+    source = spec.read(data_dir, shown)
+    full, class_names, val = source.train, source.class_names, source.val
+    spec = replace(
+        spec, mean=source.mean or spec.mean, std=source.std or spec.std, augment=source.augment or spec.augment
+    )
     available = torch.bincount(full.labels, minlength=len(class_names)).tolist()
-    n_max = min(available)
-    counts = class_sizes(n_max, len(class_names), imb_ratio, imb_type)
+    counts, n_max = available, min(available)
+    if not isinstance(imb_ratio, str):
+        counts = class_sizes(n_max, len(class_names), imb_ratio, imb_type)
     if min(counts) < 1:
         raise UsageError(f"--imb_ratio {imb_ratio} leaves a class of {name} with no image", f"1 to {n_max}")
     chosen = choose_subset(full.labels, counts, subset, subset_seed)
+    if val is not None:  # published, or laid out beside the others
+        if val_fraction:
+            raise UsageError(f"--val_split {val_fraction}: {name} has held-out images of its own", "without it")
+        return LongTailed(spec, full.take(chosen), val, source.test, class_names, counts)
 
     if val_indices is not None:
         held_out = torch.isin(full.indices[chosen], torch.tensor(val_indices, dtype=torch.int64))
@@ -111,4 +129,4 @@ def load(
     else:
         held_out = hold_out(full.labels[chosen], val_fraction, val_seed)
     val = full.take(chosen[held_out]) if held_out.any() else None
-    return LongTailed(spec, full.take(chosen[~held_out]), val, test, class_names, counts)
+    return LongTailed(spec, full.take(chosen[~held_out]), val, source.test, class_names, counts)

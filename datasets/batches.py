@@ -1,8 +1,8 @@
-"""Batches of an image set that lives in memory: shuffle, crop, flip and normalisation without workers or PIL."""
+"""Batches of an image set: order, crop, flip, normalisation; of images in memory without workers or PIL."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -13,20 +13,13 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from datasets.augment import Mix, Policy
+from datasets.photos import Crops, PhotoDraws, Photos, ResizedCrop
 from datasets.samplers import Sampler, instance_balanced
 
 #: Images and labels, and with mixing the partners' labels and the share of the first.
 Batch = tuple[Tensor, ...]
 #: Steps whose images go through an augmentation policy together: few large operations instead of many small ones.
 POLICY_STEPS = 64
-
-
-@dataclass(frozen=True)
-class Augment:
-    """Random crop after zero padding by ``pad`` pixels, and a horizontal flip with probability 1/2 where ``flip``."""
-
-    pad: int
-    flip: bool
 
 
 class Draws(NamedTuple):
@@ -38,11 +31,20 @@ class Draws(NamedTuple):
     flip: Tensor
 
 
-def draw_windows(n: int, augment: Augment, generator: Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """``n`` random crops and flips: top (n,) and left (n,) in [0, 2 pad], flip (n,) bool."""
-    top, left = torch.randint(2 * augment.pad + 1, (2, n), generator=generator)
-    flip = torch.rand(n, generator=generator) < 0.5 if augment.flip else torch.zeros(n, dtype=torch.bool)
-    return top, left, flip
+@dataclass(frozen=True)
+class Augment:
+    """Random crop after zero padding by ``pad`` pixels, and a horizontal flip with probability 1/2 where ``flip``."""
+
+    pad: int
+    flip: bool
+
+    def draw(self, n: int, generator: Generator) -> tuple[Tensor, ...]:
+        """``n`` random crops and flips: top (n,) and left (n,) in [0, 2 pad], flip (n,) bool."""
+        top, left = torch.randint(2 * self.pad + 1, (2, n), generator=generator)
+        flip = torch.rand(n, generator=generator) < 0.5 if self.flip else torch.zeros(n, dtype=torch.bool)
+        return top, left, flip
+
+    draws = Draws
 
 
 def seeded(*numbers: int) -> Generator:
@@ -58,6 +60,7 @@ class Windows:
     """
 
     def __init__(self, images: Tensor, augment: Augment, device: torch.device) -> None:
+        self.index_device = device
         pad, (self.number, channels, height, width) = augment.pad, images.shape
         stored = F.pad(images.to(device), (pad, pad, pad, pad)).permute(0, 2, 3, 1)
         stored = (torch.cat([stored, stored.flip(2)]) if augment.flip else stored).contiguous()
@@ -74,20 +77,26 @@ class Windows:
         left = torch.where(flip, self.offsets - 1 - left, left)  # where that crop lies in the mirror image
         return self.views[index + flip * self.number, top, left].view(self.shape)
 
-    def whole(self, start: int, stop: int) -> Tensor:
-        """The images from ``start`` to ``stop``, where there is no padding: (B, H, W, c) uint8."""
-        return self.views[start:stop, 0, 0].view(self.shape)
+    def cuts(self, steps: Iterable[Sequence[Tensor]]) -> Iterator[Tensor]:
+        """:meth:`cut` of each step's draws."""
+        for step in steps:
+            yield self.cut(*step)
+
+    def whole(self, steps: Iterable[Tensor]) -> Iterator[Tensor]:
+        """The images at each step's positions, which follow each other, without padding: (B, H, W, c) uint8."""
+        for index in steps:
+            yield self.views[int(index[0]) : int(index[-1]) + 1, 0, 0].view(self.shape)
 
 
 class Batches:
-    """Mini-batches of an in-memory image set on a device: images (B, c, H, W) float, labels (B,) int64.
+    """Mini-batches of an image set on a device: images (B, c, H, W) float, labels (B,) int64.
 
     With ``augment``: in the sampler's order and augmented, an epoch's randomness fixed by (*seed, epoch); the last
     batch may be smaller. Without: file order, as they are. Pixels are scaled to [0, 1] and normalised per channel;
     images are in the channels-last memory format.
 
     Args:
-        images, labels: (N, c, H, W) uint8 and (N,) int64.
+        images, labels: (N, c, H, W) uint8, or photos that are decoded when they are wanted; (N,) int64.
         batch_size, mean, std, device, augment, seed: as above.
         sampler, epochs: the order of the images, and the number of epochs that a progressive one spreads over.
         policy: further changes of the cropped images, from ``AUGMENTATIONS``.
@@ -96,22 +105,28 @@ class Batches:
 
     def __init__(
         self,
-        images: Tensor,
+        images: Tensor | Photos,
         labels: Tensor,
         batch_size: int,
         mean: Sequence[float],
         std: Sequence[float],
         device: torch.device,
-        augment: Augment | None = None,
+        augment: Augment | ResizedCrop | None = None,
         seed: Sequence[int] = (0,),
         sampler: Sampler = instance_balanced,
         epochs: int = 1,
         policy: Policy | None = None,
         mix: Mix | None = None,
     ) -> None:
-        self.windows = Windows(images, augment or Augment(pad=0, flip=False), device)
-        self.labels, self.classes = labels.to(device), labels.cpu()
-        row = [(1 / (255 * s), -m / s) for m, s in zip(mean, std)] * images.shape[3]  # channels last
+        self.pixels: Windows | Crops
+        if isinstance(images, Photos):
+            assert not isinstance(augment, Augment)
+            self.pixels, width = Crops(images, augment, device), images.size
+        else:
+            assert not isinstance(augment, ResizedCrop)
+            self.pixels, width = Windows(images, augment or Augment(pad=0, flip=False), device), images.shape[3]
+        self.labels, self.classes, self.device = labels.to(self.pixels.index_device), labels.cpu(), device
+        row = [(1 / (255 * s), -m / s) for m, s in zip(mean, std)] * width  # channels last
         self.scale, self.shift = torch.tensor(row, device=device).T.contiguous()
         self.batch_size, self.augment, self.seed = batch_size, augment, seed
         self.sampler, self.epochs, self.policy, self.mix = sampler, epochs, policy, mix
@@ -119,39 +134,45 @@ class Batches:
     def __len__(self) -> int:
         return -(-len(self.labels) // self.batch_size)
 
-    def draws(self, epoch: int) -> Draws:
+    def draws(self, epoch: int) -> Draws | PhotoDraws:
         """All random numbers of an epoch of cropped batches."""
         assert self.augment is not None
         generator = seeded(*self.seed, epoch)
         order = self.sampler(self.classes, epoch, self.epochs, generator)
-        return Draws(order, *draw_windows(len(order), self.augment, generator))
+        return self.augment.draws(order, *self.augment.draw(len(order), generator))
 
     def epoch(self, epoch: int = 0) -> Iterator[Batch]:
         """The batches of one epoch."""
         if self.augment is None:
-            for start in range(0, len(self.labels), self.batch_size):
-                stop = start + self.batch_size
-                yield self._normalise(self.windows.whole(start, stop)), self.labels[start:stop]
+            steps = torch.arange(len(self.labels)).split(self.batch_size)
+            for index, images in zip(steps, self.pixels.whole(steps)):
+                yield self._normalise(images.float()), self._labels(slice(int(index[0]), int(index[-1]) + 1))
             return
         policy = partial(self.policy, generator=self._stream(epoch, 1)) if self.policy else None
         batches = self.cut(self.draws(epoch), policy)
         yield from self.mix(batches, self._stream(epoch, 2)) if self.mix else batches
 
-    def cut(self, draws: Draws, policy: Callable[[Tensor], Tensor] | None = None) -> Iterator[Batch]:
-        """The batches of given images, crops and flips; ``policy`` takes many batches at once, (n, c, H, W) uint8."""
-        steps = self.batch_size * (POLICY_STEPS if policy else 1)
-        for order, top, left, flip in zip(*(draw.to(self.labels.device).split(steps) for draw in draws)):
-            images, labels = self.windows.cut(order, top, left, flip), self.labels[order]
+    def cut(self, draws: Draws | PhotoDraws, policy: Callable[[Tensor], Tensor] | None = None) -> Iterator[Batch]:
+        """The batches of given images and crops; ``policy`` takes many batches at once, (n, c, H, W) uint8."""
+        size = self.batch_size * (POLICY_STEPS if policy and isinstance(self.pixels, Windows) else 1)
+        steps = list(zip(*(draw.to(self.pixels.index_device).split(size) for draw in draws)))
+        for step, images in zip(steps, self.pixels.cuts(steps)):
             if policy:
                 images = policy(images.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).contiguous()
-            for part in zip(images.split(self.batch_size), labels.split(self.batch_size)):
-                yield self._normalise(part[0]), part[1]
+            for part, *draw in zip(images.split(self.batch_size), *(each.split(self.batch_size) for each in step)):
+                pixels = part.float()
+                if isinstance(self.augment, ResizedCrop):
+                    pixels = self.augment.jittered(pixels, *draw)
+                yield self._normalise(pixels), self._labels(draw[0])
+
+    def _labels(self, which: Tensor | slice) -> Tensor:
+        return self.labels[which].to(self.device, non_blocking=True)
 
     def _stream(self, epoch: int, number: int) -> Generator:
         """Random numbers of their own for what comes after cropping, so that crops and order do not depend on it."""
         return seeded(*self.seed, epoch, number)
 
     def _normalise(self, images: Tensor) -> Tensor:
-        """(B, H, W, c) uint8 -> (B, c, H, W) float, channels last in memory."""
-        rows = images.float().view(*images.shape[:2], -1).mul_(self.scale).add_(self.shift)
+        """(B, H, W, c) float in [0, 255], which is overwritten -> (B, c, H, W) float, channels last in memory."""
+        rows = images.view(*images.shape[:2], -1).mul_(self.scale).add_(self.shift)
         return rows.view(images.shape).permute(0, 3, 1, 2)

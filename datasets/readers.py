@@ -1,69 +1,23 @@
-"""Readers of the original data sets, and what is known of each: statistics, augmentation, recipe."""
+"""Readers of the original data sets, and what is known of each: statistics, augmentation, recipes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any
 
 import numpy as np
 import torch
 import torchvision.datasets
-from torch import Tensor
 
 from datasets.batches import Augment
+from datasets.listed import read_listed
+from datasets.own import read_files, read_npz, suited
+from datasets.photos import ResizedCrop
+from datasets.spec import DatasetSpec, ImageSet, Recipe, Shown, Source
 from utils.options import UsageError
 
 
-@dataclass(frozen=True)
-class ImageSet:
-    """Images in memory: images (N, c, H, W) uint8, labels (N,) int64, indices (N,) int64 (positions in the source)."""
-
-    images: Tensor
-    labels: Tensor
-    indices: Tensor
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def take(self, positions: Tensor) -> ImageSet:
-        """The images at these positions (n,) int64."""
-        return ImageSet(self.images[positions], self.labels[positions], self.indices[positions])
-
-
-Read = Callable[[str], tuple[ImageSet, ImageSet, list[str]]]
-
-
-@dataclass(frozen=True)
-class DatasetSpec:
-    """What is known of a data set.
-
-    Attributes:
-        name: its --dataset name.
-        read: data_dir -> balanced (training set, test set, class names).
-        mean, std: per-channel normalisation constants of pixels in [0, 1].
-        augment: the training augmentation.
-        embedded: whether it comes with the installation, so that no folder is read.
-        recipe: option values that suit it, where they differ from the published CIFAR-100-LT ones (every script's
-            defaults). Typed flags win over it.
-    """
-
-    name: str
-    read: Read
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    augment: Augment
-    embedded: bool = False
-    recipe: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
-
-
-def _image_set(images: Tensor, labels: Any) -> ImageSet:
-    return ImageSet(images.contiguous(), torch.as_tensor(labels, dtype=torch.int64), torch.arange(len(images)))
-
-
-def _read_cifar(reader: type[torchvision.datasets.CIFAR10], data_dir: str) -> tuple[ImageSet, ImageSet, list[str]]:
+def _read_cifar(reader: type[torchvision.datasets.CIFAR10], data_dir: str, shown: Shown) -> Source:
     # The LOS layout, data/cifar100/cifar-100-python, is found too.
     nested = Path(data_dir, reader.__name__.lower())
     root = nested if (nested / reader.base_folder).is_dir() else Path(data_dir)
@@ -75,21 +29,21 @@ def _read_cifar(reader: type[torchvision.datasets.CIFAR10], data_dir: str) -> tu
             f"put the unpacked folder {reader.base_folder}, or {reader.filename} "
             f"(from https://www.cs.toronto.edu/~kriz/cifar.html), into {data_dir}",
         ) from None
-    sets = [_image_set(torch.from_numpy(part.data).permute(0, 3, 1, 2), part.targets) for part in (train, test)]
-    return sets[0], sets[1], list(train.classes)
+    sets = [ImageSet.of(torch.from_numpy(part.data).permute(0, 3, 1, 2), part.targets) for part in (train, test)]
+    return Source(sets[0], sets[1], list(train.classes))
 
 
-def read_cifar10(data_dir: str) -> tuple[ImageSet, ImageSet, list[str]]:
+def read_cifar10(data_dir: str, shown: Shown) -> Source:
     """CIFAR-10 (Krizhevsky, 2009): 50,000 + 10,000 colour images of 32x32, downloaded and checked by torchvision."""
-    return _read_cifar(torchvision.datasets.CIFAR10, data_dir)
+    return _read_cifar(torchvision.datasets.CIFAR10, data_dir, shown)
 
 
-def read_cifar100(data_dir: str) -> tuple[ImageSet, ImageSet, list[str]]:
+def read_cifar100(data_dir: str, shown: Shown) -> Source:
     """CIFAR-100 (Krizhevsky, 2009): 50,000 + 10,000 colour images of 32x32, downloaded and checked by torchvision."""
-    return _read_cifar(torchvision.datasets.CIFAR100, data_dir)
+    return _read_cifar(torchvision.datasets.CIFAR100, data_dir, shown)
 
 
-def read_digits(data_dir: str) -> tuple[ImageSet, ImageSet, list[str]]:
+def read_digits(data_dir: str, shown: Shown) -> Source:
     """UCI handwritten digits inside scikit-learn: 1,797 grey images of 8x8; ``data_dir`` is not used.
 
     Test: the last 50 images of every class in file order. Training: the rest, at least 124 of every class.
@@ -102,9 +56,9 @@ def read_digits(data_dir: str) -> tuple[ImageSet, ImageSet, list[str]]:
     is_test = torch.zeros(len(labels), dtype=torch.bool)
     for label in range(10):
         is_test[torch.nonzero(labels == label).flatten()[-50:]] = True
-    whole = _image_set(pixels, labels)
+    whole = ImageSet.of(pixels, labels)
     train, test = (whole.take(torch.nonzero(part).flatten()) for part in (~is_test, is_test))
-    return train, test, [str(label) for label in range(10)]
+    return Source(train, test, [str(label) for label in range(10)])
 
 
 # Label Over-Smooth and Weight Balancing normalise CIFAR-100 with CIFAR-10's constants, so both do here.
@@ -113,6 +67,13 @@ _CIFAR = {
     "std": (0.2023, 0.1994, 0.2010),
     "augment": Augment(pad=4, flip=True),
 }
+_IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225), "natural": True, "photos": True}
+_OWN = {"mean": (), "std": (), "augment": ResizedCrop(), "own": True, "photos": True}
+#: Stage 2 on photos, where nothing was published for Label Over-Smooth: this project's choice, but for the epochs of
+#: Decoupling's cRT. Methods' learning rates follow the batch size; label_smooth stays auto.
+_STAGE2: Recipe = {"finetune_epoch": 10, "views": 4, "feature_dtype": "fp16", "flip_tta": False}
+#: Decoupling (Kang et al., ICLR 2020; its configurations) on ImageNet-LT.
+_DECOUPLING: Recipe = {"network": "resnext50_32x4d", "epochs": 90, "lr": 0.2, "batch_size": 512, "wd": 5e-4, **_STAGE2}
 
 DATASETS: dict[str, DatasetSpec] = {
     spec.name: spec
@@ -126,16 +87,65 @@ DATASETS: dict[str, DatasetSpec] = {
             std=(0.3753,),
             augment=Augment(pad=1, flip=False),  # mirrored digits are other characters
             embedded=True,
-            recipe={
-                "network": "resnet8",
-                "epochs": 60,
-                "lr": 0.05,
-                "batch_size": 64,
-                # Chosen on a development split of the training pool by benchmarks/digits_recipe.py.
-                "finetune_epoch": 40,
-                "finetune_lr": 0.02,
-                "flip_tta": False,
+            recipes={
+                "default": {
+                    "network": "resnet8",
+                    "epochs": 60,
+                    "lr": 0.05,
+                    "batch_size": 64,
+                    # Chosen on a development split of the training pool by benchmarks/digits_recipe.py.
+                    "finetune_epoch": 40,
+                    "finetune_lr": 0.02,
+                    "flip_tta": False,
+                }
             },
         ),
+        DatasetSpec(
+            "imagenet_lt",
+            partial(read_listed, "imagenet_lt"),
+            augment=ResizedCrop(),
+            recipes={
+                "decoupling": _DECOUPLING,
+                # Alshammari et al., CVPR 2022, section 4.1; the weight decay they tuned is not published.
+                "weight-balancing": {**_DECOUPLING, "epochs": 200, "lr": 0.01, "batch_size": 64},
+            },
+            **_IMAGENET,  # type: ignore[arg-type]
+        ),
+        DatasetSpec(
+            "places_lt",
+            partial(read_listed, "places_lt"),
+            augment=ResizedCrop(),
+            recipes={
+                "decoupling": {
+                    **_DECOUPLING,
+                    "network": "resnet152",
+                    "pretrained_pth": "imagenet",
+                    "train_scope": "last_block",
+                    "epochs": 30,
+                    "lr": 0.1,
+                    "batch_size": 256,
+                }
+            },
+            **_IMAGENET,  # type: ignore[arg-type]
+        ),
+        DatasetSpec(
+            "inat2018",
+            partial(read_listed, "inat2018"),
+            augment=ResizedCrop(jitter=0),
+            recipes={
+                "decoupling": {**_DECOUPLING, "network": "resnet50", "wd": 1e-4, "finetune_epoch": 30},
+                "weight-balancing": {
+                    **_DECOUPLING,
+                    "network": "resnet50",
+                    "wd": 1e-4,
+                    "epochs": 200,
+                    "lr": 0.01,
+                },
+            },
+            **_IMAGENET | {"mean": (0.466, 0.471, 0.380), "std": (0.195, 0.194, 0.192)},  # type: ignore[arg-type]
+        ),
+        DatasetSpec("folder", partial(read_files, "folder"), suited=partial(suited, "folder"), **_OWN),  # type: ignore[arg-type]
+        DatasetSpec("csv", partial(read_files, "csv"), suited=partial(suited, "csv"), **_OWN),  # type: ignore[arg-type]
+        DatasetSpec("npz", read_npz, suited=partial(suited, "npz"), **_OWN),  # type: ignore[arg-type]
     )
 }

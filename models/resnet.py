@@ -13,9 +13,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from models.network import Network, pooled
 
 
 class Shortcut(nn.Module):
@@ -76,10 +77,8 @@ class Bottleneck(nn.Module):
         return F.relu(out + (x if self.downsample is None else self.downsample(x)), inplace=True)
 
 
-class ResNet(nn.Module):
+class ResNet(Network):
     """Stem, stages ``layer1`` ... ``layerS``, global average pooling, ``fc``: images (B, c, H, W) -> logits (B, C).
-
-    ``fc`` may be any head of :mod:`models.heads`; ``num_features`` is D.
 
     Args:
         block: the residual block.
@@ -125,23 +124,15 @@ class ResNet(nn.Module):
 
     @property
     def last_block(self) -> nn.Module:
-        """The last residual block."""
         stage = self.get_submodule(self.stages[-1])
         assert isinstance(stage, nn.Sequential)
         return stage[-1]
 
     def features(self, images: Tensor) -> Tensor:
-        """What the classifier sees: images (B, c, H, W) -> features (B, D)."""
         x = F.relu(self.bn1(self.conv1(images)), inplace=True)
         for stage in self.stages:
             x = self.get_submodule(stage)(x)
-        return x.to(self.conv1.weight.dtype).mean(dim=(2, 3))  # of full precision also in mixed precision
-
-    def forward(self, images: Tensor) -> Tensor:
-        features = self.features(images)
-        with torch.autocast(images.device.type, enabled=False):  # the classifier stays in the precision of its weights
-            logits: Tensor = self.fc(features)
-        return logits
+        return pooled(x)
 
 
 def _narrow(layers: int, widths: Sequence[int]) -> Callable[..., ResNet]:
@@ -149,7 +140,7 @@ def _narrow(layers: int, widths: Sequence[int]) -> Callable[..., ResNet]:
     return partial(ResNet, BasicBlock, depths, widths, shortcut=Shortcut, he_init=True)
 
 
-BACKBONES: dict[str, Callable[..., ResNet]] = {
+SMALL: dict[str, Callable[..., Network]] = {
     "resnet34": partial(ResNet, BasicBlock, (3, 4, 6, 3), (64, 128, 256, 512)),
     "resnet18": partial(ResNet, BasicBlock, (2, 2, 2, 2), (64, 128, 256, 512)),
     "resnet50": partial(ResNet, Bottleneck, (3, 4, 6, 3), (64, 128, 256, 512)),

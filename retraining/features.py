@@ -16,7 +16,7 @@ import json
 import pickle
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,10 +25,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from datasets import SAMPLERS, Batches, ImageSet, LongTailed
-from datasets.batches import Batch, Draws, draw_windows, seeded
+from datasets import SAMPLERS, Augment, Batches, ImageSet, LongTailed
+from datasets.batches import Batch, Draws, seeded
 from engine import for_evaluation, forward
-from models import ResNet
+from models import Network
 from utils.files import atomic, require_writable
 from utils.options import UsageError
 
@@ -145,7 +145,7 @@ class FeatureSource:
         num_views, view_seed: number of views (0: images as they are) and the seed of their crops and flips (``views``).
     """
 
-    model: ResNet
+    model: Network
     data: LongTailed
     device: torch.device
     cache_dir: str
@@ -163,7 +163,7 @@ class FeatureSource:
         self._latest: dict[str, tuple[str, list[Tensor]]] = {}
         self._batches: tuple[Stream, Batches] | None = None
         self._fingerprints = {
-            part: None if images is None else _fingerprint(images)
+            part: None if images is None else images.fingerprint()
             for part, images in (("train", self.data.train), ("val", self.data.val), ("test", self.data.test))
         }
 
@@ -215,7 +215,7 @@ class FeatureSource:
             self.caches[key] = FeatureCache(self.cache_dir, about)
         return self.caches[key]
 
-    def plain(self, part: str, cache: FeatureCache, name: str, network: Callable[[], ResNet]) -> list[Tensor]:
+    def plain(self, part: str, cache: FeatureCache, name: str, network: Callable[[], Network]) -> list[Tensor]:
         """The features that a network makes of a part's images, and of their mirror images where wanted."""
         images: ImageSet = getattr(self.data, part)
 
@@ -232,7 +232,7 @@ class FeatureSource:
             self._latest[part] = key, [array.to(self.device) for array in found]
         return self._latest[part][1]
 
-    def passes(self, model: ResNet, steps: Iterable[Batch], number: int, what: str) -> Iterator[Tensor]:
+    def passes(self, model: Network, steps: Iterable[Batch], number: int, what: str) -> Iterator[Tensor]:
         """The features (B, D) of each step's images."""
         for images, _ in self.progress(steps, number, what):
             yield features_of(model, images)
@@ -261,13 +261,13 @@ class _EvalMode(FeatureSource):
     def evaluated(self, part: str, stream: Stream | None = None, epoch: int = -1) -> list[Tensor]:
         return self.plain(part, self.cache("eval", part, eval_batch=self.eval_batch), "features", lambda: self.fast)
 
-    def view(self, cache: FeatureCache, name: str, top: Tensor, left: Tensor, flip: Tensor) -> Tensor:
-        """The features (N, D) of all training images under one crop and flip each, in file order."""
+    def view(self, cache: FeatureCache, name: str, *windows: Tensor) -> Tensor:
+        """The features (N, D) of all training images under one crop each, in file order."""
         train, augment = self.data.train, self.data.spec.augment
 
         def compute() -> Iterator[Tensor]:
             batches = Batches(train.images, train.labels, self.eval_batch, *self._pixels(), self.device, augment)
-            steps = batches.cut(Draws(torch.arange(len(train)), top, left, flip))
+            steps = batches.cut(augment.draws(torch.arange(len(train)), *windows))
             yield from self.passes(self.fast, steps, len(batches), name.replace("_", " "))
 
         return cache.array(name, len(train), compute)
@@ -284,8 +284,8 @@ class Views(_EvalMode):
     def numbered(self, view: int) -> Tensor:
         """The features (N, D) of one view of all training images, in file order."""
         augment = self.data.spec.augment
-        more = {"view_seed": self.view_seed, "pad": augment.pad, "flip": augment.flip, "eval_batch": self.eval_batch}
-        windows = draw_windows(len(self.labels), augment, seeded(self.view_seed, VIEWS_STREAM, view))
+        more = {"view_seed": self.view_seed, **asdict(augment), "eval_batch": self.eval_batch}
+        windows = augment.draw(len(self.labels), seeded(self.view_seed, VIEWS_STREAM, view))
         return self.view(self.cache("eval", "train", **more), f"view_{view}", *windows).to(self.device)
 
 
@@ -293,15 +293,17 @@ class Orbit(_EvalMode):
     """Every crop and flip of every image; an epoch's draws are replay's."""
 
     def __post_init__(self) -> None:
-        height, width = self.data.train.images.shape[2:]
-        if max(height, width) > ORBIT_SIDE:
-            raise UsageError(f"--features orbit on {height}x{width} images: too many crops to keep", "views, replay")
+        side = self.data.train.side
+        if side > ORBIT_SIDE:
+            raise UsageError(f"--features orbit on images of {side} pixels: too many crops to keep", "views, replay")
         super().__post_init__()
 
     def epoch(self, stream: Stream, epoch: int) -> Iterator[Batch]:
         augment = self.data.spec.augment
+        assert isinstance(augment, Augment)
         offsets, sides = 2 * augment.pad + 1, 1 + augment.flip
         draws = self.train_batches(stream).draws(epoch)
+        assert isinstance(draws, Draws)
         wanted = (draws.top * offsets + draws.left) * sides + draws.flip
         cache = self.cache("eval", "train", orbit=True, pad=augment.pad, eval_batch=self.eval_batch)
         features = torch.empty(0)
@@ -341,7 +343,7 @@ class Replay(FeatureSource):
         yield from zip(features.split(stream.batch_size), labels.split(stream.batch_size))
 
     def evaluated(self, part: str, stream: Stream | None = None, epoch: int = -1) -> list[Tensor]:
-        def network() -> ResNet:
+        def network() -> Network:
             self._load(stream, epoch)
             return for_evaluation(self.model)
 
@@ -355,7 +357,7 @@ class Replay(FeatureSource):
 
     def _cache(self, stream: Stream, part: str) -> FeatureCache:
         augment = self.data.spec.augment
-        more = stream._asdict() | {"pad": augment.pad, "flip": augment.flip}
+        more = stream._asdict() | asdict(augment)
         if stream.sampler != "progressive":
             del more["epochs"]  # the order of an epoch does not depend on how many follow
         more |= {"trained_on": self._fingerprints["train"], "eval_batch": self.eval_batch}
@@ -382,7 +384,7 @@ FEATURES: dict[str, type[FeatureSource]] = {"views": Views, "orbit": Orbit, "rep
 
 
 @torch.no_grad()
-def features_of(model: ResNet, images: Tensor) -> Tensor:
+def features_of(model: Network, images: Tensor) -> Tensor:
     """Images (B, c, H, W) -> features (B, D), without gradient."""
     return forward(model.features, images)
 
@@ -395,10 +397,3 @@ def predict_features(head: nn.Module, parts: list[Tensor], batch: int) -> Tensor
     with torch.inference_mode():
         sides = [torch.cat([head(piece).cpu() for piece in part.split(batch)]) for part in parts]
     return sides[0] if len(sides) == 1 else (sides[0] + sides[1]) / 2
-
-
-def _fingerprint(images: ImageSet) -> str:
-    digest = hashlib.sha256(str(tuple(images.images.shape)).encode())
-    for part in (images.images, images.labels):
-        digest.update(part.numpy().tobytes())
-    return digest.hexdigest()

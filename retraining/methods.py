@@ -3,8 +3,9 @@
 A method says where its head starts, which loss it follows, what is done to the head afterwards, and which options it
 takes with which defaults. The sampler is an option like any other, so that sampler and loss combine freely. C classes
 have n_j training images; pi_j = n_j / sum n. Values published for another data set or batch size are marked so: the
-methods share a budget of 20 epochs at batch 64, learning rates published for larger batches are scaled to 64, and
-``grid`` gives each method at most nine settings to be tuned over.
+methods share a budget of epochs and a batch size; learning rates are for 64 images per step, to which those published
+for larger batches are scaled, and follow the batch size in proportion (Goyal et al., 2017). ``grid`` gives each method
+at most nine settings to be tuned over.
 """
 
 from __future__ import annotations

@@ -20,6 +20,8 @@ TRAINED: Mapping[str, Any] = {
     "finetune_scope": "fc",
     "sampler": "instance",
 }
+#: Images per step that the methods' learning rates are for; at other sizes they are scaled in proportion.
+REFERENCE_BATCH = 64
 #: All options that a sweep may take several values of, beside --method.
 TUNABLE = tuple(dict.fromkeys([*TRAINED, *(name for method in METHODS.values() for name in method.options)]))
 
@@ -80,6 +82,8 @@ def make_settings(
                     values[name] = tuple(sorted(grid, key=lambda value: value != free[name]))
         for combination in product(*values.values()):
             one = dict(zip(values, combination))
+            if wanted.get("finetune_lr") is None and "finetune_lr" in one:
+                one["finetune_lr"] *= one["batch_size"] / REFERENCE_BATCH
             if one.get("label_smooth") == "auto":
                 one["label_smooth"] = auto_label_smooth(num_classes)
             if one.get("finetune_scope", "fc") != "fc" and not method.takes_scope:

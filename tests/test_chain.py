@@ -29,7 +29,20 @@ STAGE1, STAGE2 = (Path(f"checkpoints/digits_exp100_resnet8_{stage}.pt") for stag
 
 
 RESULT_KEYS = {
-    *("checkpoint", "sha256", "stage", "dataset", "imb_type", "imb_ratio", "subset", "subset_seed", "network", "seed"),
+    *(
+        "checkpoint",
+        "sha256",
+        "stage",
+        "dataset",
+        "imb_type",
+        "imb_ratio",
+        "subset",
+        "subset_seed",
+        "network",
+        "seed",
+        "image_size",
+        "stem",
+    ),
     *(
         "method",
         "label_smooth",
@@ -101,7 +114,8 @@ def test_what_a_run_leaves(workdir, capsys) -> None:
 
     content = torch.load(STAGE1, weights_only=True)
     assert (
-        content["format"] == 2
+        content["format"] == 3
+        and content["stem"] == "small"
         and content["head"] == "linear"
         and content["stage"] == "stage1"
         and content["network"] == "resnet8"
@@ -278,6 +292,22 @@ def test_stage1_can_start_from_a_file(workdir) -> None:
     after = checkpoints.read("checkpoints/digits_exp50_resnet8_stage1.pt")
     assert torch.allclose(before["fc.weight"], after.model["fc.weight"], atol=1e-6)
     assert after.parent["path"] == str(STAGE1)
+
+
+def test_stage1_starts_from_another_number_of_classes_with_a_new_classifier(workdir, capsys) -> None:
+    torch.manual_seed(1)
+    other = build_model("resnet8", 7, 1)
+    torch.save(other.state_dict(), "seven.pt")
+    rates = ["--pretrained_pth", "seven.pt", "--lr", "1e-12", "--wd", "0"]
+    main_stage1.main([*QUICK, *rates])
+    assert "seven.pt, of 7 classes: the classifier begins anew" in capsys.readouterr().out
+    model = checkpoints.read(STAGE1).model
+    assert torch.allclose(model["conv1.weight"], other.state_dict()["conv1.weight"], atol=1e-6)
+    main_stage1.main([*QUICK, *rates, "--train_scope", "last_block"])
+    frozen = checkpoints.read(STAGE1).model
+    moved = {name for name, value in frozen.items() if not torch.equal(value, other.state_dict()[name])}
+    assert moved and all(name.startswith(("layer3.0.", "fc.")) for name in moved)  # statistics stay as well
+    assert frozen["fc.weight"].shape == (10, 64)
 
 
 def test_the_only_other_network_is_found_and_several_are_listed(workdir, capsys) -> None:

@@ -13,7 +13,7 @@ import torch
 
 import datasets
 from datasets import DATASETS
-from datasets.batches import draw_windows, seeded
+from datasets.batches import seeded
 from engine import predict
 from models import build_model
 from retraining.features import FEATURES, VIEWS_STREAM, FeatureCache, Stream, predict_features
@@ -61,7 +61,7 @@ def test_features_are_the_networks_of_the_drawn_images(kind: str, tmp_path: Path
         draws = source.train_batches(STREAM).draws(epoch)
         top, left = draws.top, draws.left  # digits are never flipped
         if kind == "views":
-            windows = draw_windows(len(data.train), data.spec.augment, seeded(0, VIEWS_STREAM, epoch % 2))
+            windows = data.spec.augment.draw(len(data.train), seeded(0, VIEWS_STREAM, epoch % 2))
             top, left = (part[draws.order] for part in windows[:2])
         padded = torch.nn.functional.pad(data.train.images[draws.order].float() / 255, (1, 1, 1, 1))
         crops = [padded[i, :, top[i] : top[i] + 8, left[i] : left[i] + 8] for i in range(len(padded))]
@@ -147,7 +147,7 @@ def test_orbit_refuses_large_images(tmp_path: Path, small_cifar10: str) -> None:
     data = datasets.load("cifar10", small_cifar10, imb_ratio=10)
     large = torch.zeros(len(data.train), 3, 224, 224, dtype=torch.uint8)
     object.__setattr__(data.train, "images", large)
-    with pytest.raises(UsageError, match="--features orbit on 224x224 images"):
+    with pytest.raises(UsageError, match="--features orbit on images of 224 pixels"):
         make("orbit", tmp_path, data)
 
 

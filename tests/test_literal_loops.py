@@ -13,7 +13,7 @@ import evaluate
 import main_stage1
 import main_stage2
 from datasets import DATASETS, Batches
-from datasets.batches import Draws, draw_windows, seeded
+from datasets.batches import Draws, seeded
 from losses import auto_label_smooth
 from models import build_model
 from retraining.features import VIEWS_STREAM
@@ -31,7 +31,7 @@ def draw_epoch(data, seed: int, stage: int, epoch: int) -> Draws:
 def draw_view(data, seed: int, epoch: int, views: int) -> Draws:
     """The order of the epoch; crops and flips of the view, which belong to the image and not to the step."""
     order = draw_epoch(data, seed, 2, epoch).order
-    windows = draw_windows(len(data.train), SPEC.augment, seeded(0, VIEWS_STREAM, epoch % views))
+    windows = SPEC.augment.draw(len(data.train), seeded(0, VIEWS_STREAM, epoch % views))
     return Draws(order, *(part[order] for part in windows))
 
 

@@ -225,7 +225,11 @@ def test_a_sweep_is_the_product_of_what_each_method_takes() -> None:
     by_method = {name: [s for s in settings if s.method == name] for name in ("los", "tau-norm", "lade")}
     assert {name: len(group) for name, group in by_method.items()} == {"los": 8, "tau-norm": 2, "lade": 4}
     assert {s.values["label_smooth"] for s in by_method["los"]} == {0.5, 100 / 102.04}
-    assert varying(settings) == ["batch_size", "label_smooth", "tau"]
+    assert varying(settings) == ["batch_size", "finetune_lr", "label_smooth", "tau"]
+    rates = {(s.values["batch_size"], s.values["finetune_lr"]) for s in by_method["los"]}
+    assert rates == {(32, 2.5e-4), (64, 5e-4)}  # a default follows the batch size
+    typed = make_settings(["los"], wanted | {"finetune_lr": (0.1,)}, wanted, 100)
+    assert {s.values["finetune_lr"] for s in typed} == {0.1}
     groups = by_stream(settings)
     assert len(groups) == 5 and len(groups[None]) == 2
     assert {stream.batch_size for stream in groups if stream} == {32, 64}

@@ -25,11 +25,11 @@ from torch import Tensor
 from utils.files import atomic
 from utils.options import UsageError
 
-FORMAT = 2  # 1 had no head: it was linear
+FORMAT = 3  # 1 had no head: it was linear; 1 and 2 had no stem: it was small
 FOLDER = Path("checkpoints")
 STAGES = ("stage1", "stage2")
 SELECT = ("last", "best_test", "best_val")
-IDENTITY = ("dataset", "imb_type", "imb_ratio", "subset", "subset_seed", "network")
+IDENTITY = ("dataset", "imb_type", "imb_ratio", "subset", "subset_seed", "image_size", "network", "stem")
 #: Metrics that say how the stored weights were chosen.
 CHOSEN = ("epoch", "select", "flip_tta", "sweep")
 #: Options that do not change what a run computes: two files that differ in these alone are the same result.
@@ -53,11 +53,12 @@ class Checkpoint:
 
     Attributes:
         stage: "stage1" or "stage2"; None for a bare state dict.
-        network, num_classes, in_channels, head: what to build.
+        network, stem, num_classes, in_channels, head: what to build.
         model: its state dict, on the CPU.
         options: every option of the run that made it ({} for a bare state dict).
         data: dataset, imb_type, imb_ratio, subset, subset_seed, class_names (C,), class_counts (C,), mean, std and
-            val_indices (positions in the source file of the images the backbone never saw).
+            val_indices (positions in the source file of the images the backbone never saw); name, which is the data
+            set's, and of data of one's own its folder's too.
         metrics: the report on the test set, with epoch, select and flip_tta.
         parent: None, or what :func:`describe_parent` gives of the file that training began from.
         provenance: see :func:`utils.system.provenance`.
@@ -75,6 +76,7 @@ class Checkpoint:
     parent: dict[str, Any] | None = None
     provenance: dict[str, Any] = field(default_factory=dict)
     head: str = "linear"
+    stem: str = "small"
     path: Path | None = None
     sha256: str | None = None
 
@@ -96,12 +98,13 @@ _TYPES: dict[str, type | tuple[type, ...]] = {
     "num_classes": int,
     "in_channels": int,
     "head": str,
+    "stem": str,
     "model": dict,
     "options": dict,
     "data": dict,
     "data.dataset": str,
     "data.imb_type": str,
-    "data.imb_ratio": (int, float),
+    "data.imb_ratio": (int, float, str),
     "data.subset": str,
     "data.subset_seed": int,
     "data.class_names": list,
@@ -124,9 +127,13 @@ class NoCheckpoint(UsageError):
     """No file at a default path."""
 
 
-def default_path(dataset: str, imb_type: str, imb_ratio: float, network: str, stage: str) -> Path:
-    """Where a finished stage goes and where the next looks: checkpoints/cifar100_exp100_resnet34_stage1.pt."""
-    return FOLDER / f"{dataset}_{imb_type}{imb_ratio}_{network}_{stage}.pt"
+def default_path(data: str, imb_type: str, imb_ratio: float | str, network: str, stage: str) -> Path:
+    """Where a finished stage goes and where the next looks: checkpoints/cifar100_exp100_resnet34_stage1.pt.
+
+    ``data`` is the data set's name, see :class:`Checkpoint`; a training set taken as it is has no imbalance type.
+    """
+    ratio = imb_ratio if isinstance(imb_ratio, str) else f"{imb_type}{imb_ratio}"
+    return FOLDER / f"{data}_{ratio}_{network.replace(':', '-')}_{stage}.pt"
 
 
 def _listing() -> str:
@@ -134,29 +141,33 @@ def _listing() -> str:
     return f"another file; there are {', '.join(files)}" if files else f"another file; there are none in {FOLDER}/"
 
 
-def find(dataset: str, imb_type: str, imb_ratio: float, network: str, stage: str, *, exact: bool) -> Path:
+def find(
+    data: str, imb_type: str, imb_ratio: float | str, network: str, stage: str, *, exact: bool, flags: str = ""
+) -> Path:
     """The default path; where it is missing and not ``exact``, the only other network's file of the same run.
+
+    ``flags`` choose the data set on a command line.
 
     Raises:
         NoCheckpoint: there is none (with those that exist and the command that makes it).
         UsageError: there is more than one.
     """
-    wanted = default_path(dataset, imb_type, imb_ratio, network, stage)
+    wanted = default_path(data, imb_type, imb_ratio, network, stage)
     if wanted.is_file():
         return wanted
-    others = sorted(FOLDER.glob(default_path(dataset, imb_type, imb_ratio, "*", stage).name))
+    before, after = default_path(data, imb_type, imb_ratio, "*", stage).name.split("*")
+    others = sorted(FOLDER.glob(f"{before}*{after}"))
     if not exact and len(others) == 1:
         return others[0]
     if not exact and others:
-        names = ", ".join(path.name.split("_")[-2] for path in others)
+        names = ", ".join(path.name.removeprefix(before).removesuffix(after) for path in others)
         raise UsageError(f"no {wanted}, and more than one other network's file", f"--network with one of {names}")
-    flags = "" if dataset == "cifar100" else f" --dataset {dataset}"
     flags += "" if imb_type == "exp" else f" --imb_type {imb_type}"
     flags += f" --network {network}" if exact else ""
+    flags += "" if isinstance(imb_ratio, str) else f" --imb_ratio {imb_ratio}"
     raise NoCheckpoint(
         f"no checkpoint {wanted}",
-        f"--pretrained_pth with {_listing()}; or first: "
-        f"python main_{stage}.py{flags} --imb_ratio {imb_ratio} --cur_stage {stage}",
+        f"--pretrained_pth with {_listing()}; or first: python main_{stage}.py{flags} --cur_stage {stage}",
     )
 
 
@@ -188,8 +199,8 @@ def read(path: str | Path) -> Checkpoint:
     source: dict[str, Any] = {"path": path, "sha256": hashlib.sha256(blob).hexdigest()}
     if isinstance(content, Mapping) and content and all(isinstance(v, Tensor) for v in content.values()):
         return Checkpoint(None, "unknown", 0, 0, {str(k): v for k, v in content.items()}, **source)
-    if isinstance(content, dict) and content.get("format") == 1:
-        content["head"] = "linear"
+    if isinstance(content, dict) and content.get("format") in (1, 2):
+        content = {"head": "linear", "stem": "small"} | content
     if not isinstance(content, dict) or not {"format", *_STORED} <= set(content):
         raise UsageError(f"{path} is a checkpoint of another program", f"a bare state dict or this one's; {_listing()}")
     for name, kind in _TYPES.items():

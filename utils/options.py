@@ -30,8 +30,12 @@ class UsageError(Exception):
     """A mistake in what was asked for. Shown as two lines, the problem and what is allowed; exit status 2."""
 
     def __init__(self, problem: str, allowed: str) -> None:
+        self.parts = problem, allowed
         one_line = (text.replace("\n", " ") for text in (f"error: {problem}", f"allowed: {allowed}"))
         super().__init__("\n".join(one_line))
+
+    def __reduce__(self) -> Any:  # worker processes send it
+        return type(self), self.parts
 
 
 class Diverged(Exception):
@@ -104,18 +108,19 @@ class Number:
 
 @dataclass(frozen=True)
 class Choice:
-    """One of the names of a table or sequence."""
+    """One of the names of a table or sequence, or any that begins with ``prefix``."""
 
     names: Iterable[str]
+    prefix: str | None = None
 
     def __call__(self, value: Any) -> str:
-        if value not in self.names:
-            raise ValueError
-        return str(value)
+        if value in self.names or (self.prefix and re.fullmatch(rf"{self.prefix}[\w.-]+", str(value))):
+            return str(value)
+        raise ValueError
 
     @property
     def allowed(self) -> str:
-        return ", ".join(self.names)
+        return ", ".join([*self.names, *([f"{self.prefix}NAME"] if self.prefix else [])])
 
 
 @dataclass(frozen=True)
@@ -144,7 +149,7 @@ class Flag:
 
 @dataclass(frozen=True)
 class Many:
-    """One or more values of a kind, each different; a single one stands for itself."""
+    """One or more values of a kind, each different; a single one stands for itself. Each is a run of its own."""
 
     kind: Number | Choice
 
@@ -159,7 +164,21 @@ class Many:
         return f"{self.kind.allowed}; each value once"
 
 
-Kind = Number | Choice | Text | Flag | Many
+@dataclass(frozen=True)
+class Vector:
+    """Numbers that belong together, one for each channel of an image."""
+
+    kind: Number
+
+    def __call__(self, value: Any) -> tuple[Any, ...]:
+        return tuple(self.kind(each) for each in (value if isinstance(value, list | tuple) else [value]))
+
+    @property
+    def allowed(self) -> str:
+        return f"{self.kind.allowed}, for each channel"
+
+
+Kind = Number | Choice | Text | Flag | Many | Vector
 
 
 def ratio_number(value: Any) -> float:
@@ -250,11 +269,11 @@ def make_parser(cls: type[Any], prog: str, description: str | None) -> argparse.
         if isinstance(kind, Flag):
             parser.add_argument(*names, dest=field.name, action=_OnOff, nargs=0, help=text)
         else:
-            one = kind.kind if isinstance(kind, Many) else kind
+            one = kind.kind if isinstance(kind, Many | Vector) else kind
             if isinstance(one, Choice) or (isinstance(one, Number) and (one.low is not None or one.words)):
                 text += f" [{kind.allowed.replace('%', '%%')}]"
             metavar = field.name.split("_")[-1].upper()
-            many: dict[str, Any] = {"nargs": "+", "action": _Values} if isinstance(kind, Many) else {}
+            many: dict[str, Any] = {"nargs": "+", "action": _Values} if isinstance(kind, Many | Vector) else {}
             parser.add_argument(*names, dest=field.name, metavar=metavar, help=text, **many)
     return parser
 

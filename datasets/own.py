@@ -1,0 +1,312 @@
+"""Data of one's own: a folder of class folders, a CSV of paths and labels, or an .npz file as MedMNIST has them.
+
+Small images (a side of at most ``SMALL_SIDE`` pixels) are held in memory and treated as CIFAR is; larger ones are
+photos and treated as ImageNet is. Every file is decoded once, the first time, so that none can end a run later.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import statistics
+import zipfile
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.v2 import functional as F
+
+from datasets.batches import Augment
+from datasets.files import EXTENSIONS, Files, Manifest, read_image
+from datasets.listed import PHOTO_SIDE, photos_of
+from datasets.photos import Crops, Photos
+from datasets.scan import check_files
+from datasets.spec import ImageSet, Recipe, Shown, Source
+from utils.options import UsageError
+from utils.system import available_cpus
+
+#: Where what was found of a data set's files is kept; it may be deleted.
+CACHE = Path("cache", "images")
+SMALL_SIDE = 64
+#: Files whose size decides what kind of images these are, and of which mean and std of photos are computed.
+PEEKED, MEASURED = 100, 5000
+SPLITS = ("train", "val", "test")
+LAYOUTS = {
+    "folder": "a folder with train/<class>/<images> and test/<class>/<images> (or val/)",
+    "csv": "a CSV with the columns path, label, split (train, val, test), or a folder of train.csv and test.csv",
+    "npz": "an .npz with train_images, train_labels, test_images, test_labels (uint8, (N, H, W) or (N, H, W, 3))",
+}
+
+#: What a listing finds: {split: (paths relative to the root, labels as names)}.
+Listing = Mapping[str, tuple[list[str], list[str]]]
+ON_SMALL: Recipe = {"network": "resnet32", "epochs": 200, "lr": 0.1, "batch_size": 128, "wd": 5e-4}
+ON_PHOTOS: Recipe = {
+    "network": "resnet50",
+    "epochs": 90,
+    "lr": 0.1,
+    "batch_size": 256,
+    "wd": 5e-4,
+    "views": 4,
+    "feature_dtype": "fp16",
+}
+
+
+def suited(kind: str, data_dir: str, image_size: int | None) -> Recipe:
+    """Option values for the images in a place: those for small images, or those for photos."""
+    return ON_SMALL if (image_size or natural_side(kind, data_dir)) <= SMALL_SIDE else ON_PHOTOS
+
+
+def natural_side(kind: str, data_dir: str) -> int:
+    """The side that images are shown at by default: their own where they are small, else 224."""
+    if kind == "npz":
+        return max(_shape(_only(data_dir, ".npz", kind), "train_images")[1:3])
+    root, listing = list_images(kind, data_dir)
+    sides = []
+    for name in listing["train"][0][:: max(1, len(listing["train"][0]) // PEEKED)]:
+        try:
+            with Image.open(root / name) as image:
+                sides.append(min(image.size))
+        except (OSError, SyntaxError, ValueError):
+            continue  # the check of all files names it
+    side = int(statistics.median(sides)) if sides else PHOTO_SIDE
+    return side if side <= SMALL_SIDE else PHOTO_SIDE
+
+
+def list_images(kind: str, data_dir: str) -> tuple[Path, Listing]:
+    """The root and the images of a folder or a CSV, split by split, in the order of their paths or lines.
+
+    Raises:
+        UsageError: it is not laid out so, or a split that must be there is not.
+    """
+    root, listing = _list_folder(data_dir) if kind == "folder" else _list_csv(data_dir)
+    if "test" not in listing and "val" in listing:  # as in ImageNet: there is a val folder, and it is the test set
+        listing = {"train": listing["train"], "test": listing["val"]}
+    missing = [split for split in ("train", "test") if not listing.get(split, ([], []))[0]]
+    if missing:
+        raise UsageError(f"--data_dir {data_dir} has no {missing[0]} images", LAYOUTS[kind])
+    return root, listing
+
+
+def _list_folder(data_dir: str) -> tuple[Path, Listing]:
+    root = Path(data_dir)
+    if not (root / "train").is_dir():
+        raise UsageError(f"--data_dir {data_dir}: no folder {root / 'train'}", LAYOUTS["folder"])
+    listing = {}
+    for split in SPLITS:
+        paths, labels = [], []
+        for folder in sorted(path for path in (root / split).glob("*") if path.is_dir()):
+            found = sorted(
+                p for p in folder.rglob("*") if p.suffix.lower() in EXTENSIONS and not p.name.startswith(".")
+            )
+            if not found:
+                raise UsageError(f"{folder} has no image", f"images ({', '.join(EXTENSIONS)}), or no such folder")
+            paths += [str(path.relative_to(root)) for path in found]
+            labels += [folder.name] * len(found)
+        if paths:
+            listing[split] = paths, labels
+    return root, listing
+
+
+def _list_csv(data_dir: str) -> tuple[Path, Listing]:
+    place = Path(data_dir)
+    files = [(place, None)] if place.is_file() else [(place / f"{split}.csv", split) for split in SPLITS]
+    listing: dict[str, tuple[list[str], list[str]]] = {}
+    for path, split in files:
+        if not path.is_file():
+            continue
+        try:
+            table = pd.read_csv(path, dtype=str, keep_default_na=False)
+        except (OSError, ValueError) as error:
+            raise UsageError(f"{path} is no CSV ({' '.join(str(error).split())})", LAYOUTS["csv"]) from None
+        for column in ("path", "label", *(() if split else ("split",))):
+            if column not in table:
+                raise UsageError(
+                    f"{path} has no column {column}, only {', '.join(map(str, table.columns))}", LAYOUTS["csv"]
+                )
+        parts = [split] * len(table) if split else table["split"].tolist()
+        for number, (image, label, part) in enumerate(zip(table["path"], table["label"], parts), start=2):
+            if part not in SPLITS or not image or not label:
+                raise UsageError(f"{path}, line {number}: {image}, {label}, {part}", LAYOUTS["csv"])
+            paths, labels = listing.setdefault(part, ([], []))
+            paths.append(image)
+            labels.append(label)
+    return (place.parent if place.is_file() else place), listing
+
+
+def class_names_of(listing: Listing) -> list[str]:
+    """The classes of the training images, whole numbers in their order, other names in that of the alphabet.
+
+    Raises:
+        UsageError: another split has a class that training images lack.
+    """
+    names = set(listing["train"][1])
+    for split, (_, labels) in listing.items():
+        unseen = sorted(set(labels) - names)
+        if unseen:
+            raise UsageError(f"class {unseen[0]} has {split} images but no training images", "classes that are trained")
+    if len(names) < 2:
+        raise UsageError(f"all training images are of class {names.pop()}", "two classes or more")
+    return sorted(names, key=lambda name: (not name.isdecimal(), int(name) if name.isdecimal() else 0, name))
+
+
+def read_files(kind: str, data_dir: str, shown: Shown) -> Source:
+    """The data set of a folder or a CSV."""
+    manifest = manifest_of(kind, data_dir, shown.workers)
+    side = shown.image_size or natural_side(kind, data_dir)
+    if side > SMALL_SIDE:
+        source = photos_of(manifest, replace(shown, image_size=side), home_of(manifest))
+        return _with_statistics(source, shown)
+    sets = {}
+    for split, files in manifest.splits.items():
+        images = torch.stack([_square(read_image(Path(manifest.root, path)), side) for path in files.paths])
+        sets[split] = ImageSet.of(images, files.labels)
+    return _in_memory(sets, manifest.class_names, shown)
+
+
+def manifest_of(kind: str, data_dir: str, workers: int) -> Manifest:
+    """What is known of the files: from an earlier check of the very same ones, else all are decoded now."""
+    root, listing = list_images(kind, data_dir)
+    names = class_names_of(listing)
+    stamps = []
+    for paths, labels in listing.values():
+        for path, label in zip(paths, labels):
+            try:
+                found = (root / path).stat()
+            except OSError as error:
+                raise UsageError(f"image {root / path}: {error.strerror}", "files that are there") from None
+            stamps.append(f"{path} {label} {found.st_size} {found.st_mtime_ns}")
+    fingerprint = hashlib.sha256("\n".join([str(root.resolve()), *stamps]).encode()).hexdigest()[:16]
+    target = CACHE / fingerprint / "manifest.npz"
+    manifest = Manifest.load(target)
+    if manifest is None:
+        place = {name: number for number, name in enumerate(names)}
+        splits = {}
+        for split, (paths, labels) in listing.items():
+            sizes = check_files(root, paths, max(1, min(workers, available_cpus())))
+            splits[split] = Files(paths, torch.tensor([place[label] for label in labels]), sizes)
+        manifest = Manifest(kind, str(root.resolve()), splits, names, {"fingerprint": fingerprint})
+        target.parent.mkdir(parents=True, exist_ok=True)
+        manifest.save(target)
+    return manifest
+
+
+def home_of(manifest: Manifest) -> Path:
+    """The folder of a manifest of :func:`manifest_of`, where its decoded pixels lie too."""
+    return CACHE / str(manifest.about["fingerprint"])
+
+
+def read_npz(data_dir: str, shown: Shown) -> Source:
+    """The data set of an .npz file: {train, val, test}_images (N, H, W) or (N, H, W, 3) uint8, _labels (N,) or (N, 1).
+
+    Raises:
+        UsageError: an array is missing or of another kind.
+    """
+    path = _only(data_dir, ".npz", "npz")
+    sets: dict[str, ImageSet] = {}
+    with np.load(path) as arrays:
+        listing: dict[str, tuple[list[str], list[str]]] = {}
+        pixels = {}
+        for split in SPLITS:
+            if split == "val" and "val_images" not in arrays:
+                continue
+            images, labels = (_array(arrays, f"{split}_{part}", path) for part in ("images", "labels"))
+            if images.dtype != np.uint8 or images.ndim not in (3, 4) or images.shape[3:] not in ((), (1,), (3,)):
+                raise UsageError(f"{path}: {split}_images is {images.dtype} {images.shape}", LAYOUTS["npz"])
+            labels = labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels
+            if labels.ndim != 1 or labels.dtype.kind not in "iu" or len(labels) != len(images):
+                raise UsageError(
+                    f"{path}: {split}_labels is {labels.dtype} {labels.shape}", "one whole number an image"
+                )
+            pixels[split] = images.reshape(*images.shape[:3], -1)
+            listing[split] = [], [str(label) for label in labels]
+    names = class_names_of(listing)
+    place = {name: number for number, name in enumerate(names)}
+    own = max(pixels["train"].shape[1:3])
+    side = shown.image_size or own
+    for split, images in pixels.items():
+        labels = torch.tensor([place[name] for name in listing[split][1]])
+        if side <= SMALL_SIDE:
+            tensor = torch.from_numpy(images).permute(0, 3, 1, 2)
+            sets[split] = ImageSet.of(tensor if side == own else _square(tensor, side), labels)
+        else:
+            images = np.repeat(images, 3, axis=3) if images.shape[3] == 1 else images
+            sizes = torch.tensor(images.shape[1:3], dtype=torch.int32).expand(len(images), 2)
+            sets[split] = ImageSet.of(Photos(path.parent, [], sizes, side, images, "files", shown.workers), labels)
+    if side <= SMALL_SIDE:
+        return _in_memory(sets, names, shown)
+    return _with_statistics(Source(sets["train"], sets["test"], names, sets.get("val")), shown)
+
+
+def _in_memory(sets: Mapping[str, ImageSet], names: list[str], shown: Shown) -> Source:
+    pad = max(1, round(sets["train"].side / 8))  # CIFAR's 4 at 32 pixels
+    source = Source(sets["train"], sets["test"], names, sets.get("val"), augment=Augment(pad, flip=True))
+    return _with_statistics(source, shown)
+
+
+def _with_statistics(source: Source, shown: Shown) -> Source:
+    """The source with the mean and std that were given, else with its training images' own."""
+    mean, std = shown.mean, shown.std
+    if mean is None or std is None:
+        images = source.train.images
+        own = statistics_of(_sample(images) if isinstance(images, Photos) else images)
+        mean, std = mean or own[0], std or own[1]
+    if len(mean) != source.train.channels or len(std) != source.train.channels:
+        raise UsageError(f"--mean and --std of {len(mean)} and {len(std)} numbers", f"{source.train.channels} each")
+    return source._replace(mean=mean, std=std)
+
+
+def statistics_of(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of each channel of images (N, c, H, W) uint8, as of pixels in [0, 1]."""
+    sums = torch.zeros(2, images.shape[1], dtype=torch.float64)
+    for part in images.split(1000):
+        values = part.double() / 255
+        sums += torch.stack([values.sum(dim=(0, 2, 3)), values.square().sum(dim=(0, 2, 3))])
+    mean, square = sums / (images.numel() / images.shape[1])
+    std = (square - mean.square()).clamp(min=1e-6).sqrt()
+    return tuple(round(value, 4) for value in mean.tolist()), tuple(max(round(v, 4), 1e-4) for v in std.tolist())
+
+
+def _sample(photos: Photos) -> Tensor:
+    """``MEASURED`` photos, evenly spread, as they are shown in a test: (n, 3, size, size) uint8."""
+    chosen = torch.arange(0, len(photos), -(-len(photos) // MEASURED))
+    views = Crops(photos, None, torch.device("cpu")).whole(chosen.split(100))
+    return torch.cat(list(views)).permute(0, 3, 1, 2)
+
+
+def _square(images: Tensor, side: int) -> Tensor:
+    """Images (..., H, W) uint8 with the shorter side scaled to ``side``, and the centre of that: (..., side, side)."""
+    if images.shape[-2:] == (side, side):
+        return images
+    square: Tensor = F.center_crop(F.resize(images, [side], antialias=True), [side, side])
+    return square
+
+
+def _only(data_dir: str, suffix: str, kind: str) -> Path:
+    """The file itself, or the only one of its kind in a folder."""
+    place = Path(data_dir)
+    found = [place] if place.suffix == suffix else sorted(place.glob(f"*{suffix}"))
+    if len(found) != 1 or not found[0].is_file():
+        raise UsageError(f"--data_dir {data_dir}: {len(found)} files {suffix}", LAYOUTS[kind])
+    return found[0]
+
+
+def _shape(path: Path, name: str) -> tuple[int, ...]:
+    """The shape of an array of an .npz, without reading it."""
+    try:
+        with zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as file:
+            np.lib.format.read_magic(file)
+            shape: tuple[int, ...] = np.lib.format.read_array_header_1_0(file)[0]
+    except (OSError, KeyError, ValueError, zipfile.BadZipFile):
+        raise UsageError(f"{path} has no {name}, or is no .npz", LAYOUTS["npz"]) from None
+    return shape if len(shape) >= 3 else (0, 1, 1)
+
+
+def _array(arrays: Any, name: str, path: Any) -> Any:
+    if name not in arrays:
+        raise UsageError(f"{path} has no {name}, only {', '.join(arrays)}", LAYOUTS["npz"])
+    return arrays[name]

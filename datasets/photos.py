@@ -1,0 +1,326 @@
+"""Photos: images of various sizes that are decoded when they are wanted, and the 224-pixel recipe for them.
+
+How their pixels come is ``INPUTS``, the names of --input: from the files, from a map of decoded pixels that
+``python -m datasets.prepare ... --cache SIDE`` has written, or from the files by the GPU's JPEG decoder. Crops are
+drawn in the same way for all; the cache differs from the files in resolution alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torchvision
+from torch import Generator, Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms.v2 import functional as F
+
+from datasets.files import read_image
+from utils.options import UsageError
+from utils.system import available_cpus
+
+INPUTS = ("files", "cache", "nvjpeg")
+#: Attempts at a random crop before the central one is taken, as in torchvision.
+ATTEMPTS = 10
+#: Red, green and blue in a grey value (ITU-R 601-2, as PIL and torchvision have it).
+GREY = (0.2989, 0.587, 0.114)
+#: Steps that every worker process prepares ahead.
+PREFETCH = 4
+
+Array = np.ndarray[Any, np.dtype[np.uint8]]
+#: What a worker needs for a step: positions (B,), and for random crops chances (B, 2 A + 2) and flip (B,).
+Job = tuple[Tensor, ...]
+
+
+class PhotoDraws(NamedTuple):
+    """One epoch's random numbers: order (N,), and what :meth:`ResizedCrop.draw` gives; one row a step."""
+
+    order: Tensor
+    chances: Tensor
+    flip: Tensor
+    factors: Tensor
+    sequence: Tensor
+
+
+@dataclass(frozen=True)
+class ResizedCrop:
+    """The ImageNet recipe: RandomResizedCrop (Szegedy et al., CVPR 2015), a flip with probability 1/2, ColorJitter.
+
+    A crop has a share of the area in ``scale`` and a width over height in ``ratio``, and is resized to a square.
+    ``jitter`` j draws factors of brightness, contrast and saturation from [1 - j, 1 + j], applied in random order.
+    """
+
+    flip: bool = True
+    jitter: float = 0.4
+    scale: tuple[float, float] = (0.08, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+
+    def draw(self, n: int, generator: Generator) -> tuple[Tensor, ...]:
+        """chances (n, 2 A + 2) in [0, 1) for the crops, flip (n,) bool, factors (n, 3), sequence (n, 3) int64."""
+        chances = torch.rand(n, 2 * ATTEMPTS + 2, generator=generator)
+        flip = torch.rand(n, generator=generator) < 0.5 if self.flip else torch.zeros(n, dtype=torch.bool)
+        factors = 1 + self.jitter * (2 * torch.rand(n, 3, generator=generator) - 1)
+        return chances, flip, factors, torch.rand(n, 3, generator=generator).argsort(dim=1)
+
+    draws = PhotoDraws
+
+    def boxes(self, chances: Tensor, sizes: Tensor) -> Tensor:
+        """Crops of images of ``sizes`` (B, 2): top, left, height, width (B, 4) int64, as torchvision makes them."""
+        height, width = sizes.double().T[:, :, None]
+        area, aspect, place = chances.double().split([ATTEMPTS, ATTEMPTS, 2], dim=1)
+        area = height * width * (self.scale[0] + area * (self.scale[1] - self.scale[0]))
+        low, high = map(math.log, self.ratio)
+        aspect = (low + aspect * (high - low)).exp()
+        h, w = (area / aspect).sqrt().round(), (area * aspect).sqrt().round()
+        fits = (h > 0) & (h <= height) & (w > 0) & (w <= width)
+        first = fits.int().argmax(dim=1, keepdim=True)
+        # Where none fits: the largest central crop of an allowed ratio.
+        central_h = torch.minimum(height, (width / self.ratio[0]).round())
+        central_w = torch.minimum(width, (height * self.ratio[1]).round())
+        found = fits.any(dim=1, keepdim=True)
+        h, w = torch.where(found, h.gather(1, first), central_h), torch.where(found, w.gather(1, first), central_w)
+        top = torch.where(found, place[:, :1] * (height - h + 1), (height - h) / 2)
+        left = torch.where(found, place[:, 1:] * (width - w + 1), (width - w) / 2)
+        return torch.cat([top, left, h, w], dim=1).floor().long()
+
+    def jittered(self, pixels: Tensor, order: Tensor, chances: Tensor, flip: Tensor, *draws: Tensor) -> Tensor:
+        """Pixels (B, H, W, 3) float in [0, 255] after ColorJitter, in place: x <- f x + (1 - f) target, three times.
+
+        The target is black for brightness, the image's mean grey for contrast, each pixel's grey for saturation.
+        """
+        if self.jitter == 0:
+            return pixels
+        factors, sequence = (draw.to(pixels.device, non_blocking=True) for draw in draws)
+        weights = torch.tensor(GREY, device=pixels.device)
+        for kind in sequence.T:
+            factor = factors.gather(1, kind[:, None])[:, :, None]  # (B, 1, 1)
+            kind = kind[:, None, None]
+            grey = pixels @ weights
+            target = torch.where(kind == 1, grey.mean(dim=(1, 2), keepdim=True), grey) * (kind > 0)
+            pixels.mul_(factor[..., None]).add_((target * (1 - factor))[..., None]).clamp_(0, 255)
+        return pixels
+
+
+class Photos:
+    """Images that are decoded when they are wanted, and how they are shown: N images, ``photos[positions]`` of them.
+
+    Attributes:
+        root, paths: the files, relative to a folder; no paths where there is only a store.
+        sizes: (N, 2) int32, height and width of each.
+        size: side of the square that networks see.
+        resize: length that a test image's shorter side is scaled to before its centre is cut out.
+        store: decoded pixels (M, S, S, 3) uint8, each image squashed into a square; None to read the files.
+        rows: (N,) rows of ``store``.
+        how: one of ``INPUTS``.
+        workers: processes that decode.
+    """
+
+    channels = 3
+
+    def __init__(
+        self,
+        root: str | Path,
+        paths: Sequence[str],
+        sizes: Tensor,
+        size: int = 224,
+        store: Array | None = None,
+        how: str = "files",
+        workers: int = 0,
+        rows: Tensor | None = None,
+    ) -> None:
+        self.root, self.paths, self.sizes = root, paths, sizes
+        self.size, self.resize = size, round(size * 256 / 224)
+        self.store, self.how, self.workers = store, how, workers
+        self.rows = torch.arange(len(sizes)) if rows is None else rows
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def __getitem__(self, positions: Tensor) -> Photos:
+        paths = [self.paths[i] for i in positions.tolist()] if self.paths else []
+        rows = self.rows[positions]
+        sizes = self.sizes[positions]
+        return Photos(self.root, paths, sizes, self.size, self.store, self.how, self.workers, rows)
+
+    def path(self, position: int) -> Path:
+        """The file of an image."""
+        return Path(self.root, self.paths[position])
+
+    def fingerprint(self) -> str:
+        """A hash that changes with the images and with how they are shown."""
+        digest = hashlib.sha256(f"{self.how} {self.size} {self.resize}".encode())
+        digest.update("\n".join(self.paths).encode())
+        digest.update(self.sizes.numpy().tobytes())
+        if self.store is not None:
+            digest.update(str(self.store.shape).encode())
+            digest.update(self.rows.numpy().tobytes())
+            if not self.paths:
+                digest.update(np.ascontiguousarray(self.store).data)
+        return digest.hexdigest()
+
+    def centre(self, index: Tensor) -> Tensor:
+        """The boxes (B, 4) float, top, left, height, width, of test images: the centre, in the image's own pixels."""
+        sizes = self.sizes[index].double()
+        side = sizes.amin(dim=1, keepdim=True) * (self.size / self.resize)
+        return torch.cat([(sizes - side) / 2, side, side], dim=1)
+
+    def in_store(self, boxes: Tensor, index: Tensor) -> Tensor:
+        """Boxes (B, 4) in images' own pixels as float boxes in the store's squashed ones."""
+        assert self.store is not None
+        scale = torch.tensor(self.store.shape[1:3]) / self.sizes[index].double()
+        return boxes * torch.cat([scale, scale], dim=1)
+
+    def show(self, position: int, box: Sequence[float] | None) -> Tensor:
+        """One image as networks see it, (3, size, size) uint8; a test image's view where ``box`` is None."""
+        if self.store is not None:
+            image = torch.from_numpy(self.store[int(self.rows[position])]).permute(2, 0, 1)
+        else:
+            image = read_image(self.path(position))
+        return self.cut(image, box)
+
+    def cut(self, image: Tensor, box: Sequence[float] | None) -> Tensor:
+        """A crop (3, size, size) of an image (3, H, W) on any device; ``box`` as in :meth:`show`."""
+        if box is None:
+            centre: Tensor = F.center_crop(F.resize(image, [self.resize], antialias=True), [self.size, self.size])
+            return centre
+        top, left, height, width = (round(side) for side in box)
+        shape, out = (max(height, 1), max(width, 1)), [self.size, self.size]
+        crop: Tensor = F.resized_crop(image, top, left, *shape, out, antialias=True)
+        return crop
+
+
+class _Reader(Dataset[Any]):
+    """What runs in worker processes: a job -> the step's pixels, or a UsageError to be raised in the main process."""
+
+    def __init__(self, photos: Photos, augment: ResizedCrop | None, on_gpu: bool) -> None:
+        self.photos, self.augment, self.on_gpu = photos, augment, on_gpu
+
+    def __getitem__(self, job: Job) -> Any:
+        try:
+            return self.read(*job)
+        except UsageError as error:
+            return error
+
+    def read(self, index: Tensor, chances: Tensor | None = None, flip: Tensor | None = None) -> Any:
+        photos = self.photos
+        if photos.how == "nvjpeg":
+            return [torch.from_numpy(np.fromfile(photos.path(i), dtype=np.uint8)) for i in index.tolist()]
+        if photos.store is not None and self.on_gpu:  # cropped there
+            return torch.from_numpy(photos.store[photos.rows[index].numpy()])
+        boxes = boxes_of(photos, self.augment, index, chances)
+        out = torch.empty(len(index), photos.size, photos.size, 3, dtype=torch.uint8)
+        for k, position in enumerate(index.tolist()):
+            view = photos.show(position, None if boxes is None else boxes[k].tolist())
+            out[k] = (view.flip(2) if flip is not None and flip[k] else view).permute(1, 2, 0)
+        return out
+
+
+def boxes_of(photos: Photos, augment: ResizedCrop | None, index: Tensor, chances: Tensor | None) -> Tensor | None:
+    """The boxes (B, 4) that a step is cut at: in the store where there is one, None for files' own test view."""
+    if augment is not None and chances is not None:
+        boxes = augment.boxes(chances, photos.sizes[index])
+        return boxes if photos.store is None else photos.in_store(boxes, index)
+    return None if photos.store is None else photos.in_store(photos.centre(index), index)
+
+
+class Crops:
+    """The pixels of photos, step by step, prepared ahead by worker processes: (B, size, size, 3) uint8 on the device.
+
+    On a GPU the cache's images are cropped there, all of a step at once; files are cropped where they are decoded.
+    """
+
+    def __init__(self, photos: Photos, augment: ResizedCrop | None, device: torch.device) -> None:
+        if photos.how == "nvjpeg" and not (device.type == "cuda" and hasattr(torchvision.io, "decode_jpeg")):
+            raise UsageError("--input nvjpeg: it takes a GPU, and a torchvision with decode_jpeg", "files, cache")
+        self.photos, self.augment, self.device = photos, augment, device
+        self.index_device = torch.device("cpu")
+        self._loader: DataLoader[Any] | None = None
+        self._jobs: list[Job] = []
+
+    def cuts(self, steps: Iterable[Sequence[Tensor]]) -> Iterator[Tensor]:
+        """The crops of each step of :class:`PhotoDraws`."""
+        return self._run([(index, chances, flip) for index, chances, flip, *_ in steps])
+
+    def whole(self, steps: Iterable[Tensor]) -> Iterator[Tensor]:
+        """The test view of the images at each step's positions."""
+        return self._run([(index,) for index in steps])
+
+    def _run(self, jobs: list[Job]) -> Iterator[Tensor]:
+        self._jobs[:] = jobs
+        for job, content in zip(jobs, self._workers()):
+            if isinstance(content, UsageError):
+                raise content
+            yield self._finish(content, *job)
+
+    def _workers(self) -> DataLoader[Any]:
+        """The loader, whose processes stay for the next epoch."""
+        if self._loader is None:
+            on_gpu = self.device.type == "cuda"
+            number = min(self.photos.workers, available_cpus())
+            ahead: dict[str, Any] = {"prefetch_factor": PREFETCH, "persistent_workers": True} if number else {}
+            reader = _Reader(self.photos, self.augment, on_gpu)
+            own = torch.Generator()  # a loader would draw from the global one
+            self._loader = DataLoader(
+                reader, None, sampler=self._jobs, num_workers=number, pin_memory=on_gpu, generator=own, **ahead
+            )
+        return self._loader
+
+    def _finish(self, content: Any, index: Tensor, chances: Tensor | None = None, flip: Tensor | None = None) -> Tensor:
+        photos, on_gpu = self.photos, self.device.type == "cuda"
+        if photos.how != "nvjpeg" and not (on_gpu and photos.store is not None):
+            pixels: Tensor = content.to(self.device, non_blocking=True)
+            return pixels
+        boxes = boxes_of(photos, self.augment, index, chances)
+        if photos.how == "nvjpeg":
+            pixels = self._decode(content, index, boxes)
+            mirrored = None if flip is None else flip.to(self.device, non_blocking=True)[:, None, None, None]
+            return pixels if mirrored is None else torch.where(mirrored, pixels.flip(2), pixels)
+        assert boxes is not None
+        return resample(content.to(self.device, non_blocking=True), boxes, flip, photos.size)
+
+    def _decode(self, contents: list[Tensor], index: Tensor, boxes: Tensor | None) -> Tensor:
+        """Files' bytes through the GPU's decoder; what it does not know is decoded on the CPU."""
+        try:
+            images = torchvision.io.decode_jpeg(contents, mode="RGB", device=self.device)
+        except RuntimeError:  # one of them is no baseline JPEG
+            images = [read_image(self.photos.path(i)).to(self.device) for i in index.tolist()]
+        rows: list[Any] = [None] * len(images) if boxes is None else boxes.tolist()
+        return torch.stack([self.photos.cut(image, box).permute(1, 2, 0) for image, box in zip(images, rows)])
+
+
+def resample(images: Tensor, boxes: Tensor, flip: Tensor | None, size: int) -> Tensor:
+    """Crops of many images at once, on any device: antialiased bilinear scaling as two matrix products.
+
+    images (B, S, T, 3) uint8, boxes (B, 4) top, left, height, width, flip (B,) bool -> (B, size, size, 3) uint8. With
+    whole-numbered boxes it is torchvision's resized_crop up to rounding.
+    """
+    device = images.device
+    top, left, height, width = boxes.to(device, torch.float32, non_blocking=True).T[:, :, None, None]
+    down = _weights(top, height, images.shape[1], size)
+    across = _weights(left, width, images.shape[2], size)
+    if flip is not None:
+        across = torch.where(flip.to(device, non_blocking=True)[:, None, None], across.flip(1), across)
+    rows = torch.bmm(down, images.float().flatten(2)).unflatten(2, images.shape[2:])  # (B, size, T, 3)
+    cells = torch.einsum("bowc,bpw->bopc", rows, across)
+    return cells.round_().clamp_(0, 255).to(torch.uint8)
+
+
+def _weights(start: Tensor, length: Tensor, pixels: int, size: int) -> Tensor:
+    """How much each of ``pixels`` counts in each of ``size`` outputs: (B, size, pixels), rows summing to 1.
+
+    A triangle around the output's centre, as wide as the outputs are apart but at least one pixel; pixels outside of
+    the crop, which begins at ``start`` (B, 1, 1), do not count.
+    """
+    step = length / size
+    centre = start + (torch.arange(size, device=start.device)[:, None] + 0.5) * step
+    place = torch.arange(pixels, device=start.device) + 0.5
+    weights = (1 - (place - centre).abs() / step.clamp(min=1)).clamp(min=0)
+    inside = (place > start.floor()) & (place < (start + length).ceil())
+    weights = weights * inside
+    return weights / weights.sum(dim=2, keepdim=True)

@@ -1,0 +1,129 @@
+"""What a data set is: its splits, and what is known of it before it is read."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from datasets.batches import Augment
+from datasets.photos import Photos, ResizedCrop
+
+#: --imb_ratio of a training set that is taken as it is.
+NATURAL = "natural"
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """A split: images, labels (N,) int64, indices (N,) int64 (positions in the source).
+
+    The images are (N, c, H, W) uint8 in memory, or photos that are decoded when they are wanted.
+    """
+
+    images: Tensor | Photos
+    labels: Tensor
+    indices: Tensor
+
+    @classmethod
+    def of(cls, images: Tensor | Photos, labels: Any) -> ImageSet:
+        """All images of a source, in its order."""
+        images = images.contiguous() if isinstance(images, Tensor) else images
+        return cls(images, torch.as_tensor(labels, dtype=torch.int64), torch.arange(len(images)))
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def channels(self) -> int:
+        return self.images.channels if isinstance(self.images, Photos) else self.images.shape[1]
+
+    @property
+    def side(self) -> int:
+        """The larger side of what networks see, in pixels."""
+        return self.images.size if isinstance(self.images, Photos) else max(self.images.shape[2:])
+
+    def take(self, positions: Tensor) -> ImageSet:
+        """The images at these positions (n,) int64."""
+        return ImageSet(self.images[positions], self.labels[positions], self.indices[positions])
+
+    def fingerprint(self) -> str:
+        """A hash that changes with images or labels."""
+        if isinstance(self.images, Photos):
+            return self.images.fingerprint()
+        digest = hashlib.sha256(str(tuple(self.images.shape)).encode())
+        for part in (self.images, self.labels):
+            digest.update(part.numpy().tobytes())
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Shown:
+    """How images are to be shown, where a data set leaves it open; None where it is to choose.
+
+    Attributes:
+        image_size: side in pixels that networks see.
+        mean, std: per-channel normalisation constants of pixels in [0, 1].
+        how: one of :data:`datasets.photos.INPUTS`.
+        workers: processes that decode.
+    """
+
+    image_size: int | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    how: str = "files"
+    workers: int = 0
+
+
+AS_IT_IS = Shown()
+
+
+class Source(NamedTuple):
+    """A data set as it was read. What is None is as :class:`DatasetSpec` has it; ``val`` None: there is none."""
+
+    train: ImageSet
+    test: ImageSet
+    class_names: list[str]
+    val: ImageSet | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    augment: Augment | ResizedCrop | None = None
+
+
+Recipe = Mapping[str, Any]
+#: Option values that suit a data set, where they differ from the published CIFAR-100-LT ones (every script's defaults).
+NO_RECIPE: Recipe = MappingProxyType({})
+
+
+@dataclass(frozen=True)
+class DatasetSpec:
+    """What is known of a data set.
+
+    Attributes:
+        name: its --dataset name.
+        read: (data_dir, how images are to be shown) -> its splits.
+        mean, std: per-channel normalisation constants of pixels in [0, 1].
+        augment: the training augmentation.
+        embedded: whether it comes with the installation, so that no folder is read.
+        own: whether it is the user's: anything may be in it, and its folder names it.
+        natural: whether it is long-tailed as it is, so that there is no --imb_ratio to choose.
+        photos: whether its images may be files of many sizes, which --image_size, --input and --workers are for.
+        recipes: {--recipe name: option values}; the first is the default. Typed flags win over it.
+        suited: option values that depend on the data, (data_dir, image_size) -> values; they come after the recipe's.
+    """
+
+    name: str
+    read: Callable[[str, Shown], Source]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    augment: Augment | ResizedCrop
+    embedded: bool = False
+    own: bool = False
+    natural: bool = False
+    photos: bool = False
+    recipes: Mapping[str, Recipe] = field(default_factory=lambda: MappingProxyType({"default": NO_RECIPE}))
+    suited: Callable[[str, int | None], Recipe] | None = None

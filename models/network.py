@@ -1,0 +1,44 @@
+"""What every network is: features by a backbone, logits by the classifier ``fc``."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class Network(nn.Module):
+    """Images (B, c, H, W) -> logits (B, C); a subclass has ``fc``, ``num_features`` D and :meth:`features`.
+
+    ``fc`` may be any head of :mod:`models.heads`.
+    """
+
+    fc: nn.Module
+    num_features: int
+
+    def features(self, images: Tensor) -> Tensor:
+        """What the classifier sees: images (B, c, H, W) -> features (B, D)."""
+        raise NotImplementedError
+
+    @property
+    def last_block(self) -> nn.Module:
+        """The last residual block."""
+        raise NotImplementedError
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = self.features(images)
+        with torch.autocast(images.device.type, enabled=False):  # the classifier stays in the precision of its weights
+            logits: Tensor = self.fc(features)
+        return logits
+
+
+def trained_part(model: Network, scope: str) -> nn.Module:
+    """What is trained, all or the last block with the classifier; the rest of the model is frozen."""
+    if scope == "all":
+        return model.requires_grad_(True)
+    model.requires_grad_(False)
+    return nn.ModuleList([model.last_block, model.fc]).requires_grad_(True)
+
+
+def pooled(maps: Tensor) -> Tensor:
+    """Global average pooling, in float32 also where the maps are of a lower precision: (B, D, H, W) -> (B, D)."""
+    return maps.to(torch.promote_types(maps.dtype, torch.float32)).mean(dim=(2, 3))
