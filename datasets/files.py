@@ -9,6 +9,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -61,6 +62,23 @@ def _from_pil(image: Image.Image) -> Tensor:
 
 
 @dataclass(frozen=True)
+class Listing:
+    """What a data set's lists say, before a file has been opened.
+
+    Attributes:
+        splits: of "train", "val" and "test", those that there are: paths relative to a root, and labels (N,) int64.
+        class_names: (C,), unique and of one line.
+        origins: where each split's files come from, for messages.
+        about: plain values that say where the lists come from.
+    """
+
+    splits: dict[str, tuple[list[str], Tensor]]
+    class_names: list[str]
+    origins: dict[str, str]
+    about: dict[str, Any]
+
+
+@dataclass(frozen=True)
 class Files:
     """Images of a split: paths relative to a root, labels (N,) int64, sizes (N, 2) int32 (height, width)."""
 
@@ -101,7 +119,7 @@ class Manifest:
     def load(cls, path: str | Path) -> Manifest | None:
         """The manifest of a file; None where there is none, or one that is damaged or of another format."""
         try:
-            with np.load(path) as arrays:
+            with open(path, "rb") as file, np.load(file) as arrays:
                 head = json.loads(bytes(arrays["head"]))
                 if head.pop("format") != MANIFEST_FORMAT:
                     return None
@@ -114,9 +132,9 @@ class Manifest:
                     for name in ("train", "val", "test")
                     if f"{name}_paths" in arrays
                 }
-        except (OSError, ValueError, KeyError, EOFError):
+                return cls(splits=splits, **head)
+        except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile):
             return None
-        return cls(splits=splits, **head)
 
 
 def _text(text: str) -> np.ndarray[Any, np.dtype[np.uint8]]:

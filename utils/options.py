@@ -30,8 +30,12 @@ class UsageError(Exception):
     """A mistake in what was asked for. Shown as two lines, the problem and what is allowed; exit status 2."""
 
     def __init__(self, problem: str, allowed: str) -> None:
+        self.parts = problem, allowed
         one_line = (text.replace("\n", " ") for text in (f"error: {problem}", f"allowed: {allowed}"))
         super().__init__("\n".join(one_line))
+
+    def __reduce__(self) -> Any:  # worker processes send it
+        return type(self), self.parts
 
 
 class Diverged(Exception):
