@@ -120,7 +120,7 @@ class Manifest:
     def load(cls, path: str | Path) -> Manifest | None:
         """The manifest of a file; None where there is none, or one that is damaged or of another format."""
         try:
-            with np.load(path) as arrays:
+            with open(path, "rb") as file, np.load(file) as arrays:
                 head = json.loads(bytes(arrays["head"]))
                 if head.pop("format") != MANIFEST_FORMAT:
                     return None

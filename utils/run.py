@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import sys
 import textwrap
 import threading
 import time
@@ -15,9 +14,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
-from progress.bar import Bar
 from torch.utils.tensorboard import SummaryWriter
 
+from utils.bar import bar
 from utils.files import require_writable
 from utils.metrics import percent
 
@@ -125,22 +124,12 @@ class Run:
         (self.folder / name).write_text(json.dumps(content, indent=1) + "\n")
 
     def bar(self, steps: Iterable[T], total: int, label: str) -> Iterator[T]:
-        """Passes ``steps`` through; on a terminal with a progress bar and the time still needed.
+        """Passes ``steps`` through with a progress bar, see :func:`utils.bar.bar`.
 
         Raises:
             KeyboardInterrupt: the sweep that this run belongs to has been stopped.
         """
-        steps = self._until_stopped(steps)
-        if sys.stderr is None or not sys.stderr.isatty():
-            yield from steps
-            return
-        bar = Bar(label, max=total, suffix="%(index)d/%(max)d  ETA %(eta_td)s", width=24, hide_cursor=False)
-        try:
-            for step in steps:
-                yield step
-                bar.next()
-        finally:
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)  # clears the bar's line
+        return bar(self._until_stopped(steps), total, label)
 
     def _until_stopped(self, steps: Iterable[T]) -> Iterator[T]:
         for step in steps:
