@@ -228,7 +228,7 @@ def test_a_sweep_is_the_product_of_what_each_method_takes() -> None:
     assert varying(settings) == ["batch_size", "finetune_lr", "label_smooth", "tau"]
     rates = {(s.values["batch_size"], s.values["finetune_lr"]) for s in by_method["los"]}
     assert rates == {(32, 2.5e-4), (64, 5e-4)}  # a default follows the batch size
-    typed = make_settings(["los"], wanted | {"finetune_lr": (0.1,)}, wanted, 100)
+    typed = make_settings(["los"], wanted | {"finetune_lr": (0.1,)}, [], 100)
     assert {s.values["finetune_lr"] for s in typed} == {0.1}
     groups = by_stream(settings)
     assert len(groups) == 5 and len(groups[None]) == 2
