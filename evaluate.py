@@ -26,14 +26,14 @@ from stages import (
     file_defaults,
     file_identity,
     load_data,
-    open_checkpoint,
+    open_latest,
     recipe_layers,
     refuse_contradictions,
     restore,
     selection_words,
 )
 from utils import metrics
-from utils.checkpoints import IDENTITY, STAGES, Checkpoint, NoCheckpoint
+from utils.checkpoints import IDENTITY, STAGES
 from utils.files import atomic, require_target, sha256
 from utils.metrics import (
     calibration_error,
@@ -61,22 +61,12 @@ class Options(DataOptions):
     csv: str | None = option(None, Text("a file to write"), "write the per-class table as CSV")
 
 
-def open_latest(typed: dict[str, Any]) -> Checkpoint:
-    """The file of --cur_stage; without it stage 2's default file or, where there is none, stage 1's."""
-    if "cur_stage" in typed or "pretrained_pth" in typed:
-        return open_checkpoint(typed, typed.get("cur_stage", "stage2"), Options)
-    try:
-        return open_checkpoint(typed, "stage2", Options)
-    except NoCheckpoint:
-        return open_checkpoint(typed, "stage1", Options)
-
-
 @command
 def main(argv: Sequence[str]) -> dict[str, Any]:
     """Runs the command; returns what --json writes."""
     began = time.perf_counter()
     typed = parse_typed(Options, argv, "evaluate.py", __doc__)
-    file = open_latest(typed)
+    file = open_latest(typed, Options)
     stored = file_identity(file) | ({"cur_stage": file.stage} if file.stage else {})
     refuse_contradictions(typed, stored, str(file.path))
     flip_tta = file.metrics.get("flip_tta", False)

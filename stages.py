@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 import datasets
 from datasets import DATASETS, IMB_TYPES, INPUTS, NATURAL, SUBSETS, Batches, ImageSet, LongTailed, Shown
-from engine import Selection, TrainStats, evaluate, is_due
+from engine import Selection, TrainStats, evaluate, is_due, predict
 from models import BACKBONES, HEADS, STEMS, TIMM, Network, build_model, imagenet_weights, pick_stem, recognise
 from utils import checkpoints
-from utils.checkpoints import IDENTITY, SELECT, STAGES, Checkpoint
+from utils.checkpoints import IDENTITY, SELECT, STAGES, Checkpoint, NoCheckpoint
 from utils.files import require_writable
-from utils.metrics import GROUPS, Report, per_class_csv, per_class_rows, percent
+from utils.metrics import GROUPS, Report, fit_temperature, per_class_csv, per_class_rows, percent
 from utils.options import (
     Choice,
     Flag,
@@ -295,6 +295,16 @@ def open_checkpoint(typed: Mapping[str, Any], stage: str, cls: type[DataOptions]
     return dataclasses.replace(file, network=network, stem=stem, num_classes=num_classes, in_channels=in_channels)
 
 
+def open_latest(typed: Mapping[str, Any], cls: type[DataOptions]) -> Checkpoint:
+    """The file of --cur_stage; without it stage 2's default file or, where there is none, stage 1's."""
+    if "cur_stage" in typed or "pretrained_pth" in typed:
+        return open_checkpoint(typed, typed.get("cur_stage", "stage2"), cls)
+    try:
+        return open_checkpoint(typed, "stage2", cls)
+    except NoCheckpoint:
+        return open_checkpoint(typed, "stage1", cls)
+
+
 def _own_name(file: Checkpoint) -> Path:
     """The default path of a checkpoint, by what it says of itself."""
     data = file.data
@@ -450,7 +460,7 @@ def finish(
         data={key: getattr(options, key) for key in IDENTITY}
         | {
             "name": data_name(options),
-            "image_size": data.train.side if data.spec.photos else None,
+            "image_size": data.train.side,
             "stem": stem,
             "class_names": data.class_names,
             "class_counts": data.class_counts,
@@ -466,6 +476,9 @@ def finish(
         head=head,
         stem=stem,
     )
+    if data.val is not None:
+        held_out = predict(built(file).to(device), eval_batches(data, data.val, device), options.flip_tta)
+        file.metrics["temperature"] = fit_temperature(*held_out)
     file.save(run.folder / "checkpoint.pt")
     rows = per_class_rows(selection.test, data.class_names, data.class_counts)
     (run.folder / "per_class.csv").write_text(per_class_csv(rows))

@@ -163,7 +163,7 @@ def read_files(kind: str, data_dir: str, shown: Shown) -> Source:
         return _with_statistics(source, shown)
     sets = {}
     for split, files in manifest.splits.items():
-        images = torch.stack([_square(read_image(Path(manifest.root, path)), side) for path in files.paths])
+        images = torch.stack([square(read_image(Path(manifest.root, path)), side) for path in files.paths])
         sets[split] = ImageSet.of(images, files.labels)
     return _in_memory(sets, manifest.class_names, shown)
 
@@ -232,7 +232,7 @@ def read_npz(data_dir: str, shown: Shown) -> Source:
         labels = torch.tensor([place[name] for name in listing[split][1]])
         if side <= SMALL_SIDE:
             tensor = torch.from_numpy(images).permute(0, 3, 1, 2)
-            sets[split] = ImageSet.of(tensor if side == own else _square(tensor, side), labels)
+            sets[split] = ImageSet.of(tensor if side == own else square(tensor, side), labels)
         else:
             images = np.repeat(images, 3, axis=3) if images.shape[3] == 1 else images
             sizes = torch.tensor(images.shape[1:3], dtype=torch.int32).expand(len(images), 2)
@@ -278,7 +278,7 @@ def _sample(photos: Photos) -> Tensor:
     return torch.cat(list(views)).permute(0, 3, 1, 2)
 
 
-def _square(images: Tensor, side: int) -> Tensor:
+def square(images: Tensor, side: int) -> Tensor:
     """Images (..., H, W) uint8 with the shorter side scaled to ``side``, and the centre of that: (..., side, side)."""
     if images.shape[-2:] == (side, side):
         return images

@@ -107,6 +107,17 @@ class ResizedCrop:
         return pixels
 
 
+def resized(size: int) -> int:
+    """The length that a test image's shorter side is scaled to before its centre is cut out: 256 for 224."""
+    return round(size * 256 / 224)
+
+
+def centre(image: Tensor, size: int) -> Tensor:
+    """A test image as networks see it: (3, H, W) uint8 -> (3, size, size)."""
+    view: Tensor = F.center_crop(F.resize(image, [resized(size)], antialias=True), [size, size])
+    return view
+
+
 class Photos:
     """Images that are decoded when they are wanted, and how they are shown: N images, ``photos[positions]`` of them.
 
@@ -114,7 +125,7 @@ class Photos:
         root, paths: the files, relative to a folder; no paths where there is only a store.
         sizes: (N, 2) int32, height and width of each.
         size: side of the square that networks see.
-        resize: length that a test image's shorter side is scaled to before its centre is cut out.
+        resize: see :func:`resized`.
         store: decoded pixels (M, S, S, 3) uint8, each image squashed into a square; None to read the files.
         rows: (N,) rows of ``store``.
         how: one of ``INPUTS``.
@@ -135,7 +146,7 @@ class Photos:
         rows: Tensor | None = None,
     ) -> None:
         self.root, self.paths, self.sizes = root, paths, sizes
-        self.size, self.resize = size, round(size * 256 / 224)
+        self.size, self.resize = size, resized(size)
         self.store, self.how, self.workers = store, how, workers
         self.rows = torch.arange(len(sizes)) if rows is None else rows
 
@@ -164,7 +175,7 @@ class Photos:
                 digest.update(np.ascontiguousarray(self.store).data)
         return digest.hexdigest()
 
-    def centre(self, index: Tensor) -> Tensor:
+    def centres(self, index: Tensor) -> Tensor:
         """The boxes (B, 4) float, top, left, height, width, of test images: the centre, in the image's own pixels."""
         sizes = self.sizes[index].double()
         side = sizes.amin(dim=1, keepdim=True) * (self.size / self.resize)
@@ -187,8 +198,7 @@ class Photos:
     def cut(self, image: Tensor, box: Sequence[float] | None) -> Tensor:
         """A crop (3, size, size) of an image (3, H, W) on any device; ``box`` as in :meth:`show`."""
         if box is None:
-            centre: Tensor = F.center_crop(F.resize(image, [self.resize], antialias=True), [self.size, self.size])
-            return centre
+            return centre(image, self.size)
         top, left, height, width = (round(side) for side in box)
         shape, out = (max(height, 1), max(width, 1)), [self.size, self.size]
         crop: Tensor = F.resized_crop(image, top, left, *shape, out, antialias=True)
@@ -226,7 +236,7 @@ def boxes_of(photos: Photos, augment: ResizedCrop | None, index: Tensor, chances
     if augment is not None and chances is not None:
         boxes = augment.boxes(chances, photos.sizes[index])
         return boxes if photos.store is None else photos.in_store(boxes, index)
-    return None if photos.store is None else photos.in_store(photos.centre(index), index)
+    return None if photos.store is None else photos.in_store(photos.centres(index), index)
 
 
 class Crops:

@@ -5,7 +5,7 @@ import ast
 import pytest
 from conftest import ROOT
 
-SCRIPTS = {"main_stage1", "main_stage2", "evaluate", "compare"}
+SCRIPTS = {"main_stage1", "main_stage2", "evaluate", "compare", "predict"}
 FAMILIES = {"datasets", "models", "losses"}
 MAY_IMPORT = {
     "utils": {"utils"},

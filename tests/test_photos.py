@@ -117,9 +117,7 @@ def test_test_images_are_scaled_and_cut_as_published(folder: Path) -> None:
 
 def test_scaling_as_matrix_products_is_torchvisions() -> None:
     images = torch.stack([torch.from_numpy(np.array(picture(64, 64, k))) for k in range(6)])
-    boxes = torch.tensor(
-        [[0, 0, 64, 64], [3, 5, 20, 31], [10, 0, 54, 40], [0, 20, 5, 7], [8, 8, 48, 48], [1, 2, 60, 9]]
-    )
+    boxes = [[0, 0, 64, 64], [3, 5, 20, 31], [10, 0, 54, 40], [0, 20, 5, 7], [8, 8, 48, 48], [1, 2, 60, 9]]
     flip = torch.tensor([False, True, False, True, True, False])
     ours = resample(images, torch.tensor(boxes), flip, 32)
     for image, box, mirrored, mine in zip(images, boxes, flip, ours):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from torch import Tensor
 
 from utils.metrics import GROUPS, Report, percent
 
@@ -164,4 +166,22 @@ def class_profiles(
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(len(profiles), 6), fontsize="small")
     figure.suptitle(title)
+    figure.savefig(path)
+
+
+def contact_sheet(images: Sequence[tuple[Tensor, str]], path: Path) -> None:
+    """Images (c, H, W) uint8 in rows, each above its words.
+
+    Args:
+        images: what to draw and to write.
+        path: PNG to write.
+    """
+    columns = min(8, max(1, math.ceil(math.sqrt(len(images)))))
+    rows = max(1, -(-len(images) // columns))
+    figure = _figure(1.6 * columns, 2.0 * rows)
+    for axes in figure.subplots(rows, columns, squeeze=False).flat:
+        axes.axis("off")
+    for axes, (image, words) in zip(figure.axes, images):
+        axes.imshow(image.permute(1, 2, 0).expand(-1, -1, 3).numpy())
+        axes.set_title("\n".join(textwrap.shorten(line, 22, placeholder="…") for line in words.split("\n")), fontsize=7)
     figure.savefig(path)

@@ -1,0 +1,202 @@
+"""Predicts the classes of images with a checkpoint: top-k names and probabilities, as text, CSV, JSON or a figure.
+
+    python predict.py IMAGE_OR_FOLDER --pretrained_pth FILE
+    python predict.py photos/ --pretrained_pth FILE --top_k 3 --csv top3.csv --json top3.json --plot sheet.png
+
+The file says how images are scaled and normalised and what its classes are called. Where it has held-out images, its
+probabilities are those of temperature scaling (Guo et al., ICML 2017): softmax(z / T), with T fitted on them.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from torchvision.models import ResNet50_Weights
+from torchvision.transforms.v2 import functional as F
+
+from datasets import DATASETS
+from datasets.files import EXTENSIONS, read_image
+from datasets.own import SMALL_SIDE, square
+from datasets.photos import centre
+from engine import for_evaluation
+from stages import DataOptions, built, open_latest
+from utils.checkpoints import Checkpoint
+from utils.files import atomic, require_target
+from utils.options import Choice, Flag, Number, Text, UsageError, command, option, parse_typed
+from utils.plots import contact_sheet
+from utils.system import available_cpus, pick_device
+
+#: Images on a contact sheet, at most.
+SHOWN = 48
+
+
+@dataclass(frozen=True)
+class Options(DataOptions):
+    """predict.py's own options; those of every command, which choose the file where none is named, are in stages.py."""
+
+    pretrained_pth: str | None = option(None, Text(), "the checkpoint; without it, the one left by default")
+    cur_stage: str | None = option(None, Choice(("stage1", "stage2")), "which stage's file; without it, the latest")
+    top_k: int = option(5, Number(int, 1, 1000), "classes to name for each image")
+    temperature: float | None = option(
+        None, Number(float, 0, 1000, above=True), "divides the logits; if not given, the file's, or 1 where it has none"
+    )
+    flip_tta: bool | None = option(None, Flag(), "average the logits of an image and its mirror; None: as stored")
+    batch_size: int = option(64, Number(int, 1, 10_000), "images per step")
+    csv: str | None = option(None, Text("a file to write"), "write a row for each image and rank")
+    json: str | None = option(None, Text("a file to write"), "write the same as JSON")
+    plot: str | None = option(None, Text("a file to write"), f"draw up to {SHOWN} images with their predictions, a PNG")
+
+
+@command
+def main(argv: Sequence[str]) -> list[dict[str, Any]]:
+    """Runs the command; returns what --json writes."""
+    place, flags = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else (None, argv)
+    typed = parse_typed(Options, flags, "predict.py IMAGE_OR_FOLDER", __doc__)
+    if place is None:
+        raise UsageError("predict.py: IMAGE_OR_FOLDER, which comes first, is missing", "an image, or a folder of some")
+    options = Options(**typed)
+    for flag in ("csv", "json", "plot"):
+        if getattr(options, flag) is not None:
+            require_target(f"--{flag}", getattr(options, flag))
+    paths = images_in(Path(place))
+    file = open_latest(typed, Options)
+    device = pick_device(options.device, options.gpu, options.threads)
+    model, view, names = for_evaluation(built(file).to(device)), View(file, options), class_names(file)
+    if options.temperature is None and not file.metrics.get("temperature"):
+        print(f"{file.path} has no held-out images that a temperature was fitted on: probabilities are as trained")
+    temperature = options.temperature or file.metrics.get("temperature") or 1.0
+    flip = file.metrics.get("flip_tta", False) if options.flip_tta is None else options.flip_tta
+
+    def forward(images: Sequence[Tensor]) -> Tensor:
+        return probabilities(model, view.normalised(images).to(device), temperature, flip)
+
+    found: list[dict[str, Any]] = []
+    shown: list[tuple[Tensor, str]] = []
+    for path, image, row in predictions(paths, view, forward, options.batch_size, options.workers):
+        if isinstance(image, UsageError):
+            found.append({"path": str(path), "error": image.parts[0], "top": []})
+            continue
+        values, classes = row.topk(min(options.top_k, len(row)))
+        top = [
+            {"class": number, "name": names[number], "probability": value}
+            for number, value in zip(classes.tolist(), values.tolist())
+        ]
+        found.append({"path": str(path), "error": None, "top": top})
+        if options.plot and len(shown) < SHOWN:
+            shown.append((image, f"{top[0]['name']}\n{100 * top[0]['probability']:.0f} %"))
+
+    for each in found:
+        words = ", ".join(f"{top['name']} {100 * top['probability']:.2f} %" for top in each["top"])
+        print(each["error"] or f"{each['path']}: {words}")
+    print(f"{file.path}: temperature {temperature:.3g}, flip averaging {'on' if flip else 'off'}")
+    write(found, shown, options)
+    return found
+
+
+class View:
+    """How the network of a checkpoint is shown an image: its size, its channels, its normalisation."""
+
+    def __init__(self, file: Checkpoint, options: Options) -> None:
+        spec = DATASETS[file.data.get("dataset", options.dataset)]
+        usual = 224 if file.stem == "imagenet" else 8 if spec.name == "digits" else 32
+        self.side, self.channels = options.image_size or file.data.get("image_size") or usual, file.in_channels
+        mean, std = (file.data.get(name) or getattr(options, name) or getattr(spec, name) for name in ("mean", "std"))
+        if len(mean) != self.channels or len(std) != self.channels:
+            raise UsageError(
+                f"{file.path} does not say how pixels are normalised", "--dataset NAME, or --mean and --std"
+            )
+        self.mean, self.std = list(mean), list(std)
+
+    def of(self, path: Path) -> Tensor | UsageError:
+        """The pixels (c, side, side) uint8 of a file, or why there are none."""
+        try:
+            image = read_image(path)
+        except UsageError as error:
+            return error
+        image = image if self.channels == 3 else F.rgb_to_grayscale(image)
+        view: Tensor = square(image, self.side) if self.side <= SMALL_SIDE else centre(image, self.side)
+        return view
+
+    def normalised(self, images: Sequence[Tensor]) -> Tensor:
+        """What the network takes: (B, c, side, side) float."""
+        pixels: Tensor = F.normalize(torch.stack(list(images)).float() / 255, self.mean, self.std)
+        return pixels.contiguous(memory_format=torch.channels_last)
+
+
+Prediction = tuple[Path, Tensor | UsageError, Tensor]
+
+
+def predictions(
+    paths: Sequence[Path], view: View, forward: Callable[[Sequence[Tensor]], Tensor], batch_size: int, workers: int
+) -> Iterator[Prediction]:
+    """(path, its pixels or why there are none, what ``forward`` makes of them) of every image, in order."""
+    with ThreadPoolExecutor(max(1, min(workers, available_cpus()))) as pool:
+        for start in range(0, len(paths), batch_size):
+            chunk = paths[start : start + batch_size]
+            images = list(pool.map(view.of, chunk))
+            good = [image for image in images if isinstance(image, Tensor)]
+            rows = iter(forward(good) if good else ())
+            for path, image in zip(chunk, images):
+                yield path, image, next(rows) if isinstance(image, Tensor) else torch.empty(0)
+
+
+@torch.inference_mode()
+def probabilities(model: nn.Module, images: Tensor, temperature: float, flip: bool) -> Tensor:
+    """softmax(z / T) of images (B, c, H, W), of the mean logits of image and mirror image with ``flip``: (B, C)."""
+    logits = model(images)
+    if flip:
+        logits = (logits + model(images.flip(dims=(3,)))) / 2
+    rows: Tensor = (logits / temperature).softmax(dim=1).cpu()
+    return rows
+
+
+def images_in(place: Path) -> list[Path]:
+    """The image itself, or all images of a folder and those inside it, in the order of their paths."""
+    if place.is_file():
+        return [place]
+    if not place.is_dir():
+        raise UsageError(f"predict.py {place}: there is no such file or folder", "an image, or a folder of some")
+    paths = sorted(path for path in place.rglob("*") if path.suffix.lower() in EXTENSIONS and path.is_file())
+    if not paths:
+        raise UsageError(f"predict.py {place}: there is no image in it", f"files of {', '.join(EXTENSIONS)}")
+    return paths
+
+
+def class_names(file: Checkpoint) -> list[str]:
+    """What the checkpoint calls its classes; of other programs' files ImageNet's names for 1000, else numbers."""
+    if file.data:
+        return [str(name) for name in file.data["class_names"]]
+    if file.num_classes == 1000:
+        return list(ResNet50_Weights.IMAGENET1K_V1.meta["categories"])
+    return [str(number) for number in range(file.num_classes)]
+
+
+def write(found: Sequence[dict[str, Any]], shown: Sequence[tuple[Tensor, str]], options: Options) -> None:
+    """Writes what was asked for."""
+    if options.json is not None:
+        with atomic(options.json) as path:
+            path.write_text(json.dumps(found, indent=1) + "\n")
+    if options.csv is not None:
+        rows = [
+            {"path": each["path"], "rank": rank, **top}
+            for each in found
+            for rank, top in enumerate(each["top"], start=1)
+        ]
+        table = pd.DataFrame(rows, columns=["path", "rank", "class", "name", "probability"])
+        with atomic(options.csv) as path:
+            path.write_text(str(table.to_csv(index=False)))
+    if options.plot is not None:
+        contact_sheet(shown, Path(options.plot))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
