@@ -10,6 +10,7 @@ Lists are looked for in DATA_DIR/DATASET and in --root.
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 import time
@@ -158,7 +159,7 @@ def main(argv: Sequence[str]) -> Manifest:
     if options.root is None or not Path(options.root).is_dir():
         problem = "--root is missing" if options.root is None else f"--root {options.root} is no folder"
         raise UsageError(problem, f"the folder with the images of {name}. {reader.needs}")
-    root, folder = Path(options.root).absolute(), Path(options.data_dir, name)
+    root, folder = Path(os.path.abspath(options.root)), Path(options.data_dir, name)
     require_writable("--data_dir", folder)
     torch.set_num_threads(1)  # the workers are the parallelism
 

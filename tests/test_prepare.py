@@ -174,6 +174,7 @@ def test_mistakes_in_lists_are_named(workdir: Path, capsys) -> None:
         text + "train/airfield/x.jpg -1\n": "-1",
         text + "train/airfield/00000000.jpg 3\n": "label 3",
         text + "train/beach/00000000.jpg 3\n": "label 3",
+        text + "train/airfield/00000000.jpg 4\n": "label 4",
         text + "train/beach/00000000.jpg 5\n": "no image of class 4",
         first + "\n": "class 1 of places_lt has no training image",
         text.replace("train/", "Places/train/"): "begin with train or val",
@@ -230,8 +231,15 @@ def test_a_second_run_ends_at_once(workdir: Path, capsys, monkeypatch: pytest.Mo
 
 
 def test_pixels_of_other_files_are_removed(workdir: Path) -> None:
+    root = make_places_lt(workdir / "two")
     run("places_lt", make_places_lt(workdir / "one"), "--cache", "16")
-    run("places_lt", make_places_lt(workdir / "two"))
+    run("places_lt", root)
+    assert [path.name for path in Path("data/places_lt").iterdir()] == ["manifest.npz"]
+    run("places_lt", root, "--cache", "16")
+    list_file = root / "Places_LT_train.txt"
+    lines = list_file.read_text().splitlines()
+    list_file.write_text("\n".join(lines[1:]))
+    assert len(run("places_lt", root).splits["train"].paths) == len(lines) - 1
     assert [path.name for path in Path("data/places_lt").iterdir()] == ["manifest.npz"]
 
 
@@ -249,6 +257,7 @@ def test_the_cache_holds_every_image_squashed(workdir: Path, monkeypatch: pytest
     root = make_imagenet_lt(workdir / "photos")
     reads: list[Path] = []
     monkeypatch.setattr(scan, "read_image", lambda path: (reads.append(path), read_image(path))[1])
+    monkeypatch.setattr(scan, "TURN", 5)
     made = run("imagenet_lt", root, "--cache", "20")
     assert len(reads) == sum(len(files.paths) for files in made.splits.values())  # one pass
     for split, files in made.splits.items():
