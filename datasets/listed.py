@@ -42,7 +42,8 @@ def photos_of(manifest: Manifest, shown: Shown, home: Path) -> Source:
         if shown.how == "cache":
             found = sorted(home.glob(f"{split}_*.npy"), key=lambda path: int(path.stem.rpartition("_")[2]))
             if not found:
-                again = f"python -m datasets.prepare {manifest.name} --root {manifest.root} --cache 256"
+                root = manifest.about.get("source", manifest.root)
+                again = f"python -m datasets.prepare {manifest.name} --root {root} --cache 256"
                 raise UsageError(
                     f"--input cache: there is no {home}/{split}_256.npy", f"--input files; or first: {again}"
                 )

@@ -22,11 +22,12 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
 from datasets.batches import Augment
-from datasets.files import EXTENSIONS, Files, Manifest, read_image
+from datasets.checked import check_all
+from datasets.files import EXTENSIONS, Listing, Manifest, read_image
 from datasets.listed import PHOTO_SIDE, photos_of
 from datasets.photos import Crops, Photos
-from datasets.scan import check_files
 from datasets.spec import ImageSet, Recipe, Shown, Source
+from utils.files import require_writable
 from utils.options import UsageError
 from utils.system import available_cpus
 
@@ -42,8 +43,8 @@ LAYOUTS = {
     "npz": "an .npz with train_images, train_labels, test_images, test_labels (uint8, (N, H, W) or (N, H, W, 3))",
 }
 
-#: What a listing finds: {split: (paths relative to the root, labels as names)}.
-Listing = Mapping[str, tuple[list[str], list[str]]]
+#: What is found: {split: (paths relative to the root, names of their classes)}.
+Named = Mapping[str, tuple[list[str], list[str]]]
 ON_SMALL: Recipe = {"network": "resnet32", "epochs": 200, "lr": 0.1, "batch_size": 128, "wd": 5e-4}
 ON_PHOTOS: Recipe = {
     "network": "resnet50",
@@ -77,7 +78,7 @@ def natural_side(kind: str, data_dir: str) -> int:
     return side if side <= SMALL_SIDE else PHOTO_SIDE
 
 
-def list_images(kind: str, data_dir: str) -> tuple[Path, Listing]:
+def list_images(kind: str, data_dir: str) -> tuple[Path, Named]:
     """The root and the images of a folder or a CSV, split by split, in the order of their paths or lines.
 
     Raises:
@@ -92,7 +93,7 @@ def list_images(kind: str, data_dir: str) -> tuple[Path, Listing]:
     return root, listing
 
 
-def _list_folder(data_dir: str) -> tuple[Path, Listing]:
+def _list_folder(data_dir: str) -> tuple[Path, Named]:
     root = Path(data_dir)
     if not (root / "train").is_dir():
         raise UsageError(f"--data_dir {data_dir}: no folder {root / 'train'}", LAYOUTS["folder"])
@@ -112,7 +113,7 @@ def _list_folder(data_dir: str) -> tuple[Path, Listing]:
     return root, listing
 
 
-def _list_csv(data_dir: str) -> tuple[Path, Listing]:
+def _list_csv(data_dir: str) -> tuple[Path, Named]:
     place = Path(data_dir)
     files = [(place, None)] if place.is_file() else [(place / f"{split}.csv", split) for split in SPLITS]
     listing: dict[str, tuple[list[str], list[str]]] = {}
@@ -138,7 +139,7 @@ def _list_csv(data_dir: str) -> tuple[Path, Listing]:
     return (place.parent if place.is_file() else place), listing
 
 
-def class_names_of(listing: Listing) -> list[str]:
+def class_names_of(listing: Named) -> list[str]:
     """The classes of the training images, whole numbers in their order, other names in that of the alphabet.
 
     Raises:
@@ -159,8 +160,10 @@ def read_files(kind: str, data_dir: str, shown: Shown) -> Source:
     manifest = manifest_of(kind, data_dir, shown.workers)
     side = shown.image_size or natural_side(kind, data_dir)
     if side > SMALL_SIDE:
-        source = photos_of(manifest, replace(shown, image_size=side), home_of(manifest))
+        source = photos_of(manifest, replace(shown, image_size=side), Path(manifest.about["home"]))
         return _with_statistics(source, shown)
+    if shown.how != "files":
+        raise UsageError(f"--input {shown.how}: images of {side} pixels are held in memory", "files")
     sets = {}
     for split, files in manifest.splits.items():
         images = torch.stack([square(read_image(Path(manifest.root, path)), side) for path in files.paths])
@@ -170,34 +173,28 @@ def read_files(kind: str, data_dir: str, shown: Shown) -> Source:
 
 def manifest_of(kind: str, data_dir: str, workers: int) -> Manifest:
     """What is known of the files: from an earlier check of the very same ones, else all are decoded now."""
-    root, listing = list_images(kind, data_dir)
-    names = class_names_of(listing)
-    stamps = []
-    for paths, labels in listing.values():
+    root, home, listing = listing_of(kind, data_dir)
+    known = Manifest.load(home / "manifest.npz")
+    return known or check_all(kind, root, home, listing, max(1, min(workers, available_cpus())))
+
+
+def listing_of(kind: str, data_dir: str) -> tuple[Path, Path, Listing]:
+    """The root of the files, the folder for what is found of them, which changes with them, and the files."""
+    root, found = list_images(kind, data_dir)
+    names = class_names_of(found)
+    place = {name: number for number, name in enumerate(names)}
+    splits, origins, stamps = {}, {}, [str(root.resolve())]
+    for split, (paths, labels) in found.items():
+        splits[split], origins[split] = (paths, torch.tensor([place[label] for label in labels])), data_dir
         for path, label in zip(paths, labels):
             try:
-                found = (root / path).stat()
+                status = (root / path).stat()
             except OSError as error:
                 raise UsageError(f"image {root / path}: {error.strerror}", "files that are there") from None
-            stamps.append(f"{path} {label} {found.st_size} {found.st_mtime_ns}")
-    fingerprint = hashlib.sha256("\n".join([str(root.resolve()), *stamps]).encode()).hexdigest()[:16]
-    target = CACHE / fingerprint / "manifest.npz"
-    manifest = Manifest.load(target)
-    if manifest is None:
-        place = {name: number for number, name in enumerate(names)}
-        splits = {}
-        for split, (paths, labels) in listing.items():
-            sizes = check_files(root, paths, max(1, min(workers, available_cpus())))
-            splits[split] = Files(paths, torch.tensor([place[label] for label in labels]), sizes)
-        manifest = Manifest(kind, str(root.resolve()), splits, names, {"fingerprint": fingerprint})
-        target.parent.mkdir(parents=True, exist_ok=True)
-        manifest.save(target)
-    return manifest
-
-
-def home_of(manifest: Manifest) -> Path:
-    """The folder of a manifest of :func:`manifest_of`, where its decoded pixels lie too."""
-    return CACHE / str(manifest.about["fingerprint"])
+            stamps.append(f"{split} {path} {label} {status.st_size} {status.st_mtime_ns}")
+    home = CACHE / hashlib.sha256("\n".join(stamps).encode()).hexdigest()[:16]
+    require_writable("the folder", home)
+    return root.resolve(), home, Listing(splits, names, origins, {"source": data_dir, "home": str(home)})
 
 
 def read_npz(data_dir: str, shown: Shown) -> Source:
@@ -207,6 +204,8 @@ def read_npz(data_dir: str, shown: Shown) -> Source:
         UsageError: an array is missing or of another kind.
     """
     path = _only(data_dir, ".npz", "npz")
+    if shown.how != "files":
+        raise UsageError(f"--input {shown.how}: {path} is held in memory", "files")
     sets: dict[str, ImageSet] = {}
     with np.load(path) as arrays:
         listing: dict[str, tuple[list[str], list[str]]] = {}
