@@ -136,7 +136,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
 
     method = f" {file.options['method']}" if "method" in file.options else ""
     seed = file.options.get("seed", "unknown")
-    print(f"{file.path}: {file.stage or 'bare state dict'}{method}, {file.network}, seed {seed}")
+    print(f"{file.path}: {file.stage or 'of another program'}{method}, {file.network}, seed {seed}")
     print(f"{data.describe()}, {options.imb_type} ratio {options.imb_ratio}, subset {options.subset}\n")
     print(table(report) + "\n")
     print(f"worst class {percent(report['worst_class'])}, harmonic mean {percent(report['harmonic_mean'])}, ", end="")

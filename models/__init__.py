@@ -21,7 +21,7 @@ def build_model(network: str, num_classes: int, in_channels: int = 3, head: str 
     return model
 
 
-def recognise(state_dict: Mapping[str, Tensor]) -> tuple[str, int, int] | None:
+def recognise(state_dict: Mapping[str, Tensor], head: str = "linear") -> tuple[str, int, int] | None:
     """(network, number of classes, input channels) of the network whose names and shapes these are, or None."""
     try:
         num_classes, in_channels = len(state_dict["fc.weight"]), state_dict["conv1.weight"].shape[1]
@@ -30,7 +30,7 @@ def recognise(state_dict: Mapping[str, Tensor]) -> tuple[str, int, int] | None:
     shapes = {name: tensor.shape for name, tensor in state_dict.items()}
     for network in BACKBONES:
         with torch.device("meta"):
-            candidate = build_model(network, num_classes, in_channels).state_dict()
+            candidate = build_model(network, num_classes, in_channels, head).state_dict()
         if {name: tensor.shape for name, tensor in candidate.items()} == shapes:
             return network, num_classes, in_channels
     return None
