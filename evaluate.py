@@ -133,7 +133,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
 
     method = f" {file.options['method']}" if "method" in file.options else ""
     seed = file.options.get("seed", "unknown")
-    print(f"{file.path}: {file.stage or 'bare state dict'}{method}, {file.network}, seed {seed}")
+    print(f"{file.path}: {file.stage or 'of another program'}{method}, {file.network}, seed {seed}")
     made = f", {options.imb_type} ratio {options.imb_ratio}, subset {options.subset}"
     print(f"{data.describe()}{'' if options.imb_ratio == NATURAL else made}\n")
     print(table(report) + "\n")

@@ -15,6 +15,7 @@ import datasets
 from datasets import DATASETS, IMB_TYPES, INPUTS, NATURAL, SUBSETS, Batches, ImageSet, LongTailed, Shown
 from engine import Selection, TrainStats, evaluate, is_due, predict
 from models import BACKBONES, HEADS, STEMS, TIMM, Network, build_model, imagenet_weights, pick_stem, recognise
+from models.foreign import translate
 from utils import checkpoints
 from utils.checkpoints import IDENTITY, SELECT, STAGES, Checkpoint, NoCheckpoint
 from utils.files import require_writable
@@ -181,7 +182,7 @@ def recipe_layers(dataset: str, known: Mapping[str, Any]) -> dict[str, Mapping[s
 
 
 def file_identity(file: Checkpoint) -> dict[str, Any]:
-    """The data set, subset and network that a checkpoint states; a bare state dict states its network alone."""
+    """The data set, subset and network that a checkpoint states; another program's states its network alone."""
     own = ("mean", "std") if file.data and DATASETS[file.data["dataset"]].own else ()
     stated = {key: file.data[key] for key in IDENTITY if key in file.data}
     return {"network": file.network, "stem": file.stem} | stated | {key: tuple(file.data[key]) for key in own}
@@ -286,13 +287,26 @@ def open_checkpoint(typed: Mapping[str, Any], stage: str, cls: type[DataOptions]
         if "pretrained_pth" not in typed and path.name != _own_name(file).name:
             raise UsageError(f"{path} holds what belongs at {_own_name(file)}", "--pretrained_pth, if it is meant")
         return file
-    known = recognise(file.model)
-    if known is None:
+    found = translate(file.foreign, str(path))
+    known = None if found is None else recognise(found.model, found.head)
+    if found is None or known is None:
+        named = "" if found is None else f", {found.known_as}, of no network known here"
         raise UsageError(
-            f"{path} is a state dict of no network known here", f"names and shapes of one of {', '.join(BACKBONES)}"
+            f"{path} is a checkpoint of another program{named}",
+            f"names and shapes of one of {', '.join(BACKBONES)}; {checkpoints.listing()}",
         )
+    print(f"{path}: {found.known_as}")
     network, stem, num_classes, in_channels = known
-    return dataclasses.replace(file, network=network, stem=stem, num_classes=num_classes, in_channels=in_channels)
+    return dataclasses.replace(
+        file,
+        network=network,
+        stem=stem,
+        num_classes=num_classes,
+        in_channels=in_channels,
+        model=found.model,
+        head=found.head,
+        foreign={},
+    )
 
 
 def open_latest(typed: Mapping[str, Any], cls: type[DataOptions]) -> Checkpoint:

@@ -71,7 +71,7 @@ def build_model(
     return model
 
 
-def recognise(state_dict: Mapping[str, Tensor]) -> tuple[str, str, int, int] | None:
+def recognise(state_dict: Mapping[str, Tensor], head: str = "linear") -> tuple[str, str, int, int] | None:
     """(network, stem, number of classes, input channels) of the network whose names and shapes these are, or None."""
     try:
         num_classes, in_channels = len(state_dict["fc.weight"]), state_dict["conv1.weight"].shape[1]
@@ -81,7 +81,7 @@ def recognise(state_dict: Mapping[str, Tensor]) -> tuple[str, str, int, int] | N
     for network, makers in BACKBONES.items():
         for stem in makers:
             with torch.device("meta"):
-                candidate = build_model(network, num_classes, in_channels, stem=stem).state_dict()
+                candidate = build_model(network, num_classes, in_channels, head, stem).state_dict()
             if {name: tensor.shape for name, tensor in candidate.items()} == shapes:
                 return network, stem, num_classes, in_channels
     return None

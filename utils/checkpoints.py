@@ -12,7 +12,9 @@ import hashlib
 import io
 import pickle
 import re
+import shlex
 import shutil
+import warnings
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -52,10 +54,10 @@ class Checkpoint:
     """A finished stage.
 
     Attributes:
-        stage: "stage1" or "stage2"; None for a bare state dict.
+        stage: "stage1" or "stage2"; None for a file of another program.
         network, stem, num_classes, in_channels, head: what to build.
         model: its state dict, on the CPU.
-        options: every option of the run that made it ({} for a bare state dict).
+        options: every option of the run that made it ({} for a file of another program).
         data: dataset, imb_type, imb_ratio, subset, subset_seed, class_names (C,), class_counts (C,), mean, std and
             val_indices (positions in the source file of the images the backbone never saw); name, which is the data
             set's, and of data of one's own its folder's too.
@@ -63,6 +65,7 @@ class Checkpoint:
         parent: None, or what :func:`describe_parent` gives of the file that training began from.
         provenance: see :func:`utils.system.provenance`.
         path, sha256: the file it was read from and the hash of what was read; not stored.
+        foreign: what a file of another program holds, in place of everything above; not stored.
     """
 
     stage: str | None
@@ -79,6 +82,7 @@ class Checkpoint:
     stem: str = "small"
     path: Path | None = None
     sha256: str | None = None
+    foreign: Mapping[Any, Any] = field(default_factory=dict)
 
     def save(self, path: str | Path) -> None:
         """Writes the file, whole or not at all."""
@@ -89,7 +93,7 @@ class Checkpoint:
             temporary.write_bytes(buffer.getbuffer())
 
 
-_STORED = tuple(f.name for f in dataclasses.fields(Checkpoint) if f.name not in ("path", "sha256"))
+_STORED = tuple(f.name for f in dataclasses.fields(Checkpoint) if f.name not in ("path", "sha256", "foreign"))
 #: What a file must hold under a field or, after a dot, inside it.
 _TYPES: dict[str, type | tuple[type, ...]] = {
     "format": int,
@@ -123,6 +127,30 @@ _TYPES: dict[str, type | tuple[type, ...]] = {
 }
 
 
+class _Dropped:
+    """Stands in for an object that is no weight: takes anything, keeps nothing."""
+
+    def __init__(self, *anything: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+#: Plain data that other programs store beside their weights (accuracies, arguments). None of it is built: where a file
+#: names one of these, the stand-in is called in its place.
+_PLAIN = (
+    *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
+    *("numpy.dtype", "numpy.ndarray", "argparse.Namespace"),
+)
+#: Keeps the tensors of whatever a file holds; for the user to run, where the classes in the file can be imported.
+_CONVERT = (
+    "import sys, torch; t = lambda x: t(x.state_dict()) if hasattr(x, 'state_dict') else "
+    "{k: t(v) for k, v in x.items()} if isinstance(x, dict) else x if isinstance(x, torch.Tensor) else None; "
+    "torch.save(t(torch.load(sys.argv[1], map_location='cpu', weights_only=False)), sys.argv[2])"
+)
+
+
 class NoCheckpoint(UsageError):
     """No file at a default path."""
 
@@ -136,7 +164,8 @@ def default_path(data: str, imb_type: str, imb_ratio: float | str, network: str,
     return FOLDER / f"{data}_{ratio}_{network.replace(':', '-')}_{stage}.pt"
 
 
-def _listing() -> str:
+def listing() -> str:
+    """What else could be read: the files of ``FOLDER``."""
     files = sorted(str(path) for path in FOLDER.glob("*.pt") if path.is_file())
     return f"another file; there are {', '.join(files)}" if files else f"another file; there are none in {FOLDER}/"
 
@@ -167,52 +196,60 @@ def find(
     flags += "" if isinstance(imb_ratio, str) else f" --imb_ratio {imb_ratio}"
     raise NoCheckpoint(
         f"no checkpoint {wanted}",
-        f"--pretrained_pth with {_listing()}; or first: python main_{stage}.py{flags} --cur_stage {stage}",
+        f"--pretrained_pth with {listing()}; or first: python main_{stage}.py{flags} --cur_stage {stage}",
     )
 
 
 def read(path: str | Path) -> Checkpoint:
-    """The checkpoint in a file; of a bare state dict {name: tensor} only ``model``, path and hash are known.
+    """The checkpoint in a file; of another program's dict only ``foreign``, path and hash are known.
 
     Raises:
-        UsageError: missing, not a torch file, damaged, holding pickled code, of a newer format, of another program, or
-            with a field that cannot be right.
+        UsageError: missing, not a torch file, damaged, holding pickled code, of a newer format, no dict, or with a
+            field that is missing or cannot be right.
     """
     path = Path(path)
     try:
         blob = path.read_bytes()
     except OSError as error:
-        raise UsageError(f"no checkpoint {path} ({error.strerror})", _listing()) from None
+        raise UsageError(f"no checkpoint {path} ({error.strerror})", listing()) from None
+    file = io.BytesIO(blob)
+    is_zip = zipfile.is_zipfile(file)
     try:
-        file = io.BytesIO(blob)
-        if zipfile.is_zipfile(file) and zipfile.ZipFile(file).testzip() is not None:
+        if is_zip and zipfile.ZipFile(file).testzip() is not None:
             raise ValueError("a checksum of the archive does not match")
         file.seek(0)
-        content = torch.load(file, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(), torch.serialization.safe_globals([(_Dropped, name) for name in _PLAIN]):
+            warnings.simplefilter("ignore")  # of pickles that it then refuses
+            content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises nearly anything on a file that is damaged or not its own
-        if isinstance(error, pickle.UnpicklingError) and re.search("Unsupported (global|class)", str(error)):
+        is_pickle = isinstance(error, pickle.UnpicklingError)
+        if is_pickle and (is_zip or re.search("Unsupported (global|class)", str(error))):
+            source, target = path.resolve(), path.resolve().with_suffix(".tensors.pt")
             raise UsageError(
                 f"{path} holds pickled Python objects, which are not run here",
-                "a state dict: in the code that wrote the file, torch.save(model.state_dict(), ...)",
+                "tensors alone. If you trust the file, convert it in the folder of the program that wrote it: "
+                f'python -c "{_CONVERT}" {shlex.quote(str(source))} {shlex.quote(str(target))}',
             ) from None
-        raise UsageError(f"{path} is not a PyTorch checkpoint, or is damaged", _listing()) from None
-    source: dict[str, Any] = {"path": path, "sha256": hashlib.sha256(blob).hexdigest()}
-    if isinstance(content, Mapping) and content and all(isinstance(v, Tensor) for v in content.values()):
-        return Checkpoint(None, "unknown", 0, 0, {str(k): v for k, v in content.items()}, **source)
-    if isinstance(content, dict) and content.get("format") in (1, 2):
+        raise UsageError(f"{path} is not a PyTorch checkpoint, or is damaged", listing()) from None
+    origin: dict[str, Any] = {"path": path, "sha256": hashlib.sha256(blob).hexdigest()}
+    if not isinstance(content, dict):
+        raise UsageError(f"{path} is a checkpoint of another program: it holds no dict of weights", listing())
+    if not isinstance(content.get("format"), int):
+        return Checkpoint(None, "unknown", 0, 0, {}, foreign=content, **origin)
+    if content["format"] in (1, 2):
         content = {"head": "linear", "stem": "small"} | content
-    if not isinstance(content, dict) or not {"format", *_STORED} <= set(content):
-        raise UsageError(f"{path} is a checkpoint of another program", f"a bare state dict or this one's; {_listing()}")
+    if not set(_STORED) <= set(content):
+        raise UsageError(f"{path} lacks {', '.join(sorted(set(_STORED) - set(content)))}", listing())
     for name, kind in _TYPES.items():
         field, _, key = name.partition(".")
         value = content[field].get(key) if key else content[field]
         if not isinstance(value, kind):
-            raise UsageError(f"{path}: {name} is {value!r}", _listing())
+            raise UsageError(f"{path}: {name} is {value!r}", listing())
     if not 1 <= content["format"] <= FORMAT:
         raise UsageError(f"{path} has format {content['format']}", f"up to {FORMAT}: update this code")
     if content["stage"] not in STAGES or content["metrics"]["select"] not in SELECT:
-        raise UsageError(f"{path}: stage {content['stage']}, select {content['metrics']['select']}", _listing())
-    return Checkpoint(**{name: content[name] for name in _STORED}, **source)
+        raise UsageError(f"{path}: stage {content['stage']}, select {content['metrics']['select']}", listing())
+    return Checkpoint(**{name: content[name] for name in _STORED}, **origin)
 
 
 def publish(checkpoint: Checkpoint, path: Path) -> str:
