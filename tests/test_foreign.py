@@ -365,7 +365,7 @@ def test_a_square_classifier_without_bias_is_not_guessed() -> None:
 
 
 def test_a_file_of_ours_that_lost_a_field_is_not_taken_for_another_programs(workdir, capsys) -> None:
-    torch.save({"format": 2, "model": network().state_dict()}, "ours.pt")
+    torch.save({"format": 3, "model": network().state_dict()}, "ours.pt")
     with pytest.raises(SystemExit):
         evaluate.main([*DIGITS, "ours.pt"])
     assert "ours.pt lacks data, head, in_channels" in capsys.readouterr().err

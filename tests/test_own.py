@@ -284,7 +284,7 @@ def test_the_chain_on_an_imagenet_lt_of_four_classes(workdir, capsys) -> None:
     assert checkpoints.read("checkpoints/imagenet_lt_natural_resnet10_stage1.pt").options["input"] == "cache"
     report = evaluate.main([*data, "--cur_stage", "stage1"])  # read as it was trained
     assert "stored in training: the same" in capsys.readouterr().out and report["top1"] >= 0
-    rows = compare.main([*data, "--method", "joint", "ncm", "tau-norm", "--views", "1", "--tune", "--workers", "0"])
+    rows = compare.main([*data, "--method", "joint", "ncm", "tau-norm", "--tune", "--workers", "0"])
     assert {row["method"] for row in rows} == {"joint", "ncm", "tau-norm"}
 
 
