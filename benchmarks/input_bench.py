@@ -98,7 +98,7 @@ def per_core(folder: Path, pairs: int, path: Path | None, argv: list[str]) -> No
 
         def device_part() -> None:
             for part in order.split(64):
-                batches._normalise(augment.jittered(pixels[part].float(), part, *(draw[part] for draw in draws)))
+                batches._normalise(augment.jittered(pixels[part], part, *(draw[part] for draw in draws)))
 
         parts: dict[str, Callable[[], object]] = {"PIL": pil_part(folder, photos["files"])}
         parts |= {how: lambda how=how: readers[how].read(order, *draws[:2]) for how in readers}  # type: ignore[misc]

@@ -160,9 +160,8 @@ class Batches:
             if policy:
                 images = policy(images.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).contiguous()
             for part, *draw in zip(images.split(self.batch_size), *(each.split(self.batch_size) for each in step)):
-                pixels = part.float()
-                if isinstance(self.augment, ResizedCrop):
-                    pixels = self.augment.jittered(pixels, *draw)
+                augment = self.augment
+                pixels = augment.jittered(part, *draw) if isinstance(augment, ResizedCrop) else part.float()
                 yield self._normalise(pixels), self._labels(draw[0])
 
     def _labels(self, which: Tensor | slice) -> Tensor:

@@ -90,21 +90,21 @@ class ResizedCrop:
         return torch.cat([top, left, h, w], dim=1).floor().long()
 
     def jittered(self, pixels: Tensor, order: Tensor, chances: Tensor, flip: Tensor, *draws: Tensor) -> Tensor:
-        """Pixels (B, H, W, 3) float in [0, 255] after ColorJitter, in place: x <- f x + (1 - f) target, three times.
+        """Pixels (B, H, W, 3) uint8 after ColorJitter, as float: x <- f x + (1 - f) target, three times, in [0, 255].
 
         The target is black for brightness, the image's mean grey for contrast, each pixel's grey for saturation.
         """
         if self.jitter == 0:
-            return pixels
+            return pixels.float()
         factors, sequence = (draw.to(pixels.device, non_blocking=True) for draw in draws)
-        weights = torch.tensor(GREY, device=pixels.device)
+        planes = pixels.permute(0, 3, 1, 2).contiguous().float()  # three times as fast as colour by colour, on a CPU
         for kind in sequence.T:
             factor = factors.gather(1, kind[:, None])[:, :, None]  # (B, 1, 1)
             kind = kind[:, None, None]
-            grey = pixels @ weights
-            target = torch.where(kind == 1, grey.mean(dim=(1, 2), keepdim=True), grey) * (kind > 0)
-            pixels.mul_(factor[..., None]).add_((target * (1 - factor))[..., None]).clamp_(0, 255)
-        return pixels
+            grey = planes[:, 0] * GREY[0] + planes[:, 1] * GREY[1] + planes[:, 2] * GREY[2]
+            target = torch.where(kind == 1, grey.mean(dim=(1, 2), keepdim=True), grey).mul_((1 - factor) * (kind > 0))
+            planes.mul_(factor[:, None]).add_(target[:, None]).clamp_(0, 255)
+        return planes.permute(0, 2, 3, 1).contiguous()
 
 
 def resized(size: int) -> int:
