@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 
@@ -13,8 +14,10 @@ import compare
 import evaluate
 import main_stage1
 import main_stage2
-from datasets import AUGMENTATIONS, DATASETS, SAMPLERS
+import predict
+from datasets import AUGMENTATIONS, DATASETS, INPUTS, SAMPLERS, prepare
 from datasets.longtail import class_sizes
+from datasets.published import CLASS_COUNTS
 from losses import LOSSES
 from models import BACKBONES, build_model
 from retraining.features import FEATURES
@@ -28,6 +31,7 @@ OPTIONS = {
     "main_stage2.py": main_stage2.Options,
     "evaluate.py": evaluate.Options,
     "compare.py": compare.Options,
+    "predict.py": predict.Options,
 }
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
 COMMANDS = [line.split("#")[0].strip() for block in BLOCKS for line in block.splitlines() if line.strip()]
@@ -50,8 +54,11 @@ def test_commands_parse(command: str) -> None:
     words = shlex.split(command)
     if words[0] == "make":
         assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+    elif words[:3] == ["python", "-m", "datasets.prepare"]:
+        assert words[3] in (*prepare.READERS, *prepare.OWN) and parse_typed(prepare.Options, words[4:], "", None)
     else:
         assert words[0] == "python"
+        words = words[:2] + words[3:] if words[1] == "predict.py" else words  # whose first argument is the images
         assert parse_typed(OPTIONS[words[1]], words[2:], words[1], None) is not None
 
 
@@ -71,7 +78,7 @@ def test_every_departure_from_a_published_default_is_listed() -> None:
 
 
 def test_every_data_set_and_network_is_described() -> None:
-    for name in (*DATASETS, *BACKBONES, *SAMPLERS, *FEATURES, *LOSSES, *(set(AUGMENTATIONS) - {"crop_flip"})):
+    for name in (*DATASETS, *BACKBONES, *SAMPLERS, *FEATURES, *LOSSES, *INPUTS, *(set(AUGMENTATIONS) - {"crop_flip"})):
         assert f"`{name}`" in README
 
 
@@ -90,6 +97,19 @@ def test_the_table_of_class_counts(name: str, n_max: int) -> None:
         counts = class_sizes(n_max, int(cells[2]), ratio)
         assert sum(counts) == int(images.replace(",", ""))
         assert groups == "/".join(str(sum(group_of(n) == group for n in counts)) for group in GROUPS)
+
+
+@pytest.mark.parametrize("name", prepare.PUBLISHED)
+def test_the_tables_of_published_sets(name: str) -> None:
+    spec, counts = DATASETS[name], json.loads(CLASS_COUNTS.read_text())[name]["train"]
+    [row] = [line for line in README.splitlines() if line.startswith(f"| `{name}` |")]
+    groups = "/".join(str(sum(group_of(n) == group for n in counts)) for group in GROUPS)
+    assert [cell.strip() for cell in row.split("|")][2:5] == [f"{len(counts):,}", f"{sum(counts):,}", groups]
+    for recipe, values in spec.recipes.items():
+        [row] = [line for line in README.splitlines() if line.startswith(f"| `{name}`, `{recipe}` |")]
+        cells = [cell.strip() for cell in row.split("|")]
+        assert f"`{values['network']}`" in cells[2] and cells[3].split()[0] == str(values["epochs"])
+        assert [float(cell) for cell in cells[4:7]] == [values[key] for key in ("lr", "batch_size", "wd")]
 
 
 def test_the_table_of_parameters() -> None:
