@@ -45,6 +45,7 @@ from stages import (
 )
 from sweeps import choice_in_words, chosen_on, rows_that_stand, show_sweep, varying
 from utils.checkpoints import IDENTITY, Checkpoint
+from utils.distributed import require_single
 from utils.metrics import Report, report
 from utils.options import (
     Choice,
@@ -107,6 +108,7 @@ class Options(TrainOptions):
 @command
 def main(argv: Sequence[str]) -> Report:
     """Runs the command; returns the chosen setting's report on the test set."""
+    require_single("main_stage2.py")
     typed = parse_typed(Options, argv, "main_stage2.py", __doc__)
     parent, resolved = continue_stage1(typed, Options)
     options: Any = resolved.options

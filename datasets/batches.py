@@ -51,6 +51,15 @@ def seeded(*numbers: int) -> Generator:
     return Generator().manual_seed(int(state[0]))
 
 
+def own_rows(n: int, batch_size: int, share: tuple[int, int]) -> list[Tensor]:
+    """Of each step of an epoch of n rows, the rows (b,) that are this process's part: neighbours, equal but for one.
+
+    ``share`` is (this process, number of processes); the parts of all processes make the step, in their order.
+    """
+    rank, processes = share
+    return [rows.tensor_split(processes)[rank] for rows in torch.arange(n).split(batch_size)]
+
+
 class Windows:
     """Images in a device's memory as uint8, zero-padded, channels last, each with its mirror image where flips occur.
 
@@ -92,6 +101,9 @@ class Batches:
         sampler, epochs: the order of the images, and the number of epochs that a progressive one spreads over.
         policy: further changes of the cropped images, from ``AUGMENTATIONS``.
         mix: blends the images of a batch; it then has partners and a share too, see :class:`datasets.augment.Mix`.
+        share: (this process, number of processes). All make the same draws, of which each takes its part of every
+            batch, see :func:`own_rows`; without ``augment`` they take whole batches in turn. Policies and mixing have
+            random numbers of their own in each process, and a batch is blended within its parts.
     """
 
     def __init__(
@@ -108,13 +120,14 @@ class Batches:
         epochs: int = 1,
         policy: Policy | None = None,
         mix: Mix | None = None,
+        share: tuple[int, int] = (0, 1),
     ) -> None:
         self.windows = Windows(images, augment or Augment(pad=0, flip=False), device)
         self.labels, self.classes = labels.to(device), labels.cpu()
         row = [(1 / (255 * s), -m / s) for m, s in zip(mean, std)] * images.shape[3]  # channels last
         self.scale, self.shift = torch.tensor(row, device=device).T.contiguous()
         self.batch_size, self.augment, self.seed = batch_size, augment, seed
-        self.sampler, self.epochs, self.policy, self.mix = sampler, epochs, policy, mix
+        self.sampler, self.epochs, self.policy, self.mix, self.share = sampler, epochs, policy, mix, share
 
     def __len__(self) -> int:
         return -(-len(self.labels) // self.batch_size)
@@ -129,7 +142,8 @@ class Batches:
     def epoch(self, epoch: int = 0) -> Iterator[Batch]:
         """The batches of one epoch."""
         if self.augment is None:
-            for start in range(0, len(self.labels), self.batch_size):
+            first, every = (number * self.batch_size for number in self.share)
+            for start in range(first, len(self.labels), every):
                 stop = start + self.batch_size
                 yield self._normalise(self.windows.whole(start, stop)), self.labels[start:stop]
             return
@@ -139,17 +153,23 @@ class Batches:
 
     def cut(self, draws: Draws, policy: Callable[[Tensor], Tensor] | None = None) -> Iterator[Batch]:
         """The batches of given images, crops and flips; ``policy`` takes many batches at once, (n, c, H, W) uint8."""
-        steps = self.batch_size * (POLICY_STEPS if policy else 1)
-        for order, top, left, flip in zip(*(draw.to(self.labels.device).split(steps) for draw in draws)):
+        rows = own_rows(len(draws.order), self.batch_size, self.share)
+        mine = (draw[torch.cat(rows)].to(self.labels.device) for draw in draws)
+        sizes, several = [len(step) for step in rows], POLICY_STEPS if policy else 1
+        groups = [sizes[i : i + several] for i in range(0, len(sizes), several)]
+        for steps, order, top, left, flip in zip(
+            groups, *(draw.split([sum(steps) for steps in groups]) for draw in mine)
+        ):
             images, labels = self.windows.cut(order, top, left, flip), self.labels[order]
             if policy:
                 images = policy(images.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).contiguous()
-            for part in zip(images.split(self.batch_size), labels.split(self.batch_size)):
+            for part in zip(images.split(steps), labels.split(steps)):
                 yield self._normalise(part[0]), part[1]
 
     def _stream(self, epoch: int, number: int) -> Generator:
         """Random numbers of their own for what comes after cropping, so that crops and order do not depend on it."""
-        return seeded(*self.seed, epoch, number)
+        rank = self.share[0]
+        return seeded(*self.seed, epoch, number, *([rank] if rank else []))
 
     def _normalise(self, images: Tensor) -> Tensor:
         """(B, H, W, c) uint8 -> (B, c, H, W) float, channels last in memory."""

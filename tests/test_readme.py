@@ -51,8 +51,9 @@ def test_commands_parse(command: str) -> None:
     if words[0] == "make":
         assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
     else:
-        assert words[0] == "python"
-        assert parse_typed(OPTIONS[words[1]], words[2:], words[1], None) is not None
+        script = next(i for i, word in enumerate(words) if word in OPTIONS)
+        assert words[0] == "torchrun" or (words[0] == "python" and script == 1)
+        assert parse_typed(OPTIONS[words[script]], words[script + 1 :], words[script], None) is not None
 
 
 def test_every_published_flag_exists_under_both_spellings() -> None:
