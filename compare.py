@@ -37,6 +37,7 @@ from retraining.settings import TUNABLE, Setting, make_settings
 from retraining.sweep import Lab, Result
 from stages import begin, load_data
 from sweeps import MEASURES, Row, plus_minus, rows_that_stand, score_of, varying
+from utils.distributed import require_single
 from utils.metrics import calibration_error, fit_temperature, logit_statistics, report, spread
 from utils.options import Choice, Flag, Many, UsageError, command, option, parse_typed, shown
 from utils.plots import class_profiles
@@ -62,6 +63,7 @@ class Options(main_stage2.Options):
 @command
 def main(argv: Sequence[str]) -> list[dict[str, Any]]:
     """Runs the command; returns the table's rows, best first, accuracies as fractions."""
+    require_single("compare.py")
     typed = parse_typed(Options, argv, "compare.py", __doc__)
     parent, resolved = continue_stage1(typed, Options)
     options: Any = resolved.options

@@ -9,15 +9,19 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, Optimizer
 
 from datasets import Batches
 from datasets.batches import Batch
+from losses import mass
+from utils.distributed import as_in_first, in_order, processes, total
 from utils.graphs import Graphed
 from utils.metrics import Report, report
 from utils.options import Diverged, UsageError
@@ -73,6 +77,10 @@ class TrainStep:
     hits are counted against ``labels``. Parameters that do not require a gradient are neither differentiated through
     nor stepped, so a frozen backbone costs a forward pass only.
 
+    Of several processes each has its part of the batch, and with ``accum`` goes through it in smaller parts. The
+    gradients, weighted by the parts' masses (:func:`losses.mass`), add up to the whole batch's; the mean of the
+    processes' losses is its loss.
+
     Args:
         model: trained in the mode (train or eval) that it is in.
         criterion: (logits (B, C), labels (B,)) -> scalar; it always gets float32 logits.
@@ -80,6 +88,7 @@ class TrainStep:
         amp: dtype of the backbone's arithmetic, None for float32. Weights, classifier and loss stay in float32.
         ema: decay of the averaged copy of the model, which is updated after every step; 0 for none.
         project: puts weights back where they must be, after every step.
+        accum: in how many parts one process's images go through the network; BatchNorm in train mode sees them apart.
         compiled: run the model through torch.compile, once per batch shape.
         graphed: run the step as a CUDA graph.
 
@@ -96,13 +105,16 @@ class TrainStep:
         amp: torch.dtype | None = None,
         ema: float = 0.0,
         project: Callable[[], None] | None = None,
+        accum: int = 1,
         compiled: bool = False,
         graphed: bool = False,
     ) -> None:
         self.model, self.criterion, self.optimizer = model, criterion, optimizer
         self.device = next(model.parameters()).device
         self.network: Callable[[Tensor], Tensor] = torch.compile(model, dynamic=False) if compiled else model
-        self.amp, self.ema, self.project = amp, ema, project
+        if processes() > 1:  # static_graph cannot be had with no_sync
+            self.network = DistributedDataParallel(model, static_graph=accum == 1, gradient_as_bucket_view=True)
+        self.amp, self.ema, self.project, self.accum = amp, ema, project, accum
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp == torch.float16)
         self.averaged = copy.deepcopy(model).requires_grad_(False) if ema else model
         self.graph = Graphed() if graphed else None
@@ -114,20 +126,44 @@ class TrainStep:
         self, images: Tensor, labels: Tensor, partners: Tensor | None = None, share: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """The step itself, operation by operation."""
-        with torch.autocast(self.device.type, self.amp, enabled=self.amp is not None, cache_enabled=False):
-            logits = forward(self.network, images)
-        loss: Tensor = self.criterion(logits, labels)
-        if partners is not None and share is not None:
-            loss = share * loss + (1 - share) * self.criterion(logits, partners)
+        mean_mass = self._mean_mass(labels)
+        parts = zip(*(t.tensor_split(self.accum) for t in (images, labels, labels if partners is None else partners)))
+        losses, hits = [], []
         self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(loss).backward()
+        for number, (image, label, partner) in enumerate(parts, start=1):
+            with self._adding_up(number == self.accum):
+                with torch.autocast(self.device.type, self.amp, enabled=self.amp is not None, cache_enabled=False):
+                    logits = forward(self.network, image)
+                loss = self._loss(logits, label, mean_mass)
+                if share is not None:
+                    loss = share * loss + (1 - share) * self._loss(logits, partner, mean_mass)
+                self.scaler.scale(loss).backward()
+            losses.append(loss.detach())
+            hits.append((logits.detach().argmax(dim=1) == label).sum())
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.project:
             self.project()
         if self.ema:
             self._average()
-        return loss.detach(), (logits.detach().argmax(dim=1) == labels).sum()
+        return torch.stack(losses).sum(), torch.stack(hits).sum()
+
+    def _mean_mass(self, labels: Tensor) -> Tensor | None:
+        """The mass of the batch over the number of processes; None where a single part is the batch."""
+        if processes() * self.accum == 1:
+            return None
+        return total(mass(self.criterion, labels)) / processes()
+
+    def _loss(self, logits: Tensor, labels: Tensor, mean_mass: Tensor | None) -> Tensor:
+        """The loss of a part, scaled to its mass."""
+        loss: Tensor = self.criterion(logits, labels)
+        return loss if mean_mass is None else loss * (mass(self.criterion, labels) / mean_mass)
+
+    def _adding_up(self, is_last: bool) -> AbstractContextManager[None]:
+        """In the last part DDP takes the mean of the processes' gradients; those before stay with their process."""
+        if isinstance(self.network, DistributedDataParallel) and not is_last:
+            return self.network.no_sync()
+        return nullcontext()
 
     def use_loss(self, criterion: nn.Module) -> None:
         """Changes the loss."""
@@ -156,17 +192,21 @@ class TrainStep:
 def train_epoch(step: Callable[..., tuple[Tensor, ...]], batches: Iterable[Batch], epoch: int, lr: float) -> TrainStats:
     """One step per batch, in the mode that the model is in; waits for the device once, at the end.
 
+    All processes return the same means, over the images of all, and fail alike.
+
     ``epoch`` (from 0) and ``lr`` are for the message of a loss that is not finite.
 
     Raises:
         UsageError: a batch of one image whose last feature map is one pixel.
         Diverged: a loss that is not finite; found at the end of the epoch, told with its step and the last good loss.
     """
-    found, sizes = [], []
+    found, counts = [], []
     for batch in batches:
         found.append(step(*batch))
-        sizes.append(len(batch[1]))
-    losses, hits = (torch.stack(values).tolist() for values in zip(*found))
+        counts.append(len(batch[1]))
+    losses, hits = (total(torch.stack(values).double()).tolist() for values in zip(*found))
+    losses = [value / processes() for value in losses]
+    sizes = total(torch.tensor(counts)).tolist()
     for number, value in enumerate(losses, start=1):
         if not math.isfinite(value):
             before = losses[number - 2] if number > 1 else "none"
@@ -194,12 +234,13 @@ def for_evaluation(model: M) -> M:
 def predict(model: nn.Module, batches: Batches, flip_tta: bool = False) -> tuple[Tensor, Tensor]:
     """Logits of every image in eval mode: (N, C) float and labels (N,) int64, on the CPU. The model stays as it is.
 
-    ``flip_tta`` averages the logits of each image and its mirror image.
+    ``flip_tta`` averages the logits of each image and its mirror image. Several processes deal the batches out among
+    them, see :class:`datasets.Batches`, with the first one's weights and statistics; each returns all logits.
 
     Raises:
         Diverged: a logit that is not finite.
     """
-    fast = for_evaluation(model)
+    fast = as_in_first(for_evaluation(model))
     logits, labels = [], []
     for images, targets in batches.epoch():
         output = fast(images)
@@ -207,10 +248,10 @@ def predict(model: nn.Module, batches: Batches, flip_tta: bool = False) -> tuple
             output = (output + fast(images.flip(dims=(3,)))) / 2
         logits.append(output.cpu())
         labels.append(targets.cpu())
-    outputs = torch.cat(logits)
+    outputs = torch.cat(in_order(logits))
     if not bool(outputs.isfinite().all()):
         raise Diverged("the model's logits are not finite")
-    return outputs, torch.cat(labels)
+    return outputs, torch.cat(in_order(labels))
 
 
 def evaluate(model: nn.Module, batches: Batches, class_counts: list[int], flip_tta: bool = False) -> Report:

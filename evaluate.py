@@ -34,6 +34,7 @@ from stages import (
 )
 from utils import metrics
 from utils.checkpoints import IDENTITY, STAGES
+from utils.distributed import joined, rank
 from utils.files import atomic, require_target, sha256
 from utils.metrics import (
     calibration_error,
@@ -62,6 +63,7 @@ class Options(DataOptions):
 
 
 @command
+@joined()
 def main(argv: Sequence[str]) -> dict[str, Any]:
     """Runs the command; returns what --json writes."""
     began = time.perf_counter()
@@ -77,7 +79,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     ).options
     check_data_flags(options, typed)
     targets = {flag: getattr(options, flag) for flag in ("json", "csv") if getattr(options, flag) is not None}
-    for flag, target in targets.items():
+    for flag, target in targets.items() if rank() == 0 else ():
         require_target(f"--{flag}", target)
     if len(targets) == 2 and Path(options.json).resolve() == Path(options.csv).resolve():
         raise UsageError(f"--json {options.json} --csv {options.csv}", "two different files")
@@ -124,6 +126,8 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         "training": file.provenance,
         "provenance": provenance("evaluate.py", argv, device, time.perf_counter() - began),
     }
+    if rank() > 0:
+        return result
     if options.json is not None:
         with atomic(options.json) as path:
             path.write_text(json.dumps(result, indent=1) + "\n")

@@ -11,6 +11,10 @@ without flip averaging (log of Weight Balancing's code, 320 epochs). On a CPU, a
 Options that take several values are swept, every combination in a run of its own:
 
     python main_stage1.py --imb_ratio 100 --wd 1e-3 5e-3 1e-2 --seed 0 1 2
+
+Several GPUs share a run, each with its part of every batch:
+
+    torchrun --nproc-per-node=4 main_stage1.py --imb_ratio 100
 """
 
 from __future__ import annotations
@@ -67,8 +71,9 @@ from sweeps import (
 )
 from utils import checkpoints
 from utils.checkpoints import Checkpoint
+from utils.distributed import by_first, joined, rank
 from utils.metrics import Report
-from utils.options import Choice, Diverged, Many, Number, Resolved, Text, UsageError, command, option, parse_typed
+from utils.options import Choice, Diverged, Flag, Many, Number, Resolved, Text, UsageError, command, option, parse_typed
 from utils.run import Run
 from utils.system import AMP, pick_device, side_by_side
 
@@ -116,6 +121,10 @@ class Options(TrainOptions):
     parallel: int | None = option(
         None, Number(int, 1, 64), "runs of a sweep at a time; if not given, up to 4 on a GPU and 1 on a CPU"
     )
+    accum: int = option(
+        1, Number(int, 1, 10**6), "parts in which a process's images of a step follow each other; BatchNorm sees each"
+    )
+    sync_bn: bool = option(False, Flag(), "BatchNorm over the images of all processes, on GPUs")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -135,6 +144,7 @@ class Trained(Outcome):
 
 
 @command
+@joined()
 def main(argv: Sequence[str]) -> Report:
     """Runs the command; returns the selected epoch's report on the test set, of a sweep the chosen run's."""
     typed = parse_typed(Options, argv, "main_stage1.py", __doc__)
@@ -159,10 +169,11 @@ def main(argv: Sequence[str]) -> Report:
         if options.compile == "on":
             run.say("torch.compile: the first steps take up to a minute")
         if len(settings) > 1:
-            return conclude(train_many(settings, options, data, device, run, start, argv), options, run)
+            results = train_many(settings, options, data, device, run, start, argv)
+            return by_first(lambda: conclude(results, options, run))
         one = one_run(options, settings[0])
         selection = train(one, data, device, run, start)
-        return finish(run, "stage1", one, data, selection, argv, device, start, head=one.head)
+        return by_first(lambda: finish(run, "stage1", one, data, selection, argv, device, start, head=one.head))
 
 
 def train(one: Any, data: LongTailed, device: torch.device, run: Run, start: Checkpoint | None) -> Selection:
@@ -178,6 +189,7 @@ def train(one: Any, data: LongTailed, device: torch.device, run: Run, start: Che
         amp=AMP[one.amp],
         ema=one.ema,
         project=constraint(model.fc, one.constraint, one.constraint_radius),
+        accum=one.accum,
         compiled=one.compile == "on",
         graphed=one.graph == "on",
     )
@@ -233,14 +245,15 @@ def train_many(
             with finishing:
                 finished.append(result)
                 if result.diverged is None:
-                    chosen = result.selection
-                    finish(child, "stage1", one, mine, chosen, argv, device, start, head=one.head, is_final=False)
+                    ending = (child, "stage1", one, mine, result.selection, argv, device, start)
+                    by_first(lambda: finish(*ending, head=one.head, is_final=False))
         return result
 
     try:
         return side_by_side(task, settings, options.parallel, device, run.stopped)
     except BaseException:
-        write_sweep(finished, run, "loss")
+        if rank() == 0:
+            write_sweep(finished, run, "loss")
         raise
 
 

@@ -35,6 +35,7 @@ from stages import (
     HUGE,
     TrainOptions,
     begin,
+    calibrated,
     fill_options,
     finish,
     flags_of,
@@ -45,6 +46,7 @@ from stages import (
 )
 from sweeps import choice_in_words, chosen_on, rows_that_stand, show_sweep, varying
 from utils.checkpoints import IDENTITY, Checkpoint
+from utils.distributed import require_single
 from utils.metrics import Report, report
 from utils.options import (
     Choice,
@@ -107,6 +109,7 @@ class Options(TrainOptions):
 @command
 def main(argv: Sequence[str]) -> Report:
     """Runs the command; returns the chosen setting's report on the test set."""
+    require_single("main_stage2.py")
     typed = parse_typed(Options, argv, "main_stage2.py", __doc__)
     parent, resolved = continue_stage1(typed, Options)
     options: Any = resolved.options
@@ -301,6 +304,8 @@ def conclude(
         run.say(f"{choice_in_words(sweep)}; saved: {name}")
     run.epochs = chosen.records
     chosen.selection.test = report(lab.logits_of(chosen, "test"), data.test.labels, data.class_counts)
+    if data.val is not None:
+        chosen.selection.val = calibrated(lab.logits_of(chosen, "val"), data.val.labels, data.class_counts)
     chosen.selection.state = lab.state_dict(chosen)
     stored = dataclasses.asdict(options) | dict.fromkeys(TUNABLE) | dict(chosen.setting.values)
     stored["method"] = chosen.setting.method

@@ -83,7 +83,7 @@ def main(argv: Sequence[str]) -> list[dict[str, Any]]:
     shown: list[tuple[Tensor, str]] = []
     for path, image, row in predictions(paths, view, forward, options.batch_size, options.workers):
         if isinstance(image, UsageError):
-            found.append({"path": str(path), "error": image.parts[0], "top": []})
+            found.append({"path": str(path), "error": image.args[0], "top": []})
             continue
         values, classes = row.topk(min(options.top_k, len(row)))
         top = [

@@ -20,6 +20,7 @@ from losses import LOSSES, SoftmaxLoss, make_loss
 from models import Network, build_model, pick_stem
 from models.heads import project_rows
 from sweeps import Setting, distinct
+from utils.distributed import processes, rank
 from utils.options import Many, UsageError, shown
 from utils.system import pick_amp
 
@@ -110,9 +111,18 @@ def settle(options: Any, device: torch.device, images: int, runs: int) -> Any:
     """The options with ``auto`` replaced by what suits the device, a training set of so many images and so many runs.
 
     Raises:
-        UsageError: what was asked for cannot be had on this device.
+        UsageError: what was asked for cannot be had on this device or with so many processes.
     """
-    on_gpu = device.type == "cuda"
+    on_gpu, alone = device.type == "cuda", processes() == 1
+    check_parts(options, images)
+    if options.sync_bn and (alone or not on_gpu):
+        where = "one process" if alone else "a CPU"
+        raise UsageError(f"--sync_bn on {where}", "several processes with a GPU each: torchrun --nproc-per-node=N")
+    for name in ("graph", "compile"):
+        if getattr(options, name) == "on" and not alone:
+            raise UsageError(f"--{name} on with {processes()} processes", "auto, off")
+    if (options.parallel or 1) > 1 and not alone:
+        raise UsageError(f"--parallel {options.parallel} with {processes()} processes, which share a run", "1")
     if options.graph == "on" and not on_gpu:
         raise UsageError("--graph on: CUDA graphs need a GPU", "auto, off")
     has_compiler = on_gpu or any(shutil.which(name) for name in ("c++", "g++", "clang++"))
@@ -124,6 +134,7 @@ def settle(options: Any, device: torch.device, images: int, runs: int) -> Any:
         )
     pays = (
         not on_gpu
+        and alone
         and options.parallel in (None, 1)
         and options.network in COMPILED_ON_CPU
         and images * options.epochs >= COMPILE_PAYS
@@ -131,16 +142,39 @@ def settle(options: Any, device: torch.device, images: int, runs: int) -> Any:
     return dataclasses.replace(
         options,
         amp=pick_amp(options.amp, device),
-        graph="on" if on_gpu and options.graph == "auto" else options.graph.replace("auto", "off"),
+        graph="on" if on_gpu and alone and options.graph == "auto" else options.graph.replace("auto", "off"),
         compile=options.compile.replace("auto", "on" if pays and has_compiler else "off"),
-        parallel=options.parallel or (min(runs, 4) if on_gpu and options.compile != "on" else 1),
+        parallel=options.parallel or (min(runs, 4) if on_gpu and alone and options.compile != "on" else 1),
     )
+
+
+def check_parts(options: Any, images: int) -> None:
+    """Raises UsageError where a step on a training set of so many images cannot be split as asked."""
+    team, accum = processes(), options.accum
+    words = " and ".join([f"{team} processes"] * (team > 1) + [f"--accum {accum}"] * (accum > 1))
+    if team * accum > 1 and "lade" in options.loss:
+        raise UsageError(f"--loss lade with {words}: its regulariser is over the whole batch", "one process, --accum 1")
+
+    def last(size: int) -> int:
+        return images % size or size
+
+    for size in options.batch_size:
+        if last(size) < team * accum:
+            fitting = [other for other in range(1, images + 1) if last(other) >= team * accum]
+            nearest = min(fitting, key=lambda other: abs(other - size), default=None)
+            raise UsageError(
+                f"--batch_size {size} with {words}: the last batch has {last(size)} of {images} images",
+                f"another --batch_size, {nearest} for instance" if nearest else f"at most {images} parts",
+            )
 
 
 def make_network(
     one: Any, data: LongTailed, device: torch.device, weights: Mapping[str, Tensor] | None = None
 ) -> Network:
-    """A network initialised from the run's seed, then ``weights``, on its device in the channels-last memory format."""
+    """A network initialised from the run's seed, then ``weights``, on its device in the channels-last memory format.
+
+    With --sync_bn its BatchNorm takes the statistics of all processes' images.
+    """
     with _BUILDING:
         torch.manual_seed(one.seed)
         stem = pick_stem(one.network, data.train.side, one.stem)
@@ -148,6 +182,8 @@ def make_network(
     model.load_state_dict(model.state_dict() | dict(weights or {}))
     if one.head == "cosine":
         model.fc.get_buffer("scale").fill_(one.cosine_scale)
+    if one.sync_bn:
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)  # in place
     return model.to(device).to(memory_format=torch.channels_last)
 
 
@@ -167,6 +203,7 @@ def make_batches(one: Any, data: LongTailed, device: torch.device) -> Batches:
         epochs=one.epochs,
         policy=AUGMENTATIONS[one.aug],
         mix=Mix(one.mixup, one.cutmix) if one.mixup or one.cutmix else None,
+        share=(rank(), processes()),
     )
 
 

@@ -18,8 +18,9 @@ from models import BACKBONES, HEADS, STEMS, TIMM, Network, build_model, imagenet
 from models.foreign import translate
 from utils import checkpoints
 from utils.checkpoints import IDENTITY, SELECT, STAGES, Checkpoint, NoCheckpoint
+from utils.distributed import by_first, in_turn, meet, processes, rank
 from utils.files import require_writable
-from utils.metrics import GROUPS, Report, fit_temperature, per_class_csv, per_class_rows, percent
+from utils.metrics import GROUPS, Report, fit_temperature, per_class_csv, per_class_rows, percent, report
 from utils.options import (
     Choice,
     Flag,
@@ -155,7 +156,7 @@ def fill_options(cls: type[T], typed: Mapping[str, Any], stage: str, file: Check
     layers |= recipe_layers(dataset, stated | dict(typed))
     if typed.get("protocol") == "published":
         layers["--protocol published"] = published_values(cls)
-    layers["drawn"] = {"seed": draw_seed()}
+    layers["drawn"] = {"seed": by_first(draw_seed)}
     typed = {name: value for name, value in typed.items() if name != "seed" or value not in ("None", ("None",))}
     resolved = resolve(cls, typed, layers)
     check_data_flags(resolved.options, typed)
@@ -242,24 +243,26 @@ def load_data(options: DataOptions, **held_out: Any) -> LongTailed:
     Raises:
         UsageError: also where --num_class disagrees with the data.
     """
-    data = datasets.load(
-        options.dataset,
-        options.data_dir,
-        shown=Shown(options.image_size, options.mean, options.std, options.input, options.workers),
-        imb_type=options.imb_type,
-        imb_ratio=options.imb_ratio,
-        subset=options.subset,
-        subset_seed=options.subset_seed,
-        **held_out,
-    )
+    with in_turn():
+        data = datasets.load(
+            options.dataset,
+            options.data_dir,
+            shown=Shown(options.image_size, options.mean, options.std, options.input, options.workers),
+            imb_type=options.imb_type,
+            imb_ratio=options.imb_ratio,
+            subset=options.subset,
+            subset_seed=options.subset_seed,
+            **held_out,
+        )
     if options.num_class not in (None, data.num_classes):
         raise UsageError(f"--num_class {options.num_class}", f"{data.num_classes}, as {options.dataset} has")
     return data
 
 
 def eval_batches(data: LongTailed, part: ImageSet, device: torch.device) -> Batches:
-    """The plain batches of a test or validation split."""
-    return Batches(part.images, part.labels, EVAL_BATCH[device.type], data.spec.mean, data.spec.std, device)
+    """The plain batches of a test or validation split, of several processes each one's own."""
+    size, share = EVAL_BATCH[device.type], (rank(), processes())
+    return Batches(part.images, part.labels, size, data.spec.mean, data.spec.std, device, share=share)
 
 
 def open_checkpoint(typed: Mapping[str, Any], stage: str, cls: type[DataOptions]) -> Checkpoint:
@@ -401,16 +404,27 @@ def final_path(options: DataOptions, stage: str) -> Path:
 def begin(resolved: Resolved[Any], stage: str, data: LongTailed, device: torch.device, runs: int = 1) -> Run:
     """Opens the folder of a run, or of so many, and says what will run; fails now what would fail later."""
     options = resolved.options
-    require_writable("the folder", checkpoints.FOLDER)
     seeds = options.seed if isinstance(options.seed, tuple) else (options.seed,)
     label = f"seed{seeds[0]}" if len(seeds) == 1 else f"{len(seeds)}seeds"
     label = f"{runs}runs" if runs > 1 else label
-    run = Run(make_folder(options.out, final_path(options, stage).stem, label))
+
+    def make() -> Path:
+        require_writable("the folder", checkpoints.FOLDER)
+        return make_folder(options.out, final_path(options, stage).stem, label)
+
+    folder = by_first(make)
+    run = Run(folder if rank() == 0 else None)
     run.say(resolved.describe())
     where = f"{device}, {torch.get_num_threads()} threads" if device.type == "cpu" else str(device)
+    where += f" in each of {processes()} processes" if processes() > 1 else ""
     run.say(f"{data.describe()}\ndevice {where}, seed {shown(options.seed)}, run folder {run.folder}")
     run.write_json("options.json", {"options": dataclasses.asdict(options), "sources": dict(resolved.sources)})
     return run
+
+
+def calibrated(logits: Tensor, labels: Tensor, class_counts: list[int]) -> Report:
+    """The report of held-out images, with the ``temperature`` that suits them."""
+    return report(logits, labels, class_counts) | {"temperature": fit_temperature(logits, labels)}
 
 
 class Evaluator:
@@ -434,13 +448,14 @@ class Evaluator:
         if is_due(epoch, self.epochs, self.options.eval_every):
             flip = self.options.flip_tta
             test = evaluate(model, self.test, self.class_counts, flip)
-            val = evaluate(model, self.val, self.class_counts, flip) if self.val else None
+            val = calibrated(*predict(model, self.val, flip), self.class_counts) if self.val else None
             self.selection.offer(epoch + 1, model, test, val)
             record |= {f"test_{key}": test[key] for key in ("top1", "top5")}
             record |= {f"test_{group}": test["groups"][group]["accuracy"] for group in GROUPS}
             if val is not None:
                 record["val_class_mean"] = val["class_mean"]
         self.run.log(record)
+        meet()
 
 
 def finish(
@@ -490,9 +505,8 @@ def finish(
         head=head,
         stem=stem,
     )
-    if data.val is not None:
-        held_out = predict(built(file).to(device), eval_batches(data, data.val, device), options.flip_tta)
-        file.metrics["temperature"] = fit_temperature(*held_out)
+    if selection.val is not None:
+        file.metrics["temperature"] = selection.val["temperature"]
     file.save(run.folder / "checkpoint.pt")
     rows = per_class_rows(selection.test, data.class_names, data.class_counts)
     (run.folder / "per_class.csv").write_text(per_class_csv(rows))

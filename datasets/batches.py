@@ -53,6 +53,15 @@ def seeded(*numbers: int) -> Generator:
     return Generator().manual_seed(int(state[0]))
 
 
+def own_rows(n: int, batch_size: int, share: tuple[int, int]) -> list[Tensor]:
+    """Of each step of an epoch of n rows, the rows (b,) that are this process's part: neighbours, equal but for one.
+
+    ``share`` is (this process, number of processes); the parts of all processes make the step, in their order.
+    """
+    rank, processes = share
+    return [rows.tensor_split(processes)[rank] for rows in torch.arange(n).split(batch_size)]
+
+
 class Windows:
     """Images in a device's memory as uint8, zero-padded, channels last, each with its mirror image where flips occur.
 
@@ -101,6 +110,9 @@ class Batches:
         sampler, epochs: the order of the images, and the number of epochs that a progressive one spreads over.
         policy: further changes of the cropped images, from ``AUGMENTATIONS``.
         mix: blends the images of a batch; it then has partners and a share too, see :class:`datasets.augment.Mix`.
+        share: (this process, number of processes). All make the same draws, of which each takes its part of every
+            batch, see :func:`own_rows`; without ``augment`` they take whole batches in turn. Policies and mixing have
+            random numbers of their own in each process, and a batch is blended within its parts.
     """
 
     def __init__(
@@ -117,6 +129,7 @@ class Batches:
         epochs: int = 1,
         policy: Policy | None = None,
         mix: Mix | None = None,
+        share: tuple[int, int] = (0, 1),
     ) -> None:
         self.pixels: Windows | Crops
         if isinstance(images, Photos):
@@ -129,7 +142,7 @@ class Batches:
         row = [(1 / (255 * s), -m / s) for m, s in zip(mean, std)] * width  # channels last
         self.scale, self.shift = torch.tensor(row, device=device).T.contiguous()
         self.batch_size, self.augment, self.seed = batch_size, augment, seed
-        self.sampler, self.epochs, self.policy, self.mix = sampler, epochs, policy, mix
+        self.sampler, self.epochs, self.policy, self.mix, self.share = sampler, epochs, policy, mix, share
 
     def __len__(self) -> int:
         return -(-len(self.labels) // self.batch_size)
@@ -144,7 +157,8 @@ class Batches:
     def epoch(self, epoch: int = 0) -> Iterator[Batch]:
         """The batches of one epoch."""
         if self.augment is None:
-            steps = torch.arange(len(self.labels)).split(self.batch_size)
+            first, every = self.share
+            steps = torch.arange(len(self.labels)).split(self.batch_size)[first::every]
             for index, images in zip(steps, self.pixels.whole(steps)):
                 yield self._normalise(images.float()), self._labels(slice(int(index[0]), int(index[-1]) + 1))
             return
@@ -154,12 +168,18 @@ class Batches:
 
     def cut(self, draws: Draws | PhotoDraws, policy: Callable[[Tensor], Tensor] | None = None) -> Iterator[Batch]:
         """The batches of given images and crops; ``policy`` takes many batches at once, (n, c, H, W) uint8."""
-        size = self.batch_size * (POLICY_STEPS if policy and isinstance(self.pixels, Windows) else 1)
-        steps = list(zip(*(draw.to(self.pixels.index_device).split(size) for draw in draws)))
-        for step, images in zip(steps, self.pixels.cuts(steps)):
+        rows = own_rows(len(draws.order), self.batch_size, self.share)
+        sizes, several = (
+            [len(step) for step in rows],
+            POLICY_STEPS if policy and isinstance(self.pixels, Windows) else 1,
+        )
+        groups = [sizes[i : i + several] for i in range(0, len(sizes), several)]
+        mine = (draw[torch.cat(rows)].to(self.pixels.index_device) for draw in draws)
+        steps = list(zip(*(draw.split([sum(group) for group in groups]) for draw in mine)))
+        for group, step, images in zip(groups, steps, self.pixels.cuts(steps)):
             if policy:
                 images = policy(images.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).contiguous()
-            for part, *draw in zip(images.split(self.batch_size), *(each.split(self.batch_size) for each in step)):
+            for part, *draw in zip(images.split(group), *(each.split(group) for each in step)):
                 augment = self.augment
                 pixels = augment.jittered(part, *draw) if isinstance(augment, ResizedCrop) else part.float()
                 yield self._normalise(pixels), self._labels(draw[0])
@@ -169,7 +189,8 @@ class Batches:
 
     def _stream(self, epoch: int, number: int) -> Generator:
         """Random numbers of their own for what comes after cropping, so that crops and order do not depend on it."""
-        return seeded(*self.seed, epoch, number)
+        rank = self.share[0]
+        return seeded(*self.seed, epoch, number, *([rank] if rank else []))
 
     def _normalise(self, images: Tensor) -> Tensor:
         """(B, H, W, c) float in [0, 255], which is overwritten -> (B, c, H, W) float, channels last in memory."""

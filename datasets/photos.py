@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import functional as F
 
 from datasets.files import read_image
+from utils.distributed import local
 from utils.options import UsageError
 from utils.system import available_cpus
 
@@ -272,7 +273,7 @@ class Crops:
         """The loader, whose processes stay for the next epoch."""
         if self._loader is None:
             on_gpu = self.device.type == "cuda"
-            number = min(self.photos.workers, available_cpus())
+            number = min(self.photos.workers, max(1, available_cpus() // local()[1]))
             ahead: dict[str, Any] = {"prefetch_factor": PREFETCH, "persistent_workers": True} if number else {}
             reader = _Reader(self.photos, self.augment, on_gpu)
             own = torch.Generator()  # a loader would draw from the global one

@@ -100,7 +100,7 @@ def _each(
         try:
             return task(read_image(Path(root, path)))
         except UsageError as error:
-            problem, allowed = error.parts
+            problem, allowed = error.args
             raise UsageError(problem, f"{allowed}, as in {origin}") from None
 
     def turns() -> Iterator[R]:

@@ -21,6 +21,7 @@ from losses.softmax import (
     label_aware_smoothing,
     ldam,
     logit_adjustment,
+    mass,
     reweighted,
 )
 from losses.weighted import LADE, ClassBalancedBCE, focal
@@ -31,6 +32,7 @@ __all__ = [
     "auto_label_smooth",
     "class_balanced_weights",
     "make_loss",
+    "mass",
     "reweighted",
 ]
 

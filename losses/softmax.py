@@ -86,6 +86,16 @@ class SoftmaxLoss(nn.Module):
         return (weight * losses).sum() / weight.sum()
 
 
+def mass(loss: nn.Module, labels: Tensor) -> Tensor:
+    """What a loss divides the sum over a batch by (): the weights of its labels (B,), or their number.
+
+    The loss of a batch is the mean of its parts' losses, weighted by their masses.
+    """
+    if isinstance(loss, SoftmaxLoss):
+        return loss.weight[labels].sum()
+    return torch.full((), float(len(labels)), device=labels.device)
+
+
 def cross_entropy(class_counts: Sequence[int], smooth: float = 0.0) -> SoftmaxLoss:
     """CE with labels smoothed by d: 1 - d + d/C for the true class, d/C for each other; class_counts (C,) give C alone.
 

@@ -124,11 +124,12 @@ def options_of_a_step(name: str, model: nn.Module) -> dict:
     return {
         "plain": {},
         "ema": {"ema": 0.7},
+        "accum": {"accum": 3},
         "project": {"project": constraint(model.fc, "maxnorm", 0.3)},
     }[name]
 
 
-@pytest.mark.parametrize("name", ["plain", "ema", "project"])
+@pytest.mark.parametrize("name", ["plain", "ema", "accum", "project"])
 @pytest.mark.parametrize("mix", [None, Mix(1.0, 1.0)])
 def test_a_graph_equals_the_plain_step(device: torch.device, name: str, mix: Mix | None) -> None:
     """Weights, momentum, BatchNorm and averages are as if the recording had not run anything; so is the last batch."""

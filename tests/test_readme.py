@@ -57,9 +57,12 @@ def test_commands_parse(command: str) -> None:
     elif words[:3] == ["python", "-m", "datasets.prepare"]:
         assert words[3] in (*prepare.READERS, *prepare.OWN) and parse_typed(prepare.Options, words[4:], "", None)
     else:
-        assert words[0] == "python"
-        words = words[:2] + words[3:] if words[1] == "predict.py" else words  # whose first argument is the images
-        assert parse_typed(OPTIONS[words[1]], words[2:], words[1], None) is not None
+        script = next(i for i, word in enumerate(words) if word in OPTIONS)
+        assert words[0] == "torchrun" or (words[0] == "python" and script == 1)
+        flags = words[
+            script + 2 if words[script] == "predict.py" else script + 1 :
+        ]  # whose first argument is the images
+        assert parse_typed(OPTIONS[words[script]], flags, words[script], None) is not None
 
 
 def test_every_published_flag_exists_under_both_spellings() -> None:

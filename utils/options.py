@@ -30,12 +30,11 @@ class UsageError(Exception):
     """A mistake in what was asked for. Shown as two lines, the problem and what is allowed; exit status 2."""
 
     def __init__(self, problem: str, allowed: str) -> None:
-        self.parts = problem, allowed
-        one_line = (text.replace("\n", " ") for text in (f"error: {problem}", f"allowed: {allowed}"))
-        super().__init__("\n".join(one_line))
+        super().__init__(problem, allowed)
 
-    def __reduce__(self) -> Any:  # worker processes send it
-        return type(self), self.parts
+    def __str__(self) -> str:
+        problem, allowed = (text.replace("\n", " ") for text in self.args)
+        return f"error: {problem}\nallowed: {allowed}"
 
 
 class Diverged(Exception):

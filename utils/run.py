@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 import textwrap
 import threading
 import time
@@ -71,7 +72,8 @@ class Run:
     """What a run prints, measures and draws, in a folder of its own.
 
     Args:
-        folder: exists; see :func:`make_folder`.
+        folder: exists, see :func:`make_folder`; None for a run that is recorded by another process, where nothing is
+            written.
         prefix: begins every printed line, so that lines of runs side by side can be told apart.
 
     Attributes:
@@ -80,22 +82,24 @@ class Run:
         stopped: set to end this run, and its children, after the step that they are in.
     """
 
-    def __init__(self, folder: Path, prefix: str = "") -> None:
-        self.folder, self.prefix = folder, prefix
+    def __init__(self, folder: Path | None, prefix: str = "") -> None:
+        self.folder, self.prefix, self.writes = folder or Path(os.devnull), prefix, folder is not None
         self.epochs: list[dict[str, Any]] = []
         self.is_sweep = False
         self.stopped = threading.Event()
         self.started = time.perf_counter()
         self._open = ExitStack()
-        self._log = self._open.enter_context(open(self.folder / "log.txt", "w", buffering=1, encoding="utf-8"))
-        self._metrics = self._open.enter_context(open(self.folder / "metrics.jsonl", "w", buffering=1))
-        self._board = self._open.enter_context(SummaryWriter(str(self.folder)))
+        log, metrics = (folder / name if folder else os.devnull for name in ("log.txt", "metrics.jsonl"))
+        self._log = self._open.enter_context(open(log, "w", buffering=1, encoding="utf-8"))
+        self._metrics = self._open.enter_context(open(metrics, "w", buffering=1))
+        self._board = self._open.enter_context(SummaryWriter(str(folder))) if folder else None
 
     def child(self, name: str, prefix: str = "") -> Run:
         """One run of a sweep, in a folder inside this one's."""
         folder = self.folder / name
-        folder.mkdir()  # the names differ, since the settings do
-        run = Run(folder, prefix)
+        if self.writes:
+            folder.mkdir()  # the names differ, since the settings do
+        run = Run(folder if self.writes else None, prefix)
         run.stopped = self.stopped
         return run
 
@@ -121,7 +125,8 @@ class Run:
 
     def write_json(self, name: str, content: Any) -> None:
         """Writes a small JSON file into the folder."""
-        (self.folder / name).write_text(json.dumps(content, indent=1) + "\n")
+        if self.writes:
+            (self.folder / name).write_text(json.dumps(content, indent=1) + "\n")
 
     def bar(self, steps: Iterable[T], total: int, label: str) -> Iterator[T]:
         """Passes ``steps`` through with a progress bar, see :func:`utils.bar.bar`.
@@ -129,7 +134,8 @@ class Run:
         Raises:
             KeyboardInterrupt: the sweep that this run belongs to has been stopped.
         """
-        return bar(self._until_stopped(steps), total, label)
+        steps = self._until_stopped(steps)
+        return bar(steps, total, label) if self.writes else steps
 
     def _until_stopped(self, steps: Iterable[T]) -> Iterator[T]:
         for step in steps:
@@ -145,7 +151,7 @@ class Run:
         self.say(table_row(record))
         self._metrics.write(json.dumps(record) + "\n")
         for key, value in record.items():
-            if key != "epoch" and value is not None:
+            if self._board and key != "epoch" and value is not None:
                 self._board.add_scalar(key.replace("_", "/", 1), value, record["epoch"])
 
     def log_many(self, records: dict[str, dict[str, Any]], heading: str) -> None:

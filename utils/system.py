@@ -21,6 +21,7 @@ import numpy
 import torch
 import torchvision
 
+from utils.distributed import launcher, local, processes
 from utils.options import UsageError
 
 #: glibc's names of what mallopt sets, and values in bytes: what free memory stays, and from which size it never does.
@@ -42,31 +43,38 @@ def available_cpus() -> int:
 
 
 def pick_device(device: str = "auto", gpu: int | None = None, threads: int | None = None) -> torch.device:
-    """auto: a GPU where there is one. ``gpu`` picks it by its number and implies cuda.
+    """auto: a GPU where there is one, of several processes each its own. ``gpu`` picks it by number and implies cuda.
 
     Also sets the number of CPU threads: ``threads``, or what PyTorch takes up to :func:`available_cpus`, since more
-    threads than CPUs make each other wait.
+    threads than CPUs make each other wait. The processes of a machine share its CPUs.
 
     Raises:
-        UsageError: a GPU asked for that is not there, or beside --device cpu; more threads than CPUs.
+        UsageError: a GPU asked for that is not there, or beside --device cpu or several processes; more threads than
+            CPUs.
     """
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    mine, here = local()
     if device == "cpu" and gpu is not None:
         raise UsageError(f"--gpu {gpu} with --device cpu", "one of the two")
+    if gpu is not None and processes() > 1:
+        raise UsageError(f"--gpu {gpu} with {processes()} processes", "no --gpu: each process takes one of its own")
     if gpu is not None and gpu >= gpus:
         numbers = "none, this machine has no GPU: leave --gpu out" if gpus == 0 else f"0 to {gpus - 1}"
         raise UsageError(f"--gpu {gpu}", numbers)
     if device == "cuda" and gpus == 0:
         raise UsageError("--device cuda: this machine has no GPU", "auto, cpu")
-    cpus = available_cpus()
+    cpus = max(1, available_cpus() // here)
     if threads is not None and threads > cpus:
         raise UsageError(f"--threads {threads}: more than CPUs make each other wait", f"1 to {cpus}")
     torch.set_num_threads(threads or min(torch.get_num_threads(), cpus))
     if device == "cpu" or gpus == 0:
         keep_freed_memory()
         return torch.device("cpu")
-    torch.cuda.set_device(gpu or 0)
-    return torch.device("cuda", gpu or 0)
+    if here > gpus:
+        raise UsageError(f"{here} processes on {gpus} GPUs", f"torchrun --nproc-per-node={gpus}, or --device cpu")
+    number = mine if gpu is None else gpu
+    torch.cuda.set_device(number)
+    return torch.device("cuda", number)
 
 
 def keep_freed_memory() -> None:
@@ -155,7 +163,7 @@ def provenance(script: str, argv: Sequence[str], device: torch.device, seconds: 
     """What made a result: command, commit (and whether files differ from it), versions, device, seconds, date."""
     changed = _git("status", "--porcelain", "--untracked-files=no")
     return {
-        "command": shlex.join(["python", script, *argv]),
+        "command": shlex.join([*launcher(), script, *argv]),
         "commit": _git("rev-parse", "HEAD"),
         "uncommitted_changes": None if changed is None else bool(changed),
         "versions": {
@@ -165,6 +173,7 @@ def provenance(script: str, argv: Sequence[str], device: torch.device, seconds: 
             "numpy": str(numpy.__version__),
         },
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})",
+        "processes": processes(),
         "threads": torch.get_num_threads(),
         "platform": sys.platform,
         "seconds": round(seconds, 1),

@@ -1,0 +1,230 @@
+"""Several processes that train one network, as torchrun starts them: who this one is, and what they do together.
+
+Tensors go through torch.distributed: gloo between CPUs, NCCL between GPUs. Everything else goes through torchrun's
+key-value store (:func:`meet`). A single process needs neither, and for it every function here is trivial.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
+from datetime import timedelta
+from itertools import zip_longest
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from utils.options import Diverged, UsageError
+
+T = TypeVar("T")
+M = TypeVar("M", bound=nn.Module)
+
+#: How long processes wait for each other, through a download or the slowest evaluation.
+TIMEOUT = timedelta(minutes=30)
+#: How long a process that must end waits to hear whether the others end for the same reason.
+PATIENCE = timedelta(seconds=5)
+#: Seconds that the others wait at the end for the first one's message: torchrun ends all as soon as one has ended.
+GRACE = 0.5
+#: What ends a command with a message; other exceptions are defects, told by their traceback.
+EXPECTED = (UsageError, Diverged, OSError)
+
+
+def started() -> int:
+    """How many processes were started, joined or not."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def processes() -> int:
+    """How many processes have joined."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """The number of this process among them; 0 is the first, which alone writes and prints."""
+    return dist.get_rank() if processes() > 1 else 0
+
+
+def local() -> tuple[int, int]:
+    """The number of this process on its machine, and how many there are."""
+    return (int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])) if processes() > 1 else (0, 1)
+
+
+def launcher() -> list[str]:
+    """The words before the script that start as many processes."""
+    if processes() == 1:
+        return ["python"]
+    here = local()[1]
+    nodes = [f"--nnodes={processes() // here}"] if processes() > here else []
+    return ["torchrun", *nodes, f"--nproc-per-node={here}"]
+
+
+class _Board:
+    """Where processes leave each other messages, however stuck their tensors are. The others' stay when one has ended.
+
+    Attributes:
+        is_over: a process has told the others of an error.
+    """
+
+    def __init__(self, store: Any, rank: int, number: int) -> None:
+        self.store, self.rank, self.number = store, rank, number
+        self.meetings = 0
+        self.is_over = False
+
+    def exchange(self, value: Any, error: Exception | None, patience: timedelta) -> list[tuple[Any, Exception | None]]:
+        """What every process brings to this meeting, in their order; DistError where one does not come in time."""
+        self.meetings += 1
+        keys = [f"{self.meetings}/{process}" for process in range(self.number)]
+        self.store.set(keys[self.rank], pickle.dumps((value, error)))
+        self.store.wait(keys, patience)
+        found = [pickle.loads(self.store.get(key)) for key in keys]
+        self.is_over = any(each is not None for _, each in found)
+        return found
+
+    def tell(self, error: Exception) -> bool:
+        """Tells the others why this process ends; whether they have heard it, or something of the kind."""
+        if not self.is_over:
+            with suppress(dist.DistError):
+                self.exchange(None, error, PATIENCE)
+        return self.is_over
+
+    def has_ended(self) -> bool:
+        """Whether another process has told an error that this one has not met yet."""
+        keys = [f"{self.meetings + 1}/{process}" for process in range(self.number)]
+        return any(pickle.loads(self.store.get(key))[1] is not None for key in keys if self.store.check([key]))
+
+
+_board: _Board | None = None  # of this process, while it has joined the others
+
+
+@contextmanager
+def joined() -> Iterator[None]:
+    """Makes one group of the processes that torchrun started, until the block ends; only the first one prints.
+
+    A user's mistake, a divergence or a full disk ends all of them, whichever process meets it: the first with the
+    message, the others quietly with its exit status. One that the others cannot hear, since they wait for its tensors,
+    tells its error itself.
+
+    Raises:
+        UsageError: WORLD_SIZE is set, but not what belongs to it.
+    """
+    if started() == 1:
+        yield
+        return
+    board = _join()
+    with ExitStack() as opened:
+        if board.rank > 0:
+            opened.enter_context(redirect_stdout(opened.enter_context(open(os.devnull, "w"))))
+        try:
+            yield
+            meet()
+        except EXPECTED as error:
+            if not board.tell(error):
+                raise
+            _leave()
+            if board.rank > 0:
+                time.sleep(GRACE)
+                raise SystemExit(2 if isinstance(error, UsageError) else 1) from None
+            raise
+        except KeyboardInterrupt:
+            if board.rank > 0:
+                raise SystemExit(130) from None
+            raise
+        except Exception:
+            if board.has_ended():  # and this process broke because of that
+                raise SystemExit(1) from None
+            raise  # without leaving in order, which might wait for the others' tensors
+    _leave()
+
+
+def _join() -> _Board:
+    global _board
+    missing = {"RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} - set(os.environ)
+    if missing:
+        words = ", ".join(sorted(missing))
+        raise UsageError(f"WORLD_SIZE {started()} without {words}", "torchrun, which sets them, or no WORLD_SIZE")
+    store, me, number = next(dist.rendezvous("env://", timeout=TIMEOUT))  # type: ignore[attr-defined]
+    tensors, messages = (dist.PrefixStore(name, store) for name in ("tensors", "messages"))  # type: ignore[attr-defined]
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
+    dist.init_process_group(backend, store=tensors, rank=me, world_size=number, timeout=TIMEOUT)
+    _board = _Board(messages, me, number)
+    return _board
+
+
+def _leave() -> None:
+    global _board
+    _board = None
+    dist.destroy_process_group()
+
+
+def require_single(command: str) -> None:
+    """Refuses a start by torchrun with several processes; the first one says so.
+
+    Raises:
+        UsageError: in the first process.
+    """
+    if started() > 1 and int(os.environ.get("RANK", 0)) > 0:
+        raise SystemExit(2)
+    if started() > 1:
+        raise UsageError(f"{command} with {started()} processes", f"one: python {command}, without torchrun")
+
+
+def meet(value: Any = None) -> list[Any]:
+    """Waits for all processes and returns what each brings, in their order; where one has an error, all raise it.
+
+    Call it after what only one process does, and before they compute together.
+    """
+    if _board is None:
+        return [value]
+    found = _board.exchange(value, None, TIMEOUT)
+    for _, error in found:
+        if error is not None:
+            raise error
+    return [each for each, _ in found]
+
+
+def by_first(work: Callable[[], T]) -> T:
+    """What ``work`` returns in the first process, which alone does it."""
+    result: T = meet(work() if rank() == 0 else None)[0]
+    return result
+
+
+@contextmanager
+def in_turn() -> Iterator[None]:
+    """The block in the first process, then in the first one of every other machine, then in all others.
+
+    What one puts on a disk the next find there, whether the machines share it or not.
+    """
+    turn = 0 if rank() == 0 else 1 if local()[0] == 0 else 2
+    for number in range(3):
+        if number == turn:
+            yield
+        meet()
+
+
+def total(values: Tensor) -> Tensor:
+    """The sum over processes, in place."""
+    if processes() > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def in_order(mine: list[T]) -> list[T]:
+    """Things that were dealt to the processes in turn, in order again: the first of each, the second of each ..."""
+    if processes() == 1:
+        return mine
+    hands: list[list[T]] = [[] for _ in range(processes())]
+    dist.all_gather_object(hands, mine)
+    return [thing for turn in zip_longest(*hands) for thing in turn if thing is not None]
+
+
+def as_in_first(model: M) -> M:
+    """The model, with the first process's weights and BatchNorm statistics in all of them."""
+    if processes() > 1:
+        for tensor in model.state_dict().values():
+            dist.broadcast(tensor, 0)
+    return model
