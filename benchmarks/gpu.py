@@ -155,6 +155,7 @@ class Lab:
 
         speed = ["--json", str(self.results / "stage1_bench.jsonl")]
         again = ["--json", str(self.results / "stage2_bench.jsonl"), "--pairs", "5"]
+        photos = ["--json", str(self.results / "input_bench.jsonl"), "--pairs", "3"]
         sweep = "--label_smooth 0 0.1 0.4 0.8 0.9 0.95 0.97 0.98 0.985 0.99 0.995 --seed 0 1 2"
         plain = "--amp off --graph off"
         return [
@@ -166,6 +167,7 @@ class Lab:
             compare(100, "5e-3", 0),
             stage1(100, "0", 0),
             Piece("speed of stage 1", 8, lambda: self.bench("stage1_bench", *speed)),
+            Piece("input of photos, ResNet-50", 6, lambda: self.bench("input_bench", *photos)),
             Piece("speed of stage 2", 5, lambda: self.bench("stage2_bench", *again)),
             *(each(100, "5e-3", seed) for seed in (1, 2) for each in (stage1, compare)),
             *(stage1(100, "0", seed) for seed in (1, 2)),

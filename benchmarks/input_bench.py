@@ -2,7 +2,8 @@
 
     python -m benchmarks.input_bench --images FOLDER --pairs 9 --json benchmarks/results/input_bench.jsonl
 
-FOLDER holds JPEGs, for instance some of ImageNet's. On one thread, in turn, as often as --pairs says:
+FOLDER holds JPEGs, for instance some of ImageNet's; without it pictures are drawn. On one thread, in turn, as often as
+--pairs says:
 
 * ``PIL``: open, RandomResizedCrop(224), flip, ColorJitter(0.4, 0.4, 0.4), ToTensor, Normalize, one image at a time, as
   Decoupling's loader does in its worker processes;
@@ -21,7 +22,8 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import count, islice, repeat
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +33,7 @@ from torchvision import transforms
 
 from benchmarks import append_line, timed
 from datasets import DATASETS, Batches
-from datasets.batches import seeded
+from datasets.batches import Batch, seeded
 from datasets.files import read_image
 from datasets.photos import INPUTS, Photos, ResizedCrop, _Reader
 from datasets.scan import write_pixels
@@ -127,62 +129,66 @@ def per_core(folder: Path, pairs: int, path: Path | None, argv: list[str]) -> No
     append_line(path, content)
 
 
-def on_gpu(folder: Path, batch: int, workers: int, device: torch.device, path: Path | None, argv: list[str]) -> None:
+def images_per_second(step: TrainStep, stream: Iterator[Batch], size: int) -> float:
+    """Images of ``size`` a batch that training gets through, after some steps to warm up."""
+    for batch in islice(stream, WARM_UP):
+        step(*batch)
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    for batch in islice(stream, STEPS):
+        step(*batch)
+    torch.cuda.synchronize()
+    return size * STEPS / (time.perf_counter() - began)
+
+
+def on_gpu(folder: Path, size: int, workers: int, device: torch.device, path: Path | None, argv: list[str]) -> None:
     """Images per second of ResNet-50 training fed in every way, and of the step alone."""
     with tempfile.TemporaryDirectory() as place:
-        photos = make_photos(folder, Path(place), -(-batch * 32 // len(jpegs_in(folder))), workers)
+        photos = make_photos(folder, Path(place), -(-size * 32 // len(jpegs_in(folder))), workers)
         labels = torch.arange(len(photos["files"])) % 1000
         counts = torch.bincount(labels, minlength=1000).tolist()
         model = build_model("resnet50", 1000, stem="imagenet").to(device).to(memory_format=torch.channels_last).train()
         optimizer = make_sgd(model.parameters(), 0.1, 0.9, 5e-4, nesterov=False)
         step = TrainStep(model, make_loss("ce", counts, {}).to(device), optimizer, amp=torch.bfloat16, graphed=True)
-        speeds = {}
         for how in ("step alone", "cache", "files", "nvjpeg"):
             source = photos["cache" if how == "step alone" else how]
-            batches = Batches(source, labels, batch, SPEC.mean, SPEC.std, device, ResizedCrop())
-            done, began, epoch, first = 0, 0.0, 0, None
-            while done < WARM_UP + STEPS:
-                for images, targets in batches.epoch(epoch):
-                    if len(targets) < batch:
-                        continue
-                    first = first or (images, targets)
-                    step(*(first if how == "step alone" else (images, targets)))
-                    done += 1
-                    while how == "step alone" and done < WARM_UP + STEPS:
-                        if done == WARM_UP:
-                            torch.cuda.synchronize(device)
-                            began = time.perf_counter()
-                        step(*first)
-                        done += 1
-                    if done == WARM_UP:
-                        torch.cuda.synchronize(device)
-                        began = time.perf_counter()
-                    if done >= WARM_UP + STEPS:
-                        break
-                epoch += 1
-            torch.cuda.synchronize(device)
-            speeds[how] = batch * STEPS / (time.perf_counter() - began)
-            print(f"ResNet-50, bf16, batch {batch}, {how:10} {speeds[how]:9,.0f} images/s", flush=True)
-            made = provenance("-m benchmarks.input_bench", argv, device, batch * STEPS / speeds[how])
-            append_line(path, {"what": "ResNet-50 training", "input": how, "images_per_second": speeds[how],
-                               "batch": batch, "workers": workers, "provenance": made})  # fmt: skip
+            batches = Batches(source, labels, size, SPEC.mean, SPEC.std, device, ResizedCrop())
+            whole = (batch for epoch in count() for batch in batches.epoch(epoch) if len(batch[1]) == size)
+            speed = images_per_second(step, repeat(next(whole)) if how == "step alone" else whole, size)
+            print(f"ResNet-50, bf16, batch {size}, {how:10} {speed:9,.0f} images/s", flush=True)
+            content = {"what": "ResNet-50 training", "input": how, "images_per_second": speed, "batch": size}
+            made = provenance("-m benchmarks.input_bench", argv, device, size * STEPS / speed)
+            append_line(path, content | {"workers": workers, "provenance": made})
+
+
+def draw_pictures(folder: Path, number: int = 48) -> Path:
+    """JPEGs of ImageNet's typical size, 500 x 375 pixels and about 100 kB, from random colours."""
+    for i in range(number):
+        generator = np.random.default_rng(i)
+        coarse = Image.fromarray(generator.integers(0, 256, (24, 32, 3), dtype=np.uint8))
+        smooth = np.asarray(coarse.resize((500, 375), Image.Resampling.BICUBIC)).astype(np.int16)
+        rough = smooth + generator.integers(-20, 21, smooth.shape, dtype=np.int16)
+        Image.fromarray(rough.clip(0, 255).astype(np.uint8)).save(folder / f"{i}.jpg", quality=90)
+    return folder
 
 
 def main() -> None:
     """Runs the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=Path, required=True, help="a folder of JPEGs")
+    parser.add_argument("--images", type=Path, help="a folder of JPEGs; drawn at random, if not given")
     parser.add_argument("--pairs", type=int, default=9, help="repetitions")
     parser.add_argument("--batch", type=int, default=256, help="GPU: images per step")
     parser.add_argument("--workers", type=int, default=16, help="GPU: worker processes")
     parser.add_argument("--json", type=Path, help="append results to this file")
     options = parser.parse_args()
     device = pick_device()
-    per_core(options.images, options.pairs, options.json, sys.argv[1:])
-    if device.type == "cuda":
-        on_gpu(options.images, options.batch, options.workers, device, options.json, sys.argv[1:])
-    else:
-        print("ResNet-50 training: not run (no GPU)")
+    with tempfile.TemporaryDirectory() as place:
+        folder = options.images or draw_pictures(Path(place))
+        per_core(folder, options.pairs, options.json, sys.argv[1:])
+        if device.type == "cuda":
+            on_gpu(folder, options.batch, options.workers, device, options.json, sys.argv[1:])
+        else:
+            print("ResNet-50 training: not run (no GPU)")
 
 
 if __name__ == "__main__":
