@@ -109,6 +109,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         "sha256": file.sha256,
         "stage": file.stage,
         **{key: getattr(options, key) for key in IDENTITY},
+        "input": options.input,
         "seed": file.options.get("seed"),
         "method": file.options.get("method"),
         "label_smooth": file.options.get("label_smooth"),

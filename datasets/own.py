@@ -7,6 +7,7 @@ photos and treated as ImageNet is. Every file is decoded once, the first time, s
 from __future__ import annotations
 
 import hashlib
+import json
 import statistics
 import zipfile
 from collections.abc import Mapping
@@ -27,7 +28,7 @@ from datasets.files import EXTENSIONS, Listing, Manifest, read_image
 from datasets.listed import PHOTO_SIDE, photos_of
 from datasets.photos import Crops, Photos
 from datasets.spec import ImageSet, Recipe, Shown, Source
-from utils.files import require_writable
+from utils.files import atomic, require_writable
 from utils.options import UsageError
 from utils.system import available_cpus
 
@@ -160,8 +161,9 @@ def read_files(kind: str, data_dir: str, shown: Shown) -> Source:
     manifest = manifest_of(kind, data_dir, shown.workers)
     side = shown.image_size or natural_side(kind, data_dir)
     if side > SMALL_SIDE:
-        source = photos_of(manifest, replace(shown, image_size=side), Path(manifest.about["home"]))
-        return _with_statistics(source, shown)
+        home = Path(manifest.about["home"])
+        source = photos_of(manifest, replace(shown, image_size=side), home)
+        return _with_statistics(source, shown, home / f"statistics_{side}.json")
     if shown.how != "files":
         raise UsageError(f"--input {shown.how}: images of {side} pixels are held in memory", "files")
     sets = {}
@@ -247,13 +249,19 @@ def _in_memory(sets: Mapping[str, ImageSet], names: list[str], shown: Shown) -> 
     return _with_statistics(source, shown)
 
 
-def _with_statistics(source: Source, shown: Shown) -> Source:
-    """The source with the mean and std that were given, else with its training images' own."""
+def _with_statistics(source: Source, shown: Shown, kept: Path | None = None) -> Source:
+    """The source with the mean and std that were given, else its training images' own, which a file may keep."""
     mean, std = shown.mean, shown.std
     if mean is None or std is None:
-        images = source.train.images
-        own = statistics_of(_sample(images) if isinstance(images, Photos) else images)
-        mean, std = mean or own[0], std or own[1]
+        if kept is not None and kept.is_file():
+            own = json.loads(kept.read_text())
+        else:
+            images = source.train.images
+            own = statistics_of(_sample(images) if isinstance(images, Photos) else images)
+            if kept is not None:
+                with atomic(kept) as path:
+                    path.write_text(json.dumps(own))
+        mean, std = mean or tuple(own[0]), std or tuple(own[1])
     if len(mean) != source.train.channels or len(std) != source.train.channels:
         raise UsageError(f"--mean and --std of {len(mean)} and {len(std)} numbers", f"{source.train.channels} each")
     return source._replace(mean=mean, std=std)

@@ -42,6 +42,7 @@ RESULT_KEYS = {
         "seed",
         "image_size",
         "stem",
+        "input",
     ),
     *(
         "method",

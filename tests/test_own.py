@@ -67,6 +67,11 @@ def test_a_folder_of_photos_is_decoded_when_it_is_wanted(workdir) -> None:
     make_folder(workdir / "d", side=90, test="val", suffix="jpg")
     data = read("folder", "d")
     assert isinstance(data.train.images, Photos) and data.train.side == 224 and len(data.test) == 9
+    [kept] = workdir.glob("cache/images/*/statistics_224.json")
+    again = read("folder", "d")  # where it is kept
+    assert (again.spec.mean, again.spec.std) == (data.spec.mean, data.spec.std)
+    kept.write_text("[[0.1, 0.2, 0.3], [0.4, 0.5, 0.6]]")
+    assert read("folder", "d").spec.mean == (0.1, 0.2, 0.3)
     assert data.spec.augment == ResizedCrop() and data.val is None  # val is the test set where there is no other
     make_folder(workdir / "e", side=90, suffix="jpg")
     (workdir / "d" / "val").rename(workdir / "e" / "val")
