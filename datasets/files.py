@@ -126,7 +126,7 @@ class Manifest:
                     return None
                 splits = {
                     name: Files(
-                        bytes(arrays[f"{name}_paths"]).decode().split("\n"),
+                        bytes(arrays[f"{name}_paths"]).decode(errors="surrogateescape").split("\n"),
                         torch.from_numpy(arrays[f"{name}_labels"]),
                         torch.from_numpy(arrays[f"{name}_sizes"]),
                     )
@@ -139,4 +139,4 @@ class Manifest:
 
 
 def _text(text: str) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    return np.frombuffer(text.encode(), dtype=np.uint8)
+    return np.frombuffer(text.encode(errors="surrogateescape"), dtype=np.uint8)  # as file names may need it

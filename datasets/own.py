@@ -101,7 +101,7 @@ def _list_folder(data_dir: str) -> tuple[Path, Named]:
     listing = {}
     for split in SPLITS:
         paths, labels = [], []
-        for folder in sorted(path for path in (root / split).glob("*") if path.is_dir()):
+        for folder in sorted(p for p in (root / split).glob("[!.]*") if p.is_dir()):
             found = sorted(
                 p for p in folder.rglob("*") if p.suffix.lower() in EXTENSIONS and not p.name.startswith(".")
             )
@@ -280,8 +280,9 @@ def statistics_of(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]
 
 def _sample(photos: Photos) -> Tensor:
     """``MEASURED`` photos, evenly spread, as they are shown in a test: (n, 3, size, size) uint8."""
-    chosen = torch.arange(0, len(photos), -(-len(photos) // MEASURED))
-    views = Crops(photos, None, torch.device("cpu")).whole(chosen.split(100))
+    chosen = photos[torch.arange(0, len(photos), -(-len(photos) // MEASURED))]
+    chosen.how = "files" if chosen.store is None else chosen.how  # nvjpeg is not for the CPU
+    views = Crops(chosen, None, torch.device("cpu")).whole(torch.arange(len(chosen)).split(100))
     return torch.cat(list(views)).permute(0, 3, 1, 2)
 
 
