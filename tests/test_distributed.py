@@ -447,7 +447,7 @@ def test_world_size_alone_is_a_mistake(workdir, monkeypatch, capsys) -> None:
 
 @pytest.mark.cuda
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="NCCL and --sync_bn need two GPUs")
-def test_two_gpus(workdir, monkeypatch) -> None:
+def test_two_gpus(workdir) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     for flags in ("", "--sync_bn", "--accum 2 --amp off", "--amp fp16 --ema 0.5 --mixup 0.2"):
         arguments = ["--dataset", "digits", "--epochs", "2", "--seed", "0", *flags.split()]
