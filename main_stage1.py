@@ -122,7 +122,7 @@ class Options(TrainOptions):
         None, Number(int, 1, 64), "runs of a sweep at a time; if not given, up to 4 on a GPU and 1 on a CPU"
     )
     accum: int = option(
-        1, Number(int, 1, 10**6), "parts in which a process's images of a step follow each other; BatchNorm sees each"
+        1, Number(int, 1, 10**6), "parts of a step that follow each other, for memory; BatchNorm sees each by itself"
     )
     sync_bn: bool = option(False, Flag(), "BatchNorm over the images of all processes, on GPUs")
 

@@ -416,7 +416,8 @@ def begin(resolved: Resolved[Any], stage: str, data: LongTailed, device: torch.d
     run = Run(folder if rank() == 0 else None)
     run.say(resolved.describe())
     where = f"{device}, {torch.get_num_threads()} threads" if device.type == "cpu" else str(device)
-    where += f" in each of {processes()} processes" if processes() > 1 else ""
+    if processes() > 1:
+        where = f"{where.replace(':0', '')} in each of {processes()} processes"
     run.say(f"{data.describe()}\ndevice {where}, seed {shown(options.seed)}, run folder {run.folder}")
     run.write_json("options.json", {"options": dataclasses.asdict(options), "sources": dict(resolved.sources)})
     return run

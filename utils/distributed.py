@@ -64,7 +64,7 @@ def launcher() -> list[str]:
 
 
 class _Board:
-    """Where processes leave each other messages, however stuck their tensors are. The others' stay when one has ended.
+    """Where processes leave each other messages: also while tensors are stuck, and for those who read them later.
 
     Attributes:
         is_over: a process has told the others of an error.
