@@ -25,10 +25,10 @@ from datasets import SAMPLERS, LongTailed
 from engine import TrainStep, cosine, is_due, make_sgd, set_lr, train_epoch
 from models import trained_part
 from models.heads import head_name
-from retraining.features import FEATURES, Stream
+from retraining.features import DTYPES, FEATURES, Stream
 from retraining.methods import METHODS
 from retraining.settings import TUNABLE, Setting, by_stream, make_settings
-from retraining.solver import Solver
+from retraining.solver import Solver, heads_that_fit
 from retraining.sweep import Lab, Result
 from stages import (
     EVAL_BATCH,
@@ -102,6 +102,9 @@ class Options(TrainOptions):
         20, Number(int, 0, 10_000), "augmented views of an image; epoch e shows view e mod V; 0: the image as it is"
     )
     view_seed: int = option(0, Number(int, 0, 2**31 - 1), "seed of the views' crops and flips, shared by all --seed")
+    feature_dtype: str = option(
+        "float32", Choice(DTYPES), "how the cache stores features of training images; heads compute in float32 anyway"
+    )
     cache_dir: str = option("cache", Text("a folder"), "where features are kept; it may be deleted between runs")
     pretrained_pth: str | None = option(None, Text(), "stage 1's checkpoint; without it, the one it left by default")
 
@@ -151,6 +154,9 @@ def refuse_unused(typed: Mapping[str, Any], options: Any, settings: Sequence[Set
             raise UsageError(f"--{name} with --features {options.features}", "--features views")
         if name in typed and all(setting.scope != "fc" for setting in settings):
             raise UsageError(f"--{name} with --finetune_scope {shown(options.finetune_scope)}", "fc too")
+    if "feature_dtype" in typed and not any(s.scope == "fc" and (s.stream or s.method == "ncm") for s in settings):
+        used = f"--method {shown(options.method)} --finetune_scope {shown(options.finetune_scope)}"
+        raise UsageError(f"--feature_dtype with {used}", "a method that takes features of training images, scope fc")
 
 
 def refuse_head(parent: Checkpoint, methods: Sequence[str]) -> None:
@@ -195,6 +201,7 @@ def make_lab(parent: Checkpoint, data: LongTailed, device: torch.device, options
         EVAL_BATCH[device.type],
         options.views,
         options.view_seed,
+        options.feature_dtype,
     )
     return Lab(source)
 
@@ -208,7 +215,8 @@ def retrain(settings: Sequence[Setting], lab: Lab, options: Any, run: Run) -> li
             results += post_hoc(group, lab, options.select)
             continue
         heads = [setting for setting in group if setting.scope == "fc"]
-        results += train_heads(stream, heads, lab, options, run) if heads else []
+        for part in in_memory(heads, stream, lab, run):
+            results += train_heads(stream, part, lab, options, run)
         results += [train_network(setting, lab, options, run) for setting in group if setting.scope != "fc"]
     return results
 
@@ -226,6 +234,23 @@ def post_hoc(settings: Sequence[Setting], lab: Lab, select: str) -> list[Result]
         lab.measure(result, head, epoch=-1)
         results.append(result)
     return results
+
+
+def in_memory(settings: Sequence[Setting], stream: Stream, lab: Lab, run: Run) -> list[Sequence[Setting]]:
+    """The settings in groups whose classifiers can be trained side by side; says so where they are several.
+
+    Raises:
+        UsageError: see :func:`retraining.solver.heads_that_fit`.
+    """
+    if not settings:
+        return []
+    classes, features = lab.start.weight.shape
+    fit = heads_that_fit(len(settings), classes, features, stream.batch_size, lab.source.device)
+    groups = [settings[first : first + fit] for first in range(0, len(settings), fit)]
+    if len(groups) > 1:
+        heads = f"{len(settings)} heads of {classes} x {features}"
+        run.say(f"{heads}: {fit} fit in memory at a time, {len(groups)} passes")
+    return groups
 
 
 def train_heads(stream: Stream, settings: Sequence[Setting], lab: Lab, options: Any, run: Run) -> list[Result]:

@@ -20,7 +20,7 @@ from utils import checkpoints
 from utils.checkpoints import IDENTITY, SELECT, STAGES, Checkpoint, NoCheckpoint
 from utils.distributed import by_first, in_turn, meet, processes, rank
 from utils.files import require_writable
-from utils.metrics import GROUPS, Report, fit_temperature, per_class_csv, per_class_rows, percent, report
+from utils.metrics import GROUPS, Logits, Report, fit_temperature, per_class_csv, per_class_rows, percent, report
 from utils.options import (
     Choice,
     Flag,
@@ -423,7 +423,7 @@ def begin(resolved: Resolved[Any], stage: str, data: LongTailed, device: torch.d
     return run
 
 
-def calibrated(logits: Tensor, labels: Tensor, class_counts: list[int]) -> Report:
+def calibrated(logits: Logits, labels: Tensor, class_counts: list[int]) -> Report:
     """The report of held-out images, with the ``temperature`` that suits them."""
     return report(logits, labels, class_counts) | {"temperature": fit_temperature(logits, labels)}
 

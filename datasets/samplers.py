@@ -7,7 +7,7 @@ their training loop, an epoch is N images whatever the sampler.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Generator, Tensor
@@ -53,14 +53,20 @@ def progressively_balanced(labels: Tensor, epoch: int, epochs: int, generator: G
 
 def _from_classes(labels: Tensor, classes: Tensor, generator: Generator) -> Tensor:
     """One image for each entry of ``classes`` (N,), cycling through the shuffled images of that class."""
-    positions = torch.empty_like(classes)
-    for label in classes.unique():
-        wanted = torch.nonzero(classes == label).flatten()
-        members = torch.nonzero(labels == label).flatten()
+    positions, number = torch.empty_like(classes), int(labels.max()) + 1
+    for wanted, members in zip(_places(classes, number), _places(labels, number)):
+        if len(wanted) == 0:
+            continue
         rounds = -(-len(wanted) // len(members))
         cycle = torch.cat([members[torch.randperm(len(members), generator=generator)] for _ in range(rounds)])
         positions[wanted] = cycle[: len(wanted)]
     return positions
+
+
+def _places(labels: Tensor, classes: int) -> Sequence[Tensor]:
+    """Where each class is: labels (N,) -> C times (n_j,), rising."""
+    places: Sequence[Tensor] = labels.argsort(stable=True).split(torch.bincount(labels, minlength=classes).tolist())
+    return places
 
 
 SAMPLERS: dict[str, Sampler] = {

@@ -30,7 +30,9 @@ from datasets.batches import Batch, Draws, seeded
 from engine import for_evaluation, forward
 from models import Network
 from utils.files import atomic, require_writable
+from utils.metrics import LOGIT_BYTES, Logits
 from utils.options import UsageError
+from utils.system import free_memory
 
 #: Raise it when the way features are computed changes, so that no old file is taken for a new one.
 FORMAT = 1
@@ -38,6 +40,12 @@ FORMAT = 1
 VIEWS_STREAM = 3
 #: The largest image side of which all crops and flips are kept.
 ORBIT_SIDE = 64
+#: --feature_dtype: torch's type and what NumPy calls its bits (it has no bfloat16).
+DTYPES = {"float32": (torch.float32, "<f4"), "float16": (torch.float16, "<f2"), "bfloat16": (torch.bfloat16, "<i2")}
+#: Bytes of float32 features that are held at a time where all of an array are walked through.
+BLOCK_BYTES = 2**27
+#: Share of a GPU's free memory that one array may take; a larger one stays on disk and is streamed from there.
+RESIDENT = 0.5
 
 #: (steps, their number, what they are) -> the steps, shown as they pass.
 Progress = Callable[[Iterable[Batch], int, str], Iterator[Batch]]
@@ -60,8 +68,9 @@ class FeatureCache:
     """Named arrays in a folder of their own, chosen by a fingerprint of everything that their content depends on.
 
     A file is written beside its final name and renamed when it is whole, so an interrupted write leaves nothing to be
-    mistaken for it, and two runs that want the same file at once each write the same bytes. Arrays are .npy files,
-    float32, and come back memory-mapped; one that is damaged is made anew.
+    mistaken for it, and two runs that want the same file at once each write the same bytes. Arrays are .npy files of
+    ``dtype``, a key of ``DTYPES``, and come back memory-mapped; one that is damaged is made anew. They may be larger
+    than memory, and are only read: a page that is written to would be copied into it.
 
     Attributes:
         folder: where the files are.
@@ -69,7 +78,10 @@ class FeatureCache:
         seconds: time spent on writing them, the making included.
     """
 
-    def __init__(self, root: str | Path, about: dict[str, Any]) -> None:
+    def __init__(self, root: str | Path, about: dict[str, Any], dtype: str = "float32") -> None:
+        self.dtype, self.bits = DTYPES[dtype]
+        if dtype != "float32":  # which older versions did not name
+            about = about | {"dtype": dtype}
         text = json.dumps(about, sort_keys=True, indent=1)
         self.folder = Path(root, hashlib.sha256(text.encode()).hexdigest()[:16])
         if not (self.folder / "about.json").is_file():
@@ -83,20 +95,20 @@ class FeatureCache:
     def array(self, name: str, rows: int, compute: Callable[[], Iterator[Tensor]], anew: bool = False) -> Tensor:
         """The array (rows, D); where it is missing or ``anew``, made of the pieces (B, D) that ``compute`` yields."""
         path = self.folder / f"{name}.npy"
-        array = None if anew else _mapped(path, rows)
+        array = None if anew else self._mapped(path, rows)
         is_new = array is None
         if array is None:
             began = time.perf_counter()
             self._write(path, rows, compute())
             self.seconds += time.perf_counter() - began
-            array = _mapped(path, rows)
+            array = self._mapped(path, rows)
         if array is None:
             raise UsageError(f"--cache_dir {self.folder}: {path.name} is gone", "a cache that nobody deletes meanwhile")
         if name not in self._seen:
             self._seen.add(name)
             self.computed += array.nbytes * is_new
             self.reused += array.nbytes * (not is_new)
-        return torch.from_numpy(array)
+        return torch.from_numpy(array).view(self.dtype)
 
     def _write(self, path: Path, rows: int, pieces: Iterator[Tensor]) -> None:
         # Plain writes: on a full disk they fail with an error, a memory map with the process.
@@ -104,11 +116,15 @@ class FeatureCache:
         with atomic(path) as temporary, open(temporary, "wb") as file:
             written = 0
             for piece in pieces:
-                header = {"descr": "<f4", "fortran_order": False, "shape": (rows, piece.shape[1])}
+                header = {"descr": self.bits, "fortran_order": False, "shape": (rows, piece.shape[1])}
+                stored = piece.cpu().to(self.dtype)
+                if self.dtype == torch.float16 and bool((stored.isinf() & piece.cpu().isfinite()).any()):
+                    too_large = f"a feature of {float(piece.abs().max()):.3g} is too large"
+                    raise UsageError(f"--feature_dtype float16: {too_large}", "bfloat16, float32")
                 try:
                     if written == 0:
                         np.lib.format.write_array_header_1_0(file, header)
-                    file.write(piece.cpu().numpy().astype("<f4", copy=False).tobytes())
+                    file.write(stored.contiguous().view(torch.uint8).numpy().tobytes())
                 except OSError as error:
                     raise UsageError(
                         f"--cache_dir {self.folder}: {error.strerror}", "a folder with more room"
@@ -116,18 +132,17 @@ class FeatureCache:
                 written += len(piece)
             assert written == rows
 
+    def _mapped(self, path: Path, rows: int) -> np.ndarray[Any, np.dtype[Any]] | None:
+        """The array of a file, memory-mapped; None where the file is missing, damaged or of another shape."""
+        try:
+            array = np.load(path, mmap_mode="c")  # copy-on-write: torch wants writable memory
+        except (OSError, ValueError, EOFError):
+            return None
+        return array if array.dtype == self.bits and array.ndim == 2 and len(array) == rows else None
+
     def tensors(self, name: str) -> Path:
         """The path of a small file of tensors beside the arrays."""
         return self.folder / f"{name}.pt"
-
-
-def _mapped(path: Path, rows: int) -> np.ndarray[Any, np.dtype[np.float32]] | None:
-    """The array of a file, memory-mapped; None where the file is missing, damaged or of another shape."""
-    try:
-        array = np.load(path, mmap_mode="c")  # copy-on-write: torch wants writable memory
-    except (OSError, ValueError, EOFError):
-        return None
-    return array if array.dtype == np.float32 and array.ndim == 2 and len(array) == rows else None
 
 
 @dataclass
@@ -143,6 +158,8 @@ class FeatureSource:
         progress: shows the passes over the backbone.
         eval_batch: images per step where BatchNorm is in eval mode.
         num_views, view_seed: number of views (0: images as they are) and the seed of their crops and flips (``views``).
+        dtype: key of ``DTYPES``: what the training images' features are stored as. Those of test and held-out images
+            are float32, so that figures are those of the network itself. Heads get float32 whatever is stored.
     """
 
     model: Network
@@ -155,6 +172,7 @@ class FeatureSource:
     eval_batch: int
     num_views: int = 20
     view_seed: int = 0
+    dtype: str = "float32"
 
     def __post_init__(self) -> None:
         self.model = self.model.to(self.device).eval().requires_grad_(False)
@@ -174,6 +192,7 @@ class FeatureSource:
     def evaluated(self, part: str, stream: Stream | None = None, epoch: int = -1) -> list[Tensor]:
         """Features (N, D) of "test", "val" or "train" as they are, followed by their mirror images' where wanted.
 
+        They are as they are stored, of type ``dtype`` and perhaps on disk; see :func:`feature_blocks`.
         ``stream`` and ``epoch`` say after which epoch; -1 is stage 1's backbone. Training images are never mirrored.
         """
         raise NotImplementedError
@@ -212,7 +231,7 @@ class FeatureSource:
         }
         key = json.dumps(about, sort_keys=True)
         if key not in self.caches:
-            self.caches[key] = FeatureCache(self.cache_dir, about)
+            self.caches[key] = FeatureCache(self.cache_dir, about, self.dtype if part == "train" else "float32")
         return self.caches[key]
 
     def plain(self, part: str, cache: FeatureCache, name: str, network: Callable[[], Network]) -> list[Tensor]:
@@ -229,7 +248,7 @@ class FeatureSource:
             found = [cache.array(name, len(images), compute)]
             if self.flip and part != "train":
                 found.append(cache.array(f"{name}_mirrored", len(images), partial(compute, mirrored=True)))
-            self._latest[part] = key, [array.to(self.device) for array in found]
+            self._latest[part] = key, [resident(array, self.device) for array in found]
         return self._latest[part][1]
 
     def passes(self, model: Network, steps: Iterable[Batch], number: int, what: str) -> Iterator[Tensor]:
@@ -278,15 +297,15 @@ class Views(_EvalMode):
 
     def epoch(self, stream: Stream, epoch: int) -> Iterator[Batch]:
         features = self.numbered(epoch % self.num_views) if self.num_views else self.evaluated("train")[0]
-        for order in self.train_batches(stream).draws(epoch).order.to(self.device).split(stream.batch_size):
-            yield features[order], self.labels[order]
+        order = self.train_batches(stream).draws(epoch).order
+        yield from gathered(features, self.labels, order, stream.batch_size)
 
     def numbered(self, view: int) -> Tensor:
         """The features (N, D) of one view of all training images, in file order."""
         augment = self.data.spec.augment
         more = {"view_seed": self.view_seed, **asdict(augment), "eval_batch": self.eval_batch}
         windows = augment.draw(len(self.labels), seeded(self.view_seed, VIEWS_STREAM, view))
-        return self.view(self.cache("eval", "train", **more), f"view_{view}", *windows).to(self.device)
+        return resident(self.view(self.cache("eval", "train", **more), f"view_{view}", *windows), self.device)
 
 
 class Orbit(_EvalMode):
@@ -306,16 +325,20 @@ class Orbit(_EvalMode):
         assert isinstance(draws, Draws)
         wanted = (draws.top * offsets + draws.left) * sides + draws.flip
         cache = self.cache("eval", "train", orbit=True, pad=augment.pad, eval_batch=self.eval_batch)
-        features = torch.empty(0)
+        views = []
         for number in range(offsets * offsets * sides):
             top, left, flip = number // sides // offsets, number // sides % offsets, number % sides
             ones = torch.ones(len(self.labels), dtype=torch.int64)
-            array = self.view(cache, f"orbit_{top}_{left}_{flip}", top * ones, left * ones, flip * ones > 0)
-            rows = torch.nonzero(wanted == number).flatten()
-            features = array.new_empty(len(wanted), array.shape[1]) if len(features) == 0 else features
-            features[rows] = array[draws.order[rows]]
-        labels = self.labels[draws.order.to(self.device)]
-        yield from zip(features.to(self.device).split(stream.batch_size), labels.split(stream.batch_size))
+            views.append(self.view(cache, f"orbit_{top}_{left}_{flip}", top * ones, left * ones, flip * ones > 0))
+        batches = max(1, BLOCK_BYTES // (4 * views[0].shape[1] * stream.batch_size))
+        for order, chosen in zip(*(part.split(batches * stream.batch_size) for part in (draws.order, wanted))):
+            features = views[0].new_empty(len(order), views[0].shape[1])
+            for number, view in enumerate(views):
+                rows = torch.nonzero(chosen == number).flatten()
+                features[rows] = view[order[rows]]
+            labels = self.labels[order.to(self.device)]
+            features = features.to(self.device).float()
+            yield from zip(features.split(stream.batch_size), labels.split(stream.batch_size))
 
 
 class Replay(FeatureSource):
@@ -338,9 +361,10 @@ class Replay(FeatureSource):
                 torch.save(self._buffers(), file)
 
         anew = not cache.tensors(f"batchnorm_{epoch}").is_file()
-        features = cache.array(f"epoch_{epoch}", len(draws.order), compute, anew).to(self.device)
+        features = resident(cache.array(f"epoch_{epoch}", len(draws.order), compute, anew), self.device)
         labels = self.labels[draws.order.to(self.device)]
-        yield from zip(features.split(stream.batch_size), labels.split(stream.batch_size))
+        for rows, own in zip(features.split(stream.batch_size), labels.split(stream.batch_size)):
+            yield rows.to(self.device).float(), own
 
     def evaluated(self, part: str, stream: Stream | None = None, epoch: int = -1) -> list[Tensor]:
         def network() -> Network:
@@ -389,11 +413,65 @@ def features_of(model: Network, images: Tensor) -> Tensor:
     return forward(model.features, images)
 
 
+def resident(array: Tensor, device: torch.device) -> Tensor:
+    """An array on the device where it fits (:data:`RESIDENT`); where not, and on a CPU, mapped as it is."""
+    is_large = device.type != "cpu" and array.nbytes > RESIDENT * free_memory(device)
+    return array if is_large else array.to(device)
+
+
+def feature_blocks(
+    arrays: list[Tensor], labels: Tensor, classes: int, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Arrays (N, D) in blocks (n, D), float32 on the device, each with its labels; of two arrays their mean.
+
+    Neither a block's features nor its logits take more than :data:`BLOCK_BYTES`.
+    """
+    rows = max(1, BLOCK_BYTES // (4 * max(arrays[0].shape[1], classes)))
+    for *sides, own in zip(*(array.split(rows) for array in arrays), labels.split(rows)):
+        found = [side.to(device).float() for side in sides]
+        yield found[0] if len(found) == 1 else (found[0] + found[1]) / 2, own.to(device)
+
+
+def gathered(features: Tensor, labels: Tensor, order: Tensor, batch: int) -> Iterator[Batch]:
+    """The images of an order (N,) in batches: features (B, D), float32 on the labels' device, and labels (B,).
+
+    Rows of a mapped array (N, D) are read as the batches need them, and its pages stay the file's: the system drops
+    and reads them again where memory is short.
+    """
+    labels = labels[order.to(labels.device)]
+    for rows, own in zip(order.to(features.device).split(batch), labels.split(batch)):
+        yield features[rows].to(labels.device).float(), own
+
+
 def predict_features(head: nn.Module, parts: list[Tensor], batch: int) -> Tensor:
-    """Logits (N, C) of features (N, D) on the CPU; with mirror images' features too, the mean of both logits.
+    """Logits (N, C) of float32 features (N, D) on the CPU; with mirror images' features too, the mean of both logits.
 
     In batches of ``batch`` images, as :func:`engine.predict` makes them, so that both agree to the last bit.
     """
+    device = next(head.parameters()).device
+
+    def logits(features: Tensor) -> Tensor:
+        return torch.cat([head(rows.to(device)).cpu() for rows in features.split(batch)])
+
     with torch.inference_mode():
-        sides = [torch.cat([head(piece).cpu() for piece in part.split(batch)]) for part in parts]
+        sides = [logits(part) for part in parts]
     return sides[0] if len(sides) == 1 else (sides[0] + sides[1]) / 2
+
+
+class LogitBlocks:
+    """The same logits in blocks of at most :data:`LOGIT_BYTES`, computed anew whenever they are iterated over."""
+
+    def __init__(self, head: nn.Module, parts: list[Tensor], batch: int) -> None:
+        classes = len(head.get_parameter("weight"))
+        self.rows = batch * max(1, LOGIT_BYTES // (4 * classes * batch))
+        self.head, self.parts, self.batch = head, parts, batch
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for sides in zip(*(part.split(self.rows) for part in self.parts)):
+            yield predict_features(self.head, list(sides), self.batch)
+
+
+def head_logits(head: nn.Module, parts: list[Tensor], batch: int) -> Logits:
+    """Logits (N, C) as :func:`predict_features` gives them, whole where they fit into one block."""
+    blocks = LogitBlocks(head, parts, batch)
+    return predict_features(head, parts, batch) if len(parts[0]) <= blocks.rows else blocks

@@ -11,7 +11,7 @@ at most nine settings to be tuned over.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +38,8 @@ from utils.options import UsageError
 
 #: One value per option: what one classifier is trained with.
 Values = Mapping[str, Any]
+#: Features (n, D) float32 and labels (n,) of some images after the other, so that they need not fit into memory.
+Blocks = Iterable[tuple[Tensor, Tensor]]
 
 #: Label Over-Smooth's on CIFAR-100-LT, and this project's choice where nothing was published for stage 2.
 FINE_TUNE = {"finetune_lr": 5e-4, "finetune_wd": 0.0}
@@ -50,14 +52,14 @@ class Start:
     Attributes:
         head: stage 1's classifier, a linear or a cosine head.
         class_counts: (C,) images that are trained on.
-        clean: -> (features (N, D), labels (N,)) of the training images, not augmented.
-        held_out: -> the same of the held-out images; None where stage 1 held none out.
+        clean: -> features and labels of the training images, not augmented.
+        held_out: -> those of the held-out images; None where stage 1 held none out.
     """
 
     head: nn.Module
     class_counts: list[int]
-    clean: Callable[[], tuple[Tensor, Tensor]]
-    held_out: Callable[[], tuple[Tensor, Tensor]] | None
+    clean: Callable[[], Blocks]
+    held_out: Callable[[], Blocks] | None
 
     @property
     def linear(self) -> nn.Linear:
@@ -217,10 +219,12 @@ class TauNorm(PostHoc):
             return values
         if start.held_out is None:
             return {**values, "tau": 1.0}
-        features, labels = start.held_out()
+        held_out = start.held_out
 
         def class_mean(tau: float) -> float:
-            predicted = self.head(start, {"tau": tau})(features).argmax(dim=1)
+            head = self.head(start, {"tau": tau})
+            pairs = [(head(features).argmax(dim=1), labels) for features, labels in held_out()]
+            predicted, labels = (torch.cat(part) for part in zip(*pairs))
             score: float = accuracies(predicted, labels, start.class_counts)["class_mean"]
             return score
 
@@ -255,13 +259,19 @@ class NCM(PostHoc):
     needs_linear = False
 
     def head(self, start: Start, values: Values) -> nn.Module:
-        features, labels = start.clean()
-        head = PrototypeHead(features.shape[1], start.num_classes).to(features.device)
+        head = PrototypeHead(start.weight.shape[1], start.num_classes).to(start.weight.device)
         head.unit.fill_(values["ncm_metric"] != "l2")
         if values["ncm_metric"] == "centred":
-            head.center.copy_(features.mean(dim=0))
-        sums = torch.zeros_like(head.weight).index_add_(0, labels, head.transform(features))
-        means = sums / torch.bincount(labels, minlength=start.num_classes)[:, None]
+            number = 0
+            for features, _ in start.clean():
+                head.center += features.sum(dim=0)
+                number += len(features)
+            head.center /= number
+        sums, images = torch.zeros_like(head.weight), torch.zeros_like(start.weight[:, 0], dtype=torch.int64)
+        for features, labels in start.clean():
+            sums.index_add_(0, labels, head.transform(features))
+            images += torch.bincount(labels, minlength=start.num_classes)
+        means = sums / images[:, None]
         head.weight.data.copy_(nn.functional.normalize(means) if values["ncm_metric"] == "cosine" else means)
         return head
 

@@ -4,26 +4,28 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from datasets import Batches, LongTailed
 from engine import predict
-from retraining.features import FeatureSource, Stream, predict_features
+from retraining.features import FeatureSource, Stream, feature_blocks, head_logits
 from retraining.methods import METHODS, Start
 from retraining.settings import Setting
 from retraining.solver import Trainee
 from sweeps import Outcome
-from utils.metrics import GROUPS, accuracies
+from utils.metrics import GROUPS, Logits, accuracies, predicted_classes
 
 
 class Result(Outcome):
     """What became of one classifier: its selection's state is the head's, or the network's (``network``).
 
     Attributes:
-        head: the selected epoch's head, one of models.heads.HEADS, or the whole network.
+        head: the selected epoch's head, one of models.heads.HEADS, or the whole network; on the CPU, its weights are
+            those of the selection's state.
         network: whether the backbone was trained too.
         records: one per epoch, for metrics.jsonl.
         seconds: time spent on the classifier itself; on the whole network where that is trained.
@@ -51,21 +53,25 @@ class Result(Outcome):
             self.records.append(record)
         return self.diverged is None
 
-    def offer(self, epoch: int, head: nn.Module, test: Tensor, val: Tensor | None, data: LongTailed) -> None:
+    def offer(self, epoch: int, head: nn.Module, test: Logits, val: Logits | None, data: LongTailed) -> None:
         """Measures logits (N, C) of the test and held-out images and shows them to the selection rule.
 
         ``epoch`` counts from 1; 0 stands for a method that trains nothing.
         """
-        if not bool(test.isfinite().all()):
-            self.diverged = epoch
-            return
-        test_report = accuracies(test.argmax(dim=1), data.test.labels, data.class_counts)
-        val_report = None
-        if val is not None and data.val is not None:
-            val_report = accuracies(val.argmax(dim=1), data.val.labels, data.class_counts)
+        reports = []
+        for logits, images in ((test, data.test), (val, data.val)):
+            if logits is None or images is None:
+                continue
+            predicted = predicted_classes(logits)
+            if predicted is None:
+                self.diverged = epoch
+                return
+            reports.append(accuracies(predicted, images.labels, data.class_counts))
+        test_report, val_report = reports[0], reports[1] if len(reports) > 1 else None
         self.selection.offer(epoch, head, test_report, val_report)
         if self.selection.epoch == epoch:
-            self.head = copy.deepcopy(head)
+            self.head = copy.deepcopy(head).cpu()
+            self.head.load_state_dict(self.selection.state, assign=True)
         if self.records:
             groups = {f"test_{group}": test_report["groups"][group]["accuracy"] for group in GROUPS}
             self.records[-1] |= {"test_top1": test_report["top1"], **groups}
@@ -84,17 +90,13 @@ class Lab:
 
     def __init__(self, source: FeatureSource) -> None:
         self.source, self.data = source, source.data
-        held_out = None if self.data.val is None else self._held_out
+        clean, held_out = (partial(self._blocks, part) for part in ("train", "val"))
         head = copy.deepcopy(source.model.fc).requires_grad_(False)
-        self.start = Start(head, self.data.trained_counts, self._clean, held_out)
+        self.start = Start(head, self.data.trained_counts, clean, held_out if self.data.val else None)
 
-    def _clean(self) -> tuple[Tensor, Tensor]:
-        return self.source.evaluated("train")[0], self.source.labels
-
-    def _held_out(self) -> tuple[Tensor, Tensor]:
-        assert self.data.val is not None
-        features = self.source.evaluated("val")
-        return torch.stack(features).mean(dim=0), self.data.val.labels.to(features[0].device)
+    def _blocks(self, part: str) -> Iterator[tuple[Tensor, Tensor]]:
+        labels: Tensor = getattr(self.data, part).labels
+        return feature_blocks(self.source.evaluated(part), labels, self.data.num_classes, self.source.device)
 
     def trainee(self, setting: Setting) -> Trainee:
         """A fresh classifier of a setting, ready for the solver."""
@@ -115,16 +117,17 @@ class Lab:
         val = None if self.data.val is None else self.logits(head, "val", stream, epoch)
         result.offer(epoch + 1, head, self.logits(head, "test", stream, epoch), val, self.data)
 
-    def logits(self, head: nn.Module, part: str, stream: Stream | None, epoch: int) -> Tensor:
+    def logits(self, head: nn.Module, part: str, stream: Stream | None, epoch: int) -> Logits:
         """A head's logits (N, C) on "test" or "val" after an epoch; -1 is stage 1's backbone."""
-        return predict_features(head, self.source.evaluated(part, stream, epoch), self.source.eval_batch)
+        return head_logits(head, self.source.evaluated(part, stream, epoch), self.source.eval_batch)
 
-    def logits_of(self, result: Result, part: str, flip: bool = True) -> Tensor:
+    def logits_of(self, result: Result, part: str, flip: bool = True) -> Logits:
         """The selected epoch's logits (N, C) on "test" or "val"; without flip averaging where ``flip`` is off."""
+        head = copy.deepcopy(result.head).to(self.source.device)
         if result.network:
-            return self.network_logits(result.head, part, flip)
+            return self.network_logits(head, part, flip)
         features = self.source.evaluated(part, result.setting.stream, result.selection.epoch - 1)
-        return predict_features(result.head, features if flip else features[:1], self.source.eval_batch)
+        return head_logits(head, features if flip else features[:1], self.source.eval_batch)
 
     def network_logits(self, model: nn.Module, part: str, flip: bool = True) -> Tensor:
         """The same of a whole network."""

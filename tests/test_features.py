@@ -16,7 +16,20 @@ from datasets import DATASETS
 from datasets.batches import seeded
 from engine import predict
 from models import build_model
-from retraining.features import FEATURES, VIEWS_STREAM, FeatureCache, Stream, predict_features
+from retraining import features as features_module
+from retraining.features import (
+    DTYPES,
+    FEATURES,
+    VIEWS_STREAM,
+    FeatureCache,
+    Stream,
+    gathered,
+    head_logits,
+    predict_features,
+    resident,
+)
+from retraining.methods import METHODS
+from retraining.sweep import Lab
 from stages import EVAL_BATCH, eval_batches
 from utils.options import UsageError
 
@@ -278,3 +291,106 @@ def test_two_runs_may_want_the_same_file(tmp_path: Path) -> None:
 def test_cifar_orbit_has_162_views() -> None:
     augment = DATASETS["cifar100"].augment
     assert (2 * augment.pad + 1) ** 2 * (1 + augment.flip) == 162
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_features_are_stored_as_asked(dtype: str, tmp_path: Path) -> None:
+    pieces = torch.randn(90, 7, generator=torch.Generator().manual_seed(0)).split(40)
+    stored = FeatureCache(tmp_path, {"a": 1}, dtype).array("x", 90, lambda: iter(pieces))
+    assert stored.dtype == getattr(torch, dtype) and torch.equal(stored, torch.cat(pieces).to(stored.dtype))
+    assert next(tmp_path.rglob("x.npy")).stat().st_size == 128 + stored.nbytes
+    again = FeatureCache(tmp_path, {"a": 1}, dtype)
+    assert torch.equal(again.array("x", 90, pytest.fail), stored) and again.reused == stored.nbytes
+
+
+def test_the_type_is_part_of_the_key(tmp_path: Path) -> None:
+    folders = {dtype: FeatureCache(tmp_path, {"a": 1}, dtype).folder for dtype in DTYPES}
+    assert len(set(folders.values())) == 3
+    assert folders["float32"] == FeatureCache(tmp_path, {"a": 1}).folder
+    sources = {dtype: make("views", tmp_path, dtype=dtype) for dtype in DTYPES}
+    assert len({source.cache("eval", "train").folder for source in sources.values()}) == 3
+    assert len({source.cache("eval", "test").folder for source in sources.values()}) == 1
+
+
+def test_a_feature_that_float16_cannot_hold_is_refused(tmp_path: Path) -> None:
+    pieces = [torch.tensor([[1.0, -70_000.0]])]
+    with pytest.raises(UsageError, match="--feature_dtype float16: a feature of 7e\\+04"):
+        FeatureCache(tmp_path, {}, "float16").array("x", 1, lambda: iter(pieces))
+    assert not list(tmp_path.rglob("x.npy"))
+    assert torch.isfinite(FeatureCache(tmp_path, {}, "bfloat16").array("x", 1, lambda: iter(pieces))).all()
+
+
+@pytest.mark.parametrize("kind", FEATURES)
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_heads_get_the_stored_rows_in_the_same_order_as_float32(
+    kind: str, dtype: str, tmp_path: Path, monkeypatch
+) -> None:
+    whole, small = make(kind, tmp_path, num_views=2), make(kind, tmp_path, num_views=2, dtype=dtype)
+    expected = [collect(whole, epoch) for epoch in (0, 1)]
+    monkeypatch.setattr(features_module, "BLOCK_BYTES", 4 * 64 * 64)  # orbit: a batch at a time
+    for epoch in (0, 1):
+        features, labels = collect(small, epoch)
+        assert features.dtype == torch.float32 and torch.equal(labels, expected[epoch][1])
+        assert torch.equal(features, expected[epoch][0].to(getattr(torch, dtype)).float())
+        assert torch.equal(collect(whole, epoch)[0], expected[epoch][0])
+    assert small.evaluated("test")[0].dtype == torch.float32
+    assert torch.equal(small.evaluated("test")[0], whole.evaluated("test")[0])
+
+
+def test_a_mapped_array_is_gathered_without_copying_it(tmp_path: Path) -> None:
+    def anonymous() -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon:")) * 1024
+
+    rows = 24_576
+    array = FeatureCache(tmp_path, {}, "float16").array("x", rows, lambda: (torch.ones(512, 2048) for _ in range(48)))
+    steps = gathered(array, torch.arange(rows), torch.randperm(rows), 64)
+    next(steps)
+    before = anonymous()
+    for features, _ in steps:
+        peak = anonymous()
+        assert features.min() == 1 and peak - before < array.nbytes / 4
+
+
+def test_what_does_not_fit_on_a_device_stays_on_disk(monkeypatch) -> None:
+    array, device = torch.ones(10, 4), torch.device("meta")  # stands for a GPU
+    for free, place in ((400, "meta"), (300, "cpu")):
+        monkeypatch.setattr(features_module, "free_memory", lambda _, free=free: free)
+        assert resident(array, device).device.type == place
+    assert resident(array, CPU) is array
+
+
+@pytest.mark.parametrize("sides", [1, 2])
+def test_predictions_in_blocks_equal_the_whole(sides: int, monkeypatch) -> None:
+    torch.manual_seed(0)
+    head, parts = torch.nn.Linear(6, 5), [torch.randn(230, 6) for _ in range(sides)]
+    whole = head_logits(head, parts, 50)
+    assert isinstance(whole, torch.Tensor) and torch.equal(whole, predict_features(head, parts, 50))
+    monkeypatch.setattr(features_module, "LOGIT_BYTES", 4 * 5 * 120)
+    blocks = head_logits(head, parts, 50)
+    for _ in range(2):
+        assert [len(block) for block in blocks] == [100, 100, 30]
+        assert torch.equal(torch.cat(list(blocks)), whole)
+
+
+@pytest.mark.parametrize("metric", ["centred", "cosine", "l2"])
+def test_class_means_in_blocks_equal_the_whole(metric: str, tmp_path: Path, monkeypatch) -> None:
+    lab = Lab(make("views", tmp_path))
+    whole = METHODS["ncm"].head(lab.start, {"ncm_metric": metric})
+    monkeypatch.setattr(features_module, "BLOCK_BYTES", 4 * 64 * 100)
+    assert len(list(lab.start.clean())) == 4
+    blocks = METHODS["ncm"].head(lab.start, {"ncm_metric": metric})
+    for name, value in whole.state_dict().items():
+        assert torch.allclose(blocks.state_dict()[name], value, atol=1e-6), name
+
+
+def test_held_out_features_in_blocks_equal_the_whole(tmp_path: Path, small_cifar10: str, monkeypatch) -> None:
+    data = datasets.load("cifar10", small_cifar10, imb_ratio=4, val_fraction=0.3)
+    lab = Lab(make("views", tmp_path, data, flip=True))
+    [(whole, labels)] = lab.start.held_out()
+    assert torch.equal(whole, torch.stack(lab.source.evaluated("val")).mean(dim=0))
+    tau = METHODS["tau-norm"].resolve(lab.start, {"tau": "val"})
+    monkeypatch.setattr(features_module, "BLOCK_BYTES", 4 * 64 * 7)
+    features, own = (torch.cat(part) for part in zip(*lab.start.held_out()))
+    assert len(list(lab.start.held_out())) > 1 and torch.equal(features, whole) and torch.equal(own, labels)
+    assert METHODS["tau-norm"].resolve(lab.start, {"tau": "val"}) == tau

@@ -28,7 +28,7 @@ def start() -> Start:
     labels = torch.arange(5).repeat_interleave(torch.tensor(COUNTS))
     features = (torch.randn(74, 6) + torch.randn(5, 6)[labels]).relu() + 0.01
     held_out = (torch.randn(50, 6) + 1).relu(), torch.arange(5).repeat(10)
-    return Start(nn.Linear(6, 5).requires_grad_(False), COUNTS, lambda: (features, labels), lambda: held_out)
+    return Start(nn.Linear(6, 5).requires_grad_(False), COUNTS, lambda: [(features, labels)], lambda: [held_out])
 
 
 def only(method: str, **wanted) -> Setting:
@@ -53,7 +53,7 @@ def test_tau_norm(start, tau: float) -> None:
 
 def test_tau_comes_from_the_held_out_images(start) -> None:
     weight, _ = numpy_of(start)
-    features, labels = start.held_out()
+    [(features, labels)] = start.held_out()
     scores = []
     for tau in np.arange(21) / 10:
         logits = features.numpy() @ (weight / np.linalg.norm(weight, axis=1, keepdims=True) ** tau).T
@@ -75,7 +75,7 @@ def test_l2_norm(start) -> None:
 
 @pytest.mark.parametrize("metric", ["centred", "cosine", "l2"])
 def test_ncm(start, metric: str) -> None:
-    features, labels = (part.numpy() for part in start.clean())
+    features, labels = (part.numpy() for part in start.clean()[0])
     features = features.astype(np.float64)
     queries = np.random.default_rng(0).random((30, 6)) * 2
     if metric == "centred":
@@ -180,7 +180,7 @@ def test_every_method_is_made_trained_and_stored(start, name: str) -> None:
     if method.is_trained:
         before = {key: value.clone() for key, value in head.state_dict().items()}
         trainee = Trainee(head, lambda progress: method.loss(start, setting.values, progress), 0.1, 0.0)
-        features, labels = start.clean()
+        [(features, labels)] = start.clean()
         [(loss, _)] = Solver([trainee]).train_epoch([(features, labels)], 0.0, 1.0)
         assert np.isfinite(loss)
         assert any(not torch.equal(before[key], value) for key, value in head.state_dict().items())
@@ -362,7 +362,7 @@ def test_grids_go_down_and_up_and_begin_with_the_default() -> None:
 
 
 def test_tau_goes_by_class_mean_where_the_held_out_images_are_unbalanced(start) -> None:
-    features, _ = start.held_out()
+    [(features, _)] = start.held_out()
     weight, _ = numpy_of(start)
     for seed in range(200):  # labels for which the two rules disagree
         labels = np.random.default_rng(seed).choice(5, 50, p=[0.7, 0.15, 0.05, 0.05, 0.05])
@@ -375,5 +375,5 @@ def test_tau_goes_by_class_mean_where_the_held_out_images_are_unbalanced(start) 
         by_class = [np.mean([hit[labels == j].mean() for j in range(5)]) for hit in hits]
         if np.argmax(by_class) != np.argmax([hit.mean() for hit in hits]):
             break
-    lopsided = dataclasses.replace(start, held_out=lambda: (features, torch.tensor(labels)))
+    lopsided = dataclasses.replace(start, held_out=lambda: [(features, torch.tensor(labels))])
     assert METHODS["tau-norm"].resolve(lopsided, {"tau": "val"})["tau"] == pytest.approx(np.argmax(by_class) / 10)

@@ -5,6 +5,7 @@ import pytest
 import sklearn.metrics
 import torch
 
+from utils import metrics
 from utils.metrics import (
     calibration_error,
     fit_temperature,
@@ -12,6 +13,7 @@ from utils.metrics import (
     per_class_csv,
     per_class_rows,
     percent,
+    predicted_classes,
     report,
     spread,
     table,
@@ -110,3 +112,22 @@ def test_logit_statistics_by_hand() -> None:
     assert all(values[2] is None for values in found.values())
     assert spread(found["rsd"]) == pytest.approx((np.mean(found["rsd"][:2]), np.std(found["rsd"][:2])))
     assert spread([None]) is None
+
+
+def test_blocks_are_measured_as_the_whole(monkeypatch) -> None:
+    generator = torch.Generator().manual_seed(1)
+    logits = 3 * torch.randn(300, 7, generator=generator)
+    labels = torch.randint(6, (300,), generator=generator)  # class 6 has no image
+    counts = [200, 150, 90, 40, 30, 10, 5]
+    whole, blocks = report(logits, labels, counts), logits.split(77)
+    assert report(blocks, labels, counts) == whole
+    assert calibration_error(blocks, labels, 2.0) == calibration_error(logits, labels, 2.0)
+    assert fit_temperature(blocks, labels) == pytest.approx(fit_temperature(logits, labels), rel=1e-6)
+    found, expected = logit_statistics(blocks, labels), logit_statistics(logits, labels)
+    for name, values in expected.items():
+        assert found[name][:6] == pytest.approx(values[:6], rel=1e-9) and found[name][6] is values[6] is None
+    assert torch.equal(predicted_classes(blocks), logits.argmax(dim=1))
+    assert predicted_classes([logits, logits / 0]) is None
+    monkeypatch.setattr(metrics, "LOGIT_BYTES", 4 * 7 * 50)
+    assert [len(block) for block in metrics.in_blocks(logits)] == [50] * 6
+    assert report(logits, labels, counts) == whole

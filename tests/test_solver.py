@@ -10,7 +10,9 @@ from losses import softmax
 from losses.softmax import SoftmaxLoss
 from losses.weighted import Focal
 from models.heads import CosineHead
-from retraining.solver import Solver, Trainee
+from retraining import solver as solver_module
+from retraining.solver import Solver, Trainee, cpu_chunk, heads_that_fit
+from utils.options import UsageError
 
 COUNTS = [60, 20, 9, 4, 2]
 LOSSES = [
@@ -60,6 +62,9 @@ def test_heads_equal_separate_runs(
     torch.manual_seed(0)
     start = nn.Linear(12, 5)
     group = trainees(copy.deepcopy(start).to(device))
+    if chunk == 3:  # as for large heads
+        monkeypatch.setattr(solver_module, "ALIGNED_FROM", 1)
+        monkeypatch.setattr(solver_module, "WINDOW_BYTES", 1)
     solver = Solver(group, 0.9, nesterov, chunk)
     for epoch in range(3):
         steps = ((features.to(device), labels.to(device)) for features, labels in stream(epoch))
@@ -143,3 +148,35 @@ def test_training_figures_are_those_before_each_step(loss: SoftmaxLoss) -> None:
     losses = sum(float(loss(z, labels)) * len(labels) for z, labels in logits)
     correct = sum(int((z.argmax(1) == labels).sum()) for z, labels in logits)
     assert mean == pytest.approx(losses / 70, rel=1e-5) and top1 == correct / 70
+
+
+@pytest.mark.parametrize(
+    "classes, features, chunk", [(10, 64, 8), (100, 512, 8), (100, 2048, 8), (1000, 2048, 1), (8142, 2048, 1)]
+)
+def test_large_heads_are_stepped_one_at_a_time(classes: int, features: int, chunk: int) -> None:
+    assert cpu_chunk(classes, features) == chunk
+
+
+def test_as_many_heads_as_memory_holds(monkeypatch) -> None:
+    cpu, gpu, matrix = torch.device("cpu"), torch.device("cuda"), 4 * 8142 * 2049
+    free = {"cpu": 0.0, "cuda": 0.0}
+    monkeypatch.setattr(solver_module, "free_memory", lambda device: int(free[device.type]))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+
+    def fit(device: torch.device) -> int:
+        return heads_that_fit(20, 8142, 2048, 512, device)
+
+    fixed = 24 * matrix + 6 * 4 * 512 * 8142 + 2**25  # best of 20, a step's own
+    for heads in (1, 11, 20):
+        free["cpu"] = (fixed + (3 * heads + 1) * matrix) / solver_module.SHARE
+        assert fit(cpu) == heads
+    free["cpu"] = fixed / solver_module.SHARE
+    with pytest.raises(UsageError, match=r"20 heads of 8142 x 2048.* need 1,935 MB of cpu memory: 1,735 MB left"):
+        fit(cpu)
+    free |= {"cpu": 21 * matrix / solver_module.SHARE, "cuda": 2e9}
+    assert 1 <= fit(gpu) < 20
+    free["cuda"] = 40e9
+    assert fit(gpu) == 20
+    free["cpu"] = 19 * matrix
+    with pytest.raises(UsageError, match="of cpu memory"):
+        fit(gpu)

@@ -115,6 +115,21 @@ def test_threads_are_those_that_the_process_may_use(monkeypatch) -> None:
         assert system.available_cpus() == expected
 
 
+@pytest.mark.parametrize("version", [1, 2])
+def test_free_memory_is_what_every_limit_leaves(version: int, tmp_path: Path) -> None:
+    own = tmp_path / "own"
+    own.write_text("5:cpu:/job/step\n4:memory:/job/step\n" if version == 1 else "0::/job/step\n")
+    limit, used, cached = system.CGROUPS["memory" if version == 1 else ""]
+    root = tmp_path / ("memory" if version == 1 else "")
+    for folder, maximum, current in (("job", "1000", 700), ("job/step", "max", 500)):
+        (root / folder).mkdir(parents=True)
+        (root / folder / limit).write_text(f"{maximum}\n")
+        (root / folder / used).write_text(f"{current}\n")
+        (root / folder / "memory.stat").write_text(f"anon 9\n{cached[0]} 40\n{cached[1]} 60\n")
+    assert system.left_in_cgroups(tmp_path, own) == [1000 - 700 + 100]
+    assert 0 < system.free_memory(torch.device("cpu")) < 2**50
+
+
 def test_a_sweep_is_the_runs_one_by_one(workdir, capsys) -> None:
     report = main_stage1.main([*SHORT, "--seed", "0", "1", "--wd", "0.001", "0.1"])
     said = capsys.readouterr().out

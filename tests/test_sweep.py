@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -18,12 +19,12 @@ import main_stage2
 from datasets import Batches
 from losses.weighted import ClassBalancedBCE
 from models import build_model
-from retraining import features
+from retraining import features, solver
 from retraining.methods import METHODS
 from retraining.settings import Setting
 from retraining.sweep import Result
 from sweeps import curves_over, rows_of
-from utils import checkpoints
+from utils import checkpoints, metrics
 from utils.metrics import GROUPS, calibration_error, fit_temperature, logit_statistics
 
 STAGE1 = "--dataset digits --seed 0 --epochs 4"
@@ -100,6 +101,50 @@ def test_one_setting_alone_is_the_same_as_in_a_sweep(chain) -> None:
     table = pd.read_csv(run_folder("stage2") / "sweep.csv")
     row = table[(table["method"] == "los") & (table["label_smooth"] == 0.3) & (table["seed"] == 0)]
     assert row["test_top1"].tolist() == [alone.metrics["top1"]]
+
+
+def test_heads_that_do_not_fit_into_memory_take_turns(chain, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(solver, "CPU_CHUNK", 1)  # products of the same heads, so that bits can be compared
+    flags = "--label_smooth 0 0.2 0.4 0.6 --method los crt"
+    stored = []
+    for free in (2**33, 160_000):
+        monkeypatch.setattr(solver, "free_memory", lambda _, free=free: free)
+        monkeypatch.setattr(solver, "WINDOW_BYTES", 2**16)
+        main_stage2.main(f"{QUICK} {flags}".split())
+        stored.append((checkpoints.read(STAGE2), pd.read_csv(run_folder("stage2") / "sweep.csv")))
+        printed = capsys.readouterr().out
+        message = "4 heads of 10 x 64: 3 fit in memory at a time, 2 passes"
+        assert printed.count(message) == (0 if free == 2**33 else 2)
+    (one, all_at_once), (other, in_turns) = stored
+    assert all(torch.equal(value, other.model[name]) for name, value in one.model.items())
+    assert all_at_once.drop(columns="seconds").equals(in_turns.drop(columns="seconds"))
+    monkeypatch.setattr(solver, "free_memory", lambda _: 100_000)
+    message = fails(main_stage2, f"{QUICK} {flags}", capsys)
+    assert "4 heads of 10 x 64, trained one by one, need 0 MB of cpu memory" in message
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_features_may_be_stored_small(chain, dtype: str) -> None:
+    main_stage2.main(f"{QUICK} --method los ncm --feature_dtype {dtype} --finetune_lr 0.1".split())
+    file = checkpoints.read(STAGE2)
+    assert file.options["feature_dtype"] == dtype
+    assert evaluate.main(["--dataset", "digits"])["top1"] == file.metrics["top1"]
+    assert {np.load(path, mmap_mode="r").dtype.itemsize for path in Path("cache").rglob("view_*.npy")} == {2}
+
+
+def test_figures_in_blocks_are_those_of_the_whole(held_out, monkeypatch) -> None:
+    flags = "--dataset digits --seed 0 --finetune_epoch 2 --views 1 --finetune_scope fc --method los ncm joint"
+    lines = []
+    for size in (2**26, 4 * 10 * 50):
+        for module in (features, metrics):
+            monkeypatch.setattr(module, "LOGIT_BYTES", size)
+        compare.main(flags.split())
+        lines.append([json.loads(line) for line in (run_folder("compare") / "results.jsonl").read_text().splitlines()])
+    for whole, blocks in zip(*(found[1:] for found in lines)):
+        for name in ("top1", "top5", "ece", "per_class", "macro_f1", "weight_norm"):
+            assert whole[name] == blocks[name], name
+        for name in ("logits_magnitude", "rsd", "rsd_row", "temperature", "ece_calibrated"):
+            assert whole[name] == pytest.approx(blocks[name], rel=1e-5), name
 
 
 def test_the_winner_is_chosen_on_held_out_images_where_there_are_any(held_out, capsys) -> None:
@@ -309,6 +354,9 @@ def test_a_setting_that_diverges_does_not_stop_the_others(chain, capsys) -> None
         (main_stage2, "--method ncm joint --momentum 0.1", "--momentum ncm joint"),
         (main_stage2, "--method joint --views 3", "--views joint"),
         (main_stage2, "--finetune_scope all --view_seed 3", "--view_seed --finetune_scope all"),
+        (main_stage2, "--finetune_scope all --feature_dtype float16", "--feature_dtype --finetune_scope all"),
+        (main_stage2, "--method joint --feature_dtype float16", "--feature_dtype --method joint"),
+        (main_stage2, "--feature_dtype float64", "--feature_dtype float64 float16 bfloat16"),
         (main_stage2, "--select best_val", "--select best_val --val_split"),
         (main_stage2, "--cache_dir /proc/none", "--cache_dir /proc/none"),
         (compare, "--tune", "--tune --val_split"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -19,13 +19,41 @@ MANY_ABOVE, FEW_BELOW = 100, 20
 #: "groups": {group: {"accuracy", "classes", "train_images"}}; "per_class": (C,) float or None; "test_images": (C,) int}
 Report = dict[str, Any]
 
+#: Logits of N images (N, C), whole or in blocks (n, C) that follow each other; blocks may be iterated over repeatedly.
+Logits = Tensor | Iterable[Tensor]
+#: Bytes of float32 logits that are looked at at a time.
+LOGIT_BYTES = 2**26
+
+
+def in_blocks(logits: Logits) -> Iterable[Tensor]:
+    """The blocks; those of a whole tensor are views of at most :data:`LOGIT_BYTES`."""
+    return logits.split(max(1, LOGIT_BYTES // (4 * logits.shape[1]))) if isinstance(logits, Tensor) else logits
+
+
+def labelled(logits: Logits, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """The blocks (n, C), each with its labels (n,)."""
+    start = 0
+    for block in in_blocks(logits):
+        yield block, labels[start : start + len(block)]
+        start += len(block)
+
+
+def predicted_classes(logits: Logits) -> Tensor | None:
+    """The class of the greatest logit (N,); None where a logit is not finite."""
+    found = []
+    for block in in_blocks(logits):
+        if not bool(block.isfinite().all()):
+            return None
+        found.append(block.argmax(dim=1))
+    return torch.cat(found)
+
 
 def group_of(class_count: int) -> str:
     """many, medium or few, by the number of training images of a class."""
     return "many" if class_count > MANY_ABOVE else "few" if class_count < FEW_BELOW else "medium"
 
 
-def report(logits: Tensor, labels: Tensor, class_counts: Sequence[int]) -> Report:
+def report(logits: Logits, labels: Tensor, class_counts: Sequence[int]) -> Report:
     """All measures of a set of predictions: those of :func:`accuracies`, and others.
 
     ``top5``, 1 with fewer than five classes; ``harmonic_mean`` and ``worst_class`` over the per-class accuracies;
@@ -34,23 +62,24 @@ def report(logits: Tensor, labels: Tensor, class_counts: Sequence[int]) -> Repor
     logits (N, C) float, labels (N,) int64, class_counts (C,) training images -> Report.
     """
     num_classes = len(class_counts)
-    top = logits.topk(min(5, num_classes), dim=1).indices
-    found = accuracies(top[:, 0], labels, class_counts)
-    present = [accuracy for accuracy in found["per_class"] if accuracy is not None]
+    found = [(block.topk(min(5, num_classes), dim=1).indices, *confidences(block)) for block in in_blocks(logits)]
+    top, confidence, surest = map(torch.cat, zip(*found))
+    scored = accuracies(top[:, 0], labels, class_counts)
+    present = [accuracy for accuracy in scored["per_class"] if accuracy is not None]
     images = torch.bincount(labels, minlength=num_classes)
     correct = torch.bincount(labels[top[:, 0] == labels], minlength=num_classes)
     predicted = torch.bincount(top[:, 0], minlength=num_classes)
     seen = images + predicted > 0
     return {
-        "top1": found["top1"],
+        "top1": scored["top1"],
         "top5": int((top == labels[:, None]).sum()) / len(labels),
-        "class_mean": found["class_mean"],
+        "class_mean": scored["class_mean"],
         "worst_class": min(present),
         "harmonic_mean": statistics.harmonic_mean(present),
         "macro_f1": float((2 * correct[seen] / (images + predicted)[seen]).double().mean()),
-        "ece": calibration_error(logits, labels),
-        "groups": found["groups"],
-        "per_class": found["per_class"],
+        "ece": binned_gap(confidence, surest == labels),
+        "groups": scored["groups"],
+        "per_class": scored["per_class"],
         "test_images": images.tolist(),
     }
 
@@ -83,35 +112,50 @@ def accuracies(predicted: Tensor, labels: Tensor, class_counts: Sequence[int]) -
     }
 
 
-def calibration_error(logits: Tensor, labels: Tensor, temperature: float = 1.0, bins: int = 15) -> float:
-    """Expected calibration error of softmax(z / temperature) (Guo et al., ICML 2017): the mean over images of
-    |accuracy - confidence| of an image's confidence bin, ``bins`` of equal width.
+def calibration_error(logits: Logits, labels: Tensor, temperature: float = 1.0) -> float:
+    """Expected calibration error of softmax(z / temperature) (Guo et al., ICML 2017); see :func:`binned_gap`.
 
     logits (N, C) float, labels (N,) int64 -> fraction.
     """
+    confidence, predicted = map(torch.cat, zip(*(confidences(block, temperature) for block in in_blocks(logits))))
+    return binned_gap(confidence, predicted == labels)
+
+
+def confidences(logits: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Greatest probability of softmax(z / temperature) and its class: logits (n, C) -> (n,) float64, (n,) int64."""
     confidence, predicted = (logits.double() / temperature).softmax(dim=1).max(dim=1)
+    return confidence, predicted
+
+
+def binned_gap(confidence: Tensor, is_right: Tensor, bins: int = 15) -> float:
+    """The mean over images of |accuracy - confidence| of an image's confidence bin, ``bins`` of equal width.
+
+    confidence (N,) float64, is_right (N,) bool -> fraction.
+    """
     place = (confidence * bins).ceil().long().clamp(1, bins) - 1  # bins are open on the left, as published
-    gap = (predicted == labels).double() - confidence
-    return float(torch.zeros(bins, dtype=torch.float64).index_add_(0, place, gap).abs().sum() / len(labels))
+    gap = is_right.double() - confidence
+    return float(torch.zeros(bins, dtype=torch.float64).index_add_(0, place, gap).abs().sum() / len(gap))
 
 
-def fit_temperature(logits: Tensor, labels: Tensor) -> float:
+def fit_temperature(logits: Logits, labels: Tensor) -> float:
     """The temperature T in [0.01, 100] of least mean -log softmax(z / T)_y on held-out images (Guo et al., ICML 2017).
 
     logits (N, C) float, labels (N,) int64.
     """
     from scipy.optimize import minimize_scalar  # here, since it is slow to import and rarely needed
 
-    z = logits.double()
-
     def loss(log_temperature: float) -> float:
-        return float(torch.nn.functional.cross_entropy(z / math.exp(log_temperature), labels))
+        parts = (
+            len(own) / len(labels) * torch.nn.functional.cross_entropy(block.double() / math.exp(log_temperature), own)
+            for block, own in labelled(logits, labels)
+        )
+        return float(sum(parts))
 
     limits = (math.log(0.01), math.log(100))
     return math.exp(minimize_scalar(loss, bounds=limits, method="bounded").x)
 
 
-def logit_statistics(logits: Tensor, labels: Tensor) -> dict[str, list[float | None]]:
+def logit_statistics(logits: Logits, labels: Tensor) -> dict[str, list[float | None]]:
     """Logits Magnitude and Regularized Standard Deviation per class (Label Over-Smooth, ICLR 2025), in two readings.
 
     The published code has neither, and the text can be read two ways, so both are here. By column, class i's logit
@@ -122,23 +166,38 @@ def logit_statistics(logits: Tensor, labels: Tensor) -> dict[str, list[float | N
 
     logits (N, C) float, labels (N,) int64 -> {name: (C,)}.
     """
-    z, num_classes = logits.double(), logits.shape[1]
-    found: dict[str, list[float | None]] = {
-        key: [] for key in ("logits_magnitude", "rsd", "logits_magnitude_row", "rsd_row")
+    by_column, by_row = [], []
+    for block, own in labelled(logits, labels):
+        z = block.double()
+        share = torch.full(z.shape[1:], len(z) / len(labels), dtype=torch.float64)
+        by_column.append(torch.stack([share, z.sum(dim=0), z.mean(dim=0), z.var(dim=0, correction=0)]))
+        by_row.append(torch.stack([z.gather(1, own[:, None])[:, 0], z.sum(dim=1)]))
+    shares, sums, means, variances = torch.stack(by_column, dim=1)  # (blocks, C) each
+    deviation = (shares * (variances + (means - (shares * means).sum(dim=0)).square())).sum(dim=0).sqrt()
+    true, rows = torch.cat(by_row, dim=1)  # the true classes' logits and the sums of the rows, (N,) each
+
+    num_classes = sums.shape[1]
+    images = torch.bincount(labels, minlength=num_classes)
+
+    def per_class(values: Tensor) -> Tensor:
+        return torch.zeros(num_classes, dtype=torch.float64).index_add_(0, labels, values)
+
+    own = per_class(true)
+    column = own / images - (sums.sum(dim=0) - own) / (len(labels) - images)
+    gaps = true - (rows - true) / (num_classes - 1)
+    row = per_class(gaps) / images
+    row_deviation = (per_class((gaps - row[labels]).square()) / images).sqrt()
+    has_both = (images > 0) & (images < len(labels))  # images of the class, and others
+
+    def listed(values: Tensor, is_known: Tensor) -> list[float | None]:
+        return [value if known else None for value, known in zip(values.tolist(), is_known.tolist())]
+
+    return {
+        "logits_magnitude": listed(column, has_both),
+        "rsd": listed(deviation / column, has_both & (column != 0)),
+        "logits_magnitude_row": listed(row, has_both),
+        "rsd_row": listed(row_deviation / row, has_both & (row != 0)),
     }
-    totals, deviations = z.sum(dim=0), z.std(dim=0, correction=0)
-    for i in range(num_classes):
-        own = z[labels == i]
-        if len(own) in (0, len(z)):
-            for values in found.values():
-                values.append(None)
-            continue
-        column = own[:, i].mean() - (totals[i] - own[:, i].sum()) / (len(z) - len(own))
-        gaps = own[:, i] - (own.sum(dim=1) - own[:, i]) / (num_classes - 1)
-        for name, magnitude, deviation in (("", column, deviations[i]), ("_row", gaps.mean(), gaps.std(correction=0))):
-            found["logits_magnitude" + name].append(float(magnitude))
-            found["rsd" + name].append(float(deviation / magnitude) if magnitude != 0 else None)
-    return found
 
 
 def spread(values: Sequence[float | None]) -> tuple[float, float] | None:

@@ -26,6 +26,11 @@ from utils.options import UsageError
 
 #: glibc's names of what mallopt sets, and values in bytes: what free memory stays, and from which size it never does.
 MALLOPT = {"M_TRIM_THRESHOLD": (-1, 2**30), "M_TOP_PAD": (-2, 2**24), "M_MMAP_THRESHOLD": (-3, 2**25)}
+#: Controller of a memory cgroup, version 2 and 1 -> its files of limit and use, and what memory.stat calls page cache.
+CGROUPS = {
+    "": ("memory.max", "memory.current", ("inactive_file", "active_file")),
+    "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", ("total_inactive_file", "total_active_file")),
+}
 T = TypeVar("T")
 R = TypeVar("R")
 ROOT = Path(__file__).resolve().parent.parent
@@ -40,6 +45,41 @@ def available_cpus() -> int:
     except (OSError, ValueError):  # no such file, or "max": no quota
         pass
     return count
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that this process may still take: of the GPU's memory, or of the machine's and its containers'.
+
+    Where the system does not say (other than Linux), half of the machine's memory.
+    """
+    if device.type == "cuda":
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        machine = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+        return max(0, min([machine, *left_in_cgroups()]))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def left_in_cgroups(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> list[int]:
+    """Bytes that each memory limit on this process leaves, its own and those around it; page cache counts as left."""
+    found = []
+    for line in own.read_text().splitlines():
+        _, controller, path = line.split(":", 2)
+        if controller not in CGROUPS:
+            continue
+        limit, used, cached = CGROUPS[controller]
+        place = Path(path)  # absolute within root; a container may see only the upper end of it
+        for folder in (root / controller / str(part).lstrip("/") for part in (place, *place.parents)):
+            try:
+                stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+                taken = int((folder / used).read_text()) - sum(int(stat[name]) for name in cached)
+                found.append(int((folder / limit).read_text()) - taken)
+            except (OSError, ValueError, KeyError):  # no such folder, or no limit: "max"
+                continue
+    return found
 
 
 def pick_device(device: str = "auto", gpu: int | None = None, threads: int | None = None) -> torch.device:
