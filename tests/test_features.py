@@ -344,12 +344,19 @@ def test_a_mapped_array_is_gathered_without_copying_it(tmp_path: Path) -> None:
 
     rows = 24_576
     array = FeatureCache(tmp_path, {}, "float16").array("x", rows, lambda: (torch.ones(512, 2048) for _ in range(48)))
-    steps = gathered(array, torch.arange(rows), torch.randperm(rows), 64)
-    next(steps)
     before = anonymous()
-    for features, _ in steps:
-        peak = anonymous()
-        assert features.min() == 1 and peak - before < array.nbytes / 4
+    for features, _ in gathered(array, torch.arange(rows), torch.randperm(rows), 64):
+        assert features.min() == 1 and anonymous() - before < array.nbytes / 4
+
+
+def test_a_streamed_epoch_is_the_array_in_its_order(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    whole, labels, order = torch.randn(70, 5), torch.arange(70), torch.randperm(70)
+    array = FeatureCache(tmp_path, {}, "float16").array("x", 70, lambda: iter(whole.split(30)))
+    steps = list(gathered(array, labels, order, 16))
+    assert [len(rows) for rows, _ in steps] == [16, 16, 16, 16, 6]
+    features, found = (torch.cat(part) for part in zip(*steps))
+    assert torch.equal(features, whole.half()[order].float()) and torch.equal(found, order)
 
 
 def test_what_does_not_fit_on_a_device_stays_on_disk(monkeypatch) -> None:
