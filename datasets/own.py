@@ -54,7 +54,7 @@ ON_PHOTOS: Recipe = {
     "batch_size": 256,
     "wd": 5e-4,
     "views": 4,
-    "feature_dtype": "fp16",
+    "feature_dtype": "float16",
 }
 
 

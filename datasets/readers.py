@@ -71,7 +71,7 @@ _IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225), "natur
 _OWN = {"mean": (), "std": (), "augment": ResizedCrop(), "own": True, "photos": True}
 #: Stage 2 on photos, where nothing was published for Label Over-Smooth: this project's choice, but for the epochs of
 #: Decoupling's cRT. Methods' learning rates follow the batch size; label_smooth stays auto.
-_STAGE2: Recipe = {"finetune_epoch": 10, "views": 4, "feature_dtype": "fp16", "flip_tta": False}
+_STAGE2: Recipe = {"finetune_epoch": 10, "views": 4, "feature_dtype": "float16", "flip_tta": False}
 #: Decoupling (Kang et al., ICLR 2020; its configurations) on ImageNet-LT.
 _DECOUPLING: Recipe = {"network": "resnext50_32x4d", "epochs": 90, "lr": 0.2, "batch_size": 512, "wd": 5e-4, **_STAGE2}
 
