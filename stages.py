@@ -153,7 +153,7 @@ def fill_options(cls: type[T], typed: Mapping[str, Any], stage: str, file: Check
     if dataset not in DATASETS:
         raise UsageError(f"a file of data set {dataset}", ", ".join(DATASETS))
     stated = file_defaults(file) | file_identity(file) if file else {}
-    layers |= recipe_layers(dataset, stated | dict(typed))
+    layers |= recipe_layers(dataset, stated | dict(typed), stage)
     if typed.get("protocol") == "published":
         layers["--protocol published"] = published_values(cls)
     layers["drawn"] = {"seed": by_first(draw_seed)}
@@ -163,16 +163,19 @@ def fill_options(cls: type[T], typed: Mapping[str, Any], stage: str, file: Check
     return resolved
 
 
-def recipe_layers(dataset: str, known: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+def recipe_layers(dataset: str, known: Mapping[str, Any], stage: str = "") -> dict[str, Mapping[str, Any]]:
     """Layers of option values that a data set brings: its recipe, and what suits the data in a place.
 
-    ``known`` are the flags that choose them. Raises UsageError where there is no such recipe.
+    ``known`` are the flags that choose them. What a recipe starts from is for stage 1 alone. Raises UsageError where
+    there is no such recipe.
     """
     spec = DATASETS[dataset]
     name = known.get("recipe") or next(iter(spec.recipes))
     if name not in spec.recipes:
         raise UsageError(f"--recipe {name} with --dataset {dataset}", ", ".join(spec.recipes))
     recipe = dict(spec.recipes[name])
+    if stage != "stage1":
+        recipe.pop("pretrained_pth", None)
     if (spec.own or spec.natural) and "imb_ratio" not in known:
         recipe["imb_ratio"] = NATURAL
     label = f"--dataset {dataset}" + (f", {name}" if len(spec.recipes) > 1 else "")
@@ -191,7 +194,9 @@ def file_identity(file: Checkpoint) -> dict[str, Any]:
 
 def file_defaults(file: Checkpoint) -> dict[str, Any]:
     """What a checkpoint's own run was given and the next may change: where data of one's own lies, how it is read."""
-    names = ("input", "data_dir") if file.data and DATASETS[file.data["dataset"]].own else ("input",)
+    if not file.data:
+        return {}
+    names = ("input", "data_dir") if DATASETS[file.data["dataset"]].own else ("input",)
     return {name: file.options[name] for name in names if name in file.options}
 
 

@@ -49,6 +49,9 @@ def photos_of(manifest: Manifest, shown: Shown, home: Path) -> Source:
                 )
             store = np.load(found[-1], mmap_mode="c")  # copy-on-write: torch wants writable memory
         size = shown.image_size or PHOTO_SIDE
-        photos = Photos(manifest.root, files.paths, files.sizes, size, store, shown.how, shown.workers)
+        identity = str(manifest.about.get("home", ""))  # of data of one's own it follows from the files
+        photos = Photos(
+            manifest.root, files.paths, files.sizes, size, store, shown.how, shown.workers, identity=identity
+        )
         sets[split] = ImageSet.of(photos, files.labels)
     return Source(sets["train"], sets["test"], manifest.class_names, sets.get("val"), shown.mean, shown.std)

@@ -129,6 +129,7 @@ class Photos:
         resize: see :func:`resized`.
         store: decoded pixels (M, S, S, 3) uint8, each image squashed into a square; None to read the files.
         rows: (N,) rows of ``store``.
+        identity: changes with the content of the files.
         how: one of ``INPUTS``.
         workers: processes that decode.
     """
@@ -145,10 +146,11 @@ class Photos:
         how: str = "files",
         workers: int = 0,
         rows: Tensor | None = None,
+        identity: str = "",
     ) -> None:
         self.root, self.paths, self.sizes = root, paths, sizes
         self.size, self.resize = size, resized(size)
-        self.store, self.how, self.workers = store, how, workers
+        self.store, self.how, self.workers, self.identity = store, how, workers, identity
         self.rows = torch.arange(len(sizes)) if rows is None else rows
 
     def __len__(self) -> int:
@@ -158,7 +160,7 @@ class Photos:
         paths = [self.paths[i] for i in positions.tolist()] if self.paths else []
         rows = self.rows[positions]
         sizes = self.sizes[positions]
-        return Photos(self.root, paths, sizes, self.size, self.store, self.how, self.workers, rows)
+        return Photos(self.root, paths, sizes, self.size, self.store, self.how, self.workers, rows, self.identity)
 
     def path(self, position: int) -> Path:
         """The file of an image."""
@@ -166,7 +168,7 @@ class Photos:
 
     def fingerprint(self) -> str:
         """A hash that changes with the images and with how they are shown."""
-        digest = hashlib.sha256(f"{self.how} {self.size} {self.resize}".encode())
+        digest = hashlib.sha256(f"{self.how} {self.size} {self.resize} {self.identity}".encode())
         digest.update("\n".join(self.paths).encode())
         digest.update(self.sizes.numpy().tobytes())
         if self.store is not None:

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 import torch
 import torchvision.datasets
-from conftest import make_imagenet_lt
+from conftest import make_imagenet_lt, make_places_lt
 from PIL import Image
 
 import compare
@@ -22,6 +22,7 @@ import main_stage2
 import predict
 from datasets import Augment, ResizedCrop, Shown, own, prepare
 from datasets.photos import Photos
+from models import build_model
 from utils import checkpoints
 from utils.options import UsageError
 
@@ -85,7 +86,10 @@ def test_a_folder_of_photos_is_decoded_when_it_is_wanted(workdir) -> None:
 
 def test_changed_files_are_checked_again(workdir) -> None:
     make_folder(workdir / "d", side=90)
-    read("folder", "d")
+    before = read("folder", "d").train.fingerprint()
+    assert read("folder", "d").train.fingerprint() == before
+    paint("red", 90, 77).save(workdir / "d/train/red/0.png")  # as large, so that only its content differs
+    assert read("folder", "d").train.fingerprint() != before
     (workdir / "d/train/red/0.png").write_bytes(b"\x89PNG damaged")
     with pytest.raises(UsageError, match=r"red/0\.png cannot be read"):
         read("folder", "d")
@@ -291,6 +295,24 @@ def test_the_chain_on_an_imagenet_lt_of_four_classes(workdir, capsys) -> None:
     assert "stored in training: the same" in capsys.readouterr().out and report["top1"] >= 0
     rows = compare.main([*data, "--method", "joint", "ncm", "tau-norm", "--tune", "--workers", "0"])
     assert {row["method"] for row in rows} == {"joint", "ncm", "tau-norm"}
+
+
+def test_places_begin_with_imagenet_weights_and_train_the_last_block(workdir, monkeypatch, capsys) -> None:
+    make_places_lt(workdir / "photos")
+    prepare.main(["places_lt", "--root", "photos", "--any_counts", "--workers", "1"])
+    torch.manual_seed(3)
+    weights = build_model("resnet10", 1000, stem="imagenet").state_dict()
+    monkeypatch.setattr("stages.imagenet_weights", lambda network: weights)
+    data = ["--dataset", "places_lt", "--network", "resnet10", "--image_size", "32", "--batch_size", "8", *QUICK]
+    main_stage1.main([*data, "--epochs", "1"])
+    assert "torchvision/resnet10-IMAGENET1K_V1, of 1000 classes: the classifier begins anew" in capsys.readouterr().out
+    one = checkpoints.read("checkpoints/places_lt_natural_resnet10_stage1.pt")
+    assert one.parent["path"].endswith("IMAGENET1K_V1") and one.options["train_scope"] == "last_block"
+    moved = {name for name, value in one.model.items() if not torch.equal(value, weights[name])}
+    assert moved and all(name.startswith(("layer4.0.", "fc.")) for name in moved)
+    main_stage2.main(["--dataset", "places_lt", *QUICK, "--method", "tau-norm"])
+    two = checkpoints.read("checkpoints/places_lt_natural_resnet10_stage2.pt")
+    assert two.options["pretrained_pth"] is None and two.options["feature_dtype"] == "float16"
 
 
 @pytest.mark.parametrize(
