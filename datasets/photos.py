@@ -32,7 +32,7 @@ ATTEMPTS = 10
 #: Red, green and blue in a grey value (ITU-R 601-2, as PIL and torchvision have it).
 GREY = (0.2989, 0.587, 0.114)
 #: Steps that every worker process prepares ahead.
-PREFETCH = 4
+PREFETCH = 2
 
 Array = np.ndarray[Any, np.dtype[np.uint8]]
 #: What a worker needs for a step: positions (B,), and for random crops chances (B, 2 A + 2) and flip (B,).
