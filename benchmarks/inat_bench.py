@@ -194,7 +194,8 @@ def measured(name: str, case: Case) -> dict[str, Any]:
     seconds = time.perf_counter() - began
     memory = {"peak_anonymous_mb": peak[0], "of_which_imports_mb": imported}
     about = provenance("-m benchmarks.inat_bench", [], device, seconds)
-    return {"part": name, "images": case.images, **found, **memory, "provenance": about}
+    size = {"images": case.images, "feature_dtype": case.dtype, "batch": BATCH}
+    return {"part": name, **size, **found, **memory, "provenance": about}
 
 
 def main() -> None:
@@ -218,7 +219,8 @@ def main() -> None:
     needed = VIEWS * size + 4 * TEST * FEATURES - sum(f.stat().st_size for path in folders for f in path.iterdir())
     if shutil.disk_usage(case.folder).free < 1.1 * needed:
         parser.error(f"--dir: {1.1 * needed / 1e9:.1f} GB must be free there")
-    words = [word if word != str(arguments.dir) else "DIR" for word in sys.argv[1:]]
+    shown = {str(arguments.dir): "DIR"} | {str(path): path.name for path in (arguments.counts, arguments.json) if path}
+    words = [shown.get(word, word) for word in sys.argv[1:]]  # a machine's folders are of no use to others
     try:
         for name in ["write", *arguments.parts]:
             with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
