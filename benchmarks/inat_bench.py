@@ -19,11 +19,12 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import shlex
 import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -42,6 +43,7 @@ from retraining.methods import METHODS, Start
 from retraining.solver import Solver, Trainee
 from stages import EVAL_BATCH
 from utils.metrics import report
+from utils.options import UsageError, command
 from utils.system import ROOT, pick_device, provenance
 
 IMAGES, TEST, CLASSES, FEATURES, BATCH, VIEWS, SWEEP = 437_513, 24_426, 8_142, 2_048, 512, 4, 20
@@ -194,10 +196,12 @@ def measured(name: str, case: Case) -> dict[str, Any]:
     seconds = time.perf_counter() - began
     memory = {"peak_anonymous_mb": peak[0], "of_which_imports_mb": imported}
     about = provenance("-m benchmarks.inat_bench", [], device, seconds)
-    return {"part": name, "images": case.images, **found, **memory, "provenance": about}
+    size = {"images": case.images, "feature_dtype": case.dtype, "batch": BATCH}
+    return {"part": name, **size, **found, **memory, "provenance": about}
 
 
-def main() -> None:
+@command
+def main(argv: Sequence[str]) -> None:
     """Runs all parts; prints and appends what they took."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dir", type=Path, required=True, help="where 7.4 GB of features may lie meanwhile")
@@ -208,22 +212,23 @@ def main() -> None:
     parser.add_argument("--threads", type=int)
     parser.add_argument("--keep", action="store_true", help="leave the features for the next time")
     parser.add_argument("--json", type=Path, help=f"append to this file; {RESULTS.name}, if all images are there")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     counts = json.loads(arguments.counts.read_text())["inaturalist18"] if arguments.counts else profile()
     case = Case(arguments.dir.resolve(), arguments.feature_dtype, counts, arguments.images, arguments.threads)
     results = arguments.json or (RESULTS if arguments.images == IMAGES else None)
 
     folders = [case.cache(part).folder for part in ("train", "test")]
-    size = arguments.images * FEATURES * DTYPES[arguments.feature_dtype][0].itemsize
-    needed = VIEWS * size + 4 * TEST * FEATURES - sum(f.stat().st_size for path in folders for f in path.iterdir())
-    if shutil.disk_usage(case.folder).free < 1.1 * needed:
-        parser.error(f"--dir: {1.1 * needed / 1e9:.1f} GB must be free there")
-    words = [word if word != str(arguments.dir) else "DIR" for word in sys.argv[1:]]
+    shown = {str(arguments.dir): "DIR"} | {str(path): path.name for path in (arguments.counts, arguments.json) if path}
+    words = [shown.get(word, word) for word in argv]  # a machine's folders are of no use to others
     try:
+        size = arguments.images * FEATURES * DTYPES[arguments.feature_dtype][0].itemsize
+        needed = VIEWS * size + 4 * TEST * FEATURES - sum(f.stat().st_size for path in folders for f in path.iterdir())
+        if shutil.disk_usage(case.folder).free < 1.1 * needed:
+            raise UsageError(f"--dir {arguments.dir}: too full", f"a folder with {1.1 * needed / 1e9:.1f} GB free")
         for name in ["write", *arguments.parts]:
             with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
                 line = pool.submit(measured, name, case).result()
-            line["provenance"]["command"] = " ".join(["python -m benchmarks.inat_bench", *words])
+            line["provenance"]["command"] = shlex.join(["python", "-m", "benchmarks.inat_bench", *words])
             figures = {key: value for key, value in line.items() if isinstance(value, float | int)}
             print(f"{name}: " + ", ".join(f"{key} {value:,.0f}" for key, value in figures.items()), flush=True)
             if name.startswith("epoch"):
@@ -236,4 +241,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

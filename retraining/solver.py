@@ -295,7 +295,7 @@ def heads_that_fit(heads: int, classes: int, features: int, batch: int, device: 
     place = lacking[0]
     need, room = (f"{size / 1e6:,.0f} MB" for size in (needed(1)[place], free[place]))
     raise UsageError(
-        f"{heads} heads of {classes} x {features}, trained one by one, need {need} of {place.type} memory: {room} left",
+        f"{heads} heads of {classes} x {features} need {need} of {place.type} memory one by one, {room} may be taken",
         "fewer values at once, a smaller --batch_size, or a machine with more memory",
     )
 

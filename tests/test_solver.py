@@ -171,7 +171,7 @@ def test_as_many_heads_as_memory_holds(monkeypatch) -> None:
         free["cpu"] = (fixed + (3 * heads + 1) * matrix) / solver_module.SHARE
         assert fit(cpu) == heads
     free["cpu"] = fixed / solver_module.SHARE
-    with pytest.raises(UsageError, match=r"20 heads of 8142 x 2048.* need 1,935 MB of cpu memory: 1,735 MB left"):
+    with pytest.raises(UsageError, match=r"20 heads of 8142 x 2048 need 1,935 MB of cpu memory one by one, 1,735 MB"):
         fit(cpu)
     free |= {"cpu": 21 * matrix / solver_module.SHARE, "cuda": 2e9}
     assert 1 <= fit(gpu) < 20

@@ -120,7 +120,7 @@ def test_heads_that_do_not_fit_into_memory_take_turns(chain, capsys, monkeypatch
     assert all_at_once.drop(columns="seconds").equals(in_turns.drop(columns="seconds"))
     monkeypatch.setattr(solver, "free_memory", lambda _: 100_000)
     message = fails(main_stage2, f"{QUICK} {flags}", capsys)
-    assert "4 heads of 10 x 64, trained one by one, need 0 MB of cpu memory" in message
+    assert "4 heads of 10 x 64 need 0 MB of cpu memory one by one" in message
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
