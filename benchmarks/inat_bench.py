@@ -37,6 +37,7 @@ from torch import Tensor, nn
 from benchmarks import append_line
 from datasets import SAMPLERS
 from datasets.batches import seeded
+from datasets.published import CLASS_COUNTS
 from losses.softmax import SoftmaxLoss, auto_label_smooth
 from retraining.features import DTYPES, FeatureCache, feature_blocks, gathered, head_logits, resident
 from retraining.methods import METHODS, Start
@@ -46,34 +47,17 @@ from utils.metrics import report
 from utils.options import UsageError, command
 from utils.system import ROOT, pick_device, provenance
 
-IMAGES, TEST, CLASSES, FEATURES, BATCH, VIEWS, SWEEP = 437_513, 24_426, 8_142, 2_048, 512, 4, 20
-LARGEST, SMALLEST = 1_000, 2
+COUNTS = json.loads(CLASS_COUNTS.read_text())["inat2018"]["train"]
+IMAGES, TEST, CLASSES, FEATURES, BATCH, VIEWS, SWEEP = sum(COUNTS), 24_426, len(COUNTS), 2_048, 512, 4, 20
 RESULTS = ROOT / "benchmarks" / "results" / "inat_bench.jsonl"
-
-
-def profile() -> list[int]:
-    """Class sizes that fall as a power from the largest to the smallest of iNaturalist and have its sum."""
-    place = torch.linspace(1, 0, CLASSES, dtype=torch.float64)
-
-    def sizes(power: float) -> Tensor:
-        return (SMALLEST + (LARGEST - SMALLEST) * place**power).long()
-
-    low, high = 1.0, 100.0
-    while high - low > 1e-9:
-        middle = (low + high) / 2
-        low, high = (middle, high) if int(sizes(middle).sum()) > IMAGES else (low, middle)
-    counts = sizes(high)
-    counts[1 : 1 + IMAGES - int(counts.sum())] += 1
-    return [int(count) for count in counts]
 
 
 @dataclass(frozen=True)
 class Case:
-    """What every part gets: the features' folder and type, the training labels' counts, number of images, threads."""
+    """What every part gets: the features' folder and type, the number of training images, threads."""
 
     folder: Path
     dtype: str
-    counts: list[int]
     images: int
     threads: int | None
 
@@ -93,7 +77,7 @@ class Case:
 
     def labels(self) -> Tensor:
         """Training labels (N,): all of them, or so many in even steps."""
-        labels = torch.arange(len(self.counts)).repeat_interleave(torch.tensor(self.counts))
+        labels = torch.arange(CLASSES).repeat_interleave(torch.tensor(COUNTS))
         return labels[torch.linspace(0, len(labels) - 1, self.images, dtype=torch.float64).long()]
 
 
@@ -136,7 +120,7 @@ def evaluation(case: Case, device: torch.device) -> dict[str, Any]:
     features = resident(case.test(), device)
     head, labels = nn.Linear(FEATURES, CLASSES).to(device), torch.arange(len(features)) % CLASSES
     began = time.perf_counter()
-    report(head_logits(head, [features], EVAL_BATCH[device.type]), labels, case.counts)
+    report(head_logits(head, [features], EVAL_BATCH[device.type]), labels, COUNTS)
     seconds = time.perf_counter() - began
     return {"logit_bytes": 4 * len(features) * CLASSES, "images_per_s": len(features) / seconds, "part_s": seconds}
 
@@ -145,7 +129,7 @@ def class_means(case: Case, device: torch.device) -> dict[str, Any]:
     """The head of nearest class mean, from one view."""
     features, labels = resident(case.view(0), device), case.labels()
     head = nn.Linear(FEATURES, CLASSES).to(device).requires_grad_(False)
-    start = Start(head, case.counts, lambda: feature_blocks([features], labels, CLASSES, device), None)
+    start = Start(head, COUNTS, lambda: feature_blocks([features], labels, CLASSES, device), None)
     began = time.perf_counter()
     METHODS["ncm"].head(start, {"ncm_metric": "centred"})
     return {"part_s": time.perf_counter() - began}
@@ -207,18 +191,16 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--dir", type=Path, required=True, help="where 7.4 GB of features may lie meanwhile")
     parser.add_argument("--images", type=int, default=IMAGES, help="fewer, to try it")
     parser.add_argument("--feature_dtype", default="float16", choices=DTYPES)
-    parser.add_argument("--counts", type=Path, help='JSON with the class sizes under "inaturalist18"; else a power law')
     parser.add_argument("--parts", nargs="+", default=list(PARTS)[1:], choices=list(PARTS)[1:])
     parser.add_argument("--threads", type=int)
     parser.add_argument("--keep", action="store_true", help="leave the features for the next time")
     parser.add_argument("--json", type=Path, help=f"append to this file; {RESULTS.name}, if all images are there")
     arguments = parser.parse_args(argv)
-    counts = json.loads(arguments.counts.read_text())["inaturalist18"] if arguments.counts else profile()
-    case = Case(arguments.dir.resolve(), arguments.feature_dtype, counts, arguments.images, arguments.threads)
+    case = Case(arguments.dir.resolve(), arguments.feature_dtype, arguments.images, arguments.threads)
     results = arguments.json or (RESULTS if arguments.images == IMAGES else None)
 
     folders = [case.cache(part).folder for part in ("train", "test")]
-    shown = {str(arguments.dir): "DIR"} | {str(path): path.name for path in (arguments.counts, arguments.json) if path}
+    shown = {str(arguments.dir): "DIR"} | {str(path): path.name for path in (arguments.json,) if path}
     words = [shown.get(word, word) for word in argv]  # a machine's folders are of no use to others
     try:
         size = arguments.images * FEATURES * DTYPES[arguments.feature_dtype][0].itemsize
