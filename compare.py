@@ -73,9 +73,9 @@ def main(argv: Sequence[str]) -> list[dict[str, Any]]:
     refuse_head(parent, options.method)
     if "show" in typed and not set(options.show) <= set(options.method):
         raise UsageError(f"--show {shown(options.show)}", f"methods that are compared: {shown(options.method)}")
-    require_held_out(parent, options, "--tune" if options.tune else None)
     device = pick_device(options.device, options.gpu, options.threads)
     data = load_data(options, val_indices=parent.data.get("val_indices", []))
+    require_held_out(parent, options, data, "--tune" if options.tune else None)
     settings = choose_settings(options, typed, data.num_classes)
     refuse_unused(typed, options, settings)
     with begin(resolved, "compare", data, device) as run:

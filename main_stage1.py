@@ -156,7 +156,7 @@ def main(argv: Sequence[str]) -> Report:
     seed = settings[0].values["seed"]
     device = pick_device(resolved.options.device, resolved.options.gpu, resolved.options.threads)
     data = load_data(resolved.options, val_fraction=resolved.options.val_split, val_seed=seed)
-    options: Any = settle(resolved.options, device, len(data.train), len(settings))
+    options: Any = settle(resolved.options, device, len(data.train), len(settings), data.train.is_photos)
     require_val(data, options)
     if options.pretrained_pth == "imagenet":
         start = published_start(options.network)

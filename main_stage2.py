@@ -116,9 +116,9 @@ def main(argv: Sequence[str]) -> Report:
     typed = parse_typed(Options, argv, "main_stage2.py", __doc__)
     parent, resolved = continue_stage1(typed, Options)
     options: Any = resolved.options
-    require_held_out(parent, options)
     device = pick_device(options.device, options.gpu, options.threads)
     data = load_data(options, val_indices=parent.data.get("val_indices", []))
+    require_held_out(parent, options, data)
     wanted = {name: getattr(options, name) for name in TUNABLE}
     settings = make_settings(options.method, wanted, typed, data.num_classes, published=options.protocol == "published")
     refuse_unused(typed, options, settings)
@@ -173,15 +173,15 @@ def fitting(head: str) -> list[str]:
     return [name for name, method in METHODS.items() if head == "linear" or not method.needs_linear]
 
 
-def require_held_out(parent: Checkpoint, options: Any, flag: str | None = None) -> None:
-    """Checks that stage 1 held images out where ``flag`` or another option needs them.
+def require_held_out(parent: Checkpoint, options: Any, data: LongTailed, flag: str | None = None) -> None:
+    """Checks that there are held-out images, stage 1's or the data set's, where ``flag`` or another option needs them.
 
     Raises:
-        UsageError: it did not.
+        UsageError: there are none.
     """
     needed = {"--select best_val": options.select == "best_val", "--tau val": "val" in (options.tau or ())}
     flags = [name for name, is_on in needed.items() if is_on] + ([flag] if flag else [])
-    if flags and not parent.data.get("val_indices"):
+    if flags and data.val is None:
         head = "" if parent.head == "linear" else f" --head {parent.head}"
         again = f"python main_stage1.py{flags_of(options, *IDENTITY)}{head} --val_split 0.1"
         allowed = "last, best_test, or first" if flags[0].startswith("--select") else "without it, or first"

@@ -30,8 +30,9 @@ from datasets.photos import centre
 from engine import for_evaluation
 from stages import DataOptions, built, open_latest
 from utils.checkpoints import Checkpoint
+from utils.distributed import require_single
 from utils.files import atomic, require_target
-from utils.options import Choice, Flag, Number, Text, UsageError, command, option, parse_typed
+from utils.options import Choice, Flag, Number, Text, UsageError, command, option, parse_typed, shown
 from utils.plots import contact_sheet
 from utils.system import available_cpus, pick_device
 
@@ -59,18 +60,25 @@ class Options(DataOptions):
 @command
 def main(argv: Sequence[str]) -> list[dict[str, Any]]:
     """Runs the command; returns what --json writes."""
+    require_single("predict.py")
     place, flags = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else (None, argv)
     typed = parse_typed(Options, flags, "predict.py IMAGE_OR_FOLDER", __doc__)
     if place is None:
         raise UsageError("predict.py: IMAGE_OR_FOLDER, which comes first, is missing", "an image, or a folder of some")
     options = Options(**typed)
+    if options.plot and Path(options.plot).suffix.lower() != ".png":
+        raise UsageError(f"--plot {options.plot}", "the path of a .png")
     for flag in ("csv", "json", "plot"):
         if getattr(options, flag) is not None:
             require_target(f"--{flag}", getattr(options, flag))
     paths = images_in(Path(place))
     file = open_latest(typed, Options)
     device = pick_device(options.device, options.gpu, options.threads)
-    model, view, names = for_evaluation(built(file).to(device)), View(file, options), class_names(file)
+    model, view, names = (
+        for_evaluation(built(file).to(device)),
+        View(file, options, typed.get("dataset")),
+        class_names(file),
+    )
     if options.temperature is None and not file.metrics.get("temperature"):
         print(f"{file.path} has no held-out images that a temperature was fitted on: probabilities are as trained")
     temperature = options.temperature or file.metrics.get("temperature") or 1.0
@@ -80,7 +88,7 @@ def main(argv: Sequence[str]) -> list[dict[str, Any]]:
         return probabilities(model, view.normalised(images).to(device), temperature, flip)
 
     found: list[dict[str, Any]] = []
-    shown: list[tuple[Tensor, str]] = []
+    sheet: list[tuple[Tensor, str]] = []
     for path, image, row in predictions(paths, view, forward, options.batch_size, options.workers):
         if isinstance(image, UsageError):
             found.append({"path": str(path), "error": image.args[0], "top": []})
@@ -91,22 +99,25 @@ def main(argv: Sequence[str]) -> list[dict[str, Any]]:
             for number, value in zip(classes.tolist(), values.tolist())
         ]
         found.append({"path": str(path), "error": None, "top": top})
-        if options.plot and len(shown) < SHOWN:
-            shown.append((image, f"{top[0]['name']}\n{100 * top[0]['probability']:.0f} %"))
+        if options.plot and len(sheet) < SHOWN:
+            sheet.append((image, f"{top[0]['name']}\n{100 * top[0]['probability']:.0f} %"))
 
     for each in found:
         words = ", ".join(f"{top['name']} {100 * top['probability']:.2f} %" for top in each["top"])
         print(each["error"] or f"{each['path']}: {words}")
     print(f"{file.path}: temperature {temperature:.3g}, flip averaging {'on' if flip else 'off'}")
-    write(found, shown, options)
+    write(found, sheet, options)
+    if all(each["error"] for each in found):
+        raise UsageError(f"none of {len(found)} images could be read", "undamaged images")
     return found
 
 
 class View:
     """How the network of a checkpoint is shown an image: its size, its channels, its normalisation."""
 
-    def __init__(self, file: Checkpoint, options: Options) -> None:
-        spec = DATASETS[file.data.get("dataset", options.dataset)]
+    def __init__(self, file: Checkpoint, options: Options, dataset: str | None) -> None:
+        foreign = "imagenet_lt" if file.stem == "imagenet" and dataset is None else options.dataset
+        spec = DATASETS[file.data.get("dataset", foreign)]
         usual = 224 if file.stem == "imagenet" else 8 if spec.name == "digits" else 32
         self.side, self.channels = options.image_size or file.data.get("image_size") or usual, file.in_channels
         mean, std = (file.data.get(name) or getattr(options, name) or getattr(spec, name) for name in ("mean", "std"))
@@ -115,6 +126,7 @@ class View:
                 f"{file.path} does not say how pixels are normalised", "--dataset NAME, or --mean and --std"
             )
         self.mean, self.std = list(mean), list(std)
+        print(f"shown at {self.side} pixels, mean {shown(self.mean)}, std {shown(self.std)}")
 
     def of(self, path: Path) -> Tensor | UsageError:
         """The pixels (c, side, side) uint8 of a file, or why there are none."""
@@ -180,7 +192,7 @@ def class_names(file: Checkpoint) -> list[str]:
     return [str(number) for number in range(file.num_classes)]
 
 
-def write(found: Sequence[dict[str, Any]], shown: Sequence[tuple[Tensor, str]], options: Options) -> None:
+def write(found: Sequence[dict[str, Any]], sheet: Sequence[tuple[Tensor, str]], options: Options) -> None:
     """Writes what was asked for."""
     if options.json is not None:
         with atomic(options.json) as path:
@@ -195,7 +207,7 @@ def write(found: Sequence[dict[str, Any]], shown: Sequence[tuple[Tensor, str]], 
         with atomic(options.csv) as path:
             path.write_text(str(table.to_csv(index=False)))
     if options.plot is not None:
-        contact_sheet(shown, Path(options.plot))
+        contact_sheet(sheet, Path(options.plot))
 
 
 if __name__ == "__main__":

@@ -107,8 +107,10 @@ def takes_weights(name: str) -> bool:
     return isinstance(loss, SoftmaxLoss) and bool((loss.weight == 1).all())
 
 
-def settle(options: Any, device: torch.device, images: int, runs: int) -> Any:
+def settle(options: Any, device: torch.device, images: int, runs: int, photos: bool = False) -> Any:
     """The options with ``auto`` replaced by what suits the device, a training set of so many images and so many runs.
+
+    Runs on ``photos`` fill a GPU, and the CPUs that decode for it, alone.
 
     Raises:
         UsageError: what was asked for cannot be had on this device or with so many processes.
@@ -139,12 +141,13 @@ def settle(options: Any, device: torch.device, images: int, runs: int) -> Any:
         and options.network in COMPILED_ON_CPU
         and images * options.epochs >= COMPILE_PAYS
     )
+    shares = on_gpu and alone and options.compile != "on" and not photos
     return dataclasses.replace(
         options,
         amp=pick_amp(options.amp, device),
         graph="on" if on_gpu and alone and options.graph == "auto" else options.graph.replace("auto", "off"),
         compile=options.compile.replace("auto", "on" if pays and has_compiler else "off"),
-        parallel=options.parallel or (min(runs, 4) if on_gpu and alone and options.compile != "on" else 1),
+        parallel=options.parallel or (min(runs, 4) if shares else 1),
     )
 
 

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 import datasets
 from datasets import DATASETS, IMB_TYPES, INPUTS, NATURAL, SUBSETS, Batches, ImageSet, LongTailed, Shown
+from datasets.photos import Photos
 from engine import Selection, TrainStats, evaluate, is_due, predict
 from models import BACKBONES, HEADS, STEMS, TIMM, Network, build_model, imagenet_weights, pick_stem, recognise
-from models.foreign import translate
+from models.foreign import translate, translate_timm
 from utils import checkpoints
 from utils.checkpoints import IDENTITY, SELECT, STAGES, Checkpoint, NoCheckpoint
 from utils.distributed import by_first, in_turn, meet, processes, rank
@@ -80,6 +81,12 @@ class DataOptions:
     )
     mean: Any = option(None, Vector(Number(float, 0, 1)), "own data: of each channel; computed, if not given")
     std: Any = option(None, Vector(Number(float, 0, 1, above=True)), "own data: the same of standard deviations")
+    jitter: float | None = option(
+        None,
+        Number(float, 0, 1),
+        "photos: colours vary by it, ColorJitter's three; the data set's, if not given",
+    )
+    flip: bool | None = option(None, Flag(), "photos and own data: mirror half of the training images; None: it does")
     input: str = option(
         "files",
         Choice(INPUTS),
@@ -155,7 +162,7 @@ def fill_options(cls: type[T], typed: Mapping[str, Any], stage: str, file: Check
     stated = file_defaults(file) | file_identity(file) if file else {}
     layers |= recipe_layers(dataset, stated | dict(typed), stage)
     if typed.get("protocol") == "published":
-        layers["--protocol published"] = published_values(cls)
+        layers["--protocol published"] = published_values(cls) | dict(DATASETS[dataset].published)
     layers["drawn"] = {"seed": by_first(draw_seed)}
     typed = {name: value for name, value in typed.items() if name != "seed" or value not in ("None", ("None",))}
     resolved = resolve(cls, typed, layers)
@@ -196,8 +203,8 @@ def file_defaults(file: Checkpoint) -> dict[str, Any]:
     """What a checkpoint's own run was given and the next may change: where data of one's own lies, how it is read."""
     if not file.data:
         return {}
-    names = ("input", "data_dir") if DATASETS[file.data["dataset"]].own else ("input",)
-    return {name: file.options[name] for name in names if name in file.options}
+    names = ("recipe", "jitter", "flip", "input", *(["data_dir"] if DATASETS[file.data["dataset"]].own else []))
+    return {name: file.options[name] for name in names if file.options.get(name) is not None}
 
 
 def refuse_contradictions(typed: Mapping[str, Any], stored: Mapping[str, Any], source: str) -> None:
@@ -210,6 +217,9 @@ def refuse_contradictions(typed: Mapping[str, Any], stored: Mapping[str, Any], s
 def check_data_flags(options: DataOptions, typed: Mapping[str, Any]) -> None:
     """Says which typed flags have nothing to do here; raises UsageError for those that the data set rules out."""
     spec = DATASETS[options.dataset]
+    pick_stem(options.network, 0, options.stem)
+    if options.input == "nvjpeg" and not torch.cuda.is_available():
+        raise UsageError("--input nvjpeg without a GPU", "files, cache")
     if "subset_seed" in typed and options.subset == "first":
         raise UsageError("--subset_seed without --subset shuffled", "--subset shuffled")
     if options.imb_ratio == NATURAL:
@@ -218,9 +228,10 @@ def check_data_flags(options: DataOptions, typed: Mapping[str, Any]) -> None:
                 raise UsageError(f"--{name} with a training set taken as it is", "--imb_ratio R beside it, or without")
     elif spec.natural:
         raise UsageError(f"--imb_ratio {options.imb_ratio}: {options.dataset} is long-tailed as it is", NATURAL)
-    if getattr(options, "flip_tta", False) and not spec.augment.flip:
+    flips = spec.augment.flip if options.flip is None else options.flip
+    if getattr(options, "flip_tta", False) and not flips:
         raise UsageError(f"--flip_tta: mirrored {options.dataset} are other characters", "--no-flip_tta")
-    for name in ("image_size", "input"):
+    for name in ("image_size", "jitter", "flip", "input"):
         if name in typed and not spec.photos:
             raise UsageError(
                 f"--{name} {typed[name]}: {options.dataset} has images of one size, held in memory",
@@ -238,7 +249,8 @@ def check_data_flags(options: DataOptions, typed: Mapping[str, Any]) -> None:
 
 def data_name(options: DataOptions) -> str:
     """What files of a data set are called: its name, and of data of one's own the name of its folder or file too."""
-    own = f"-{Path(options.data_dir).resolve().stem}" if DATASETS[options.dataset].own else ""
+    place = Path(options.data_dir).resolve()
+    own = f"-{place.stem if place.is_file() else place.name}" if DATASETS[options.dataset].own else ""
     return f"{options.dataset}{own}"
 
 
@@ -248,17 +260,23 @@ def load_data(options: DataOptions, **held_out: Any) -> LongTailed:
     Raises:
         UsageError: also where --num_class disagrees with the data.
     """
+    names = ("image_size", "mean", "std", "jitter", "flip", "input", "workers")
+    shown = Shown(*(getattr(options, name) for name in names))
     with in_turn():
         data = datasets.load(
             options.dataset,
             options.data_dir,
-            shown=Shown(options.image_size, options.mean, options.std, options.input, options.workers),
+            shown=shown,
             imb_type=options.imb_type,
             imb_ratio=options.imb_ratio,
             subset=options.subset,
             subset_seed=options.subset_seed,
             **held_out,
         )
+    untested = sorted(set(range(data.num_classes)) - set(data.test.labels.tolist()))
+    if untested:
+        some = ", ".join(data.class_names[i] for i in untested[:5]) + (" ..." if len(untested) > 5 else "")
+        print(f"note: no test images of {len(untested)} classes, which count in no accuracy: {some}")
     if options.num_class not in (None, data.num_classes):
         raise UsageError(f"--num_class {options.num_class}", f"{data.num_classes}, as {options.dataset} has")
     return data
@@ -295,6 +313,12 @@ def open_checkpoint(typed: Mapping[str, Any], stage: str, cls: type[DataOptions]
         if "pretrained_pth" not in typed and path.name != _own_name(file).name:
             raise UsageError(f"{path} holds what belongs at {_own_name(file)}", "--pretrained_pth, if it is meant")
         return file
+    wanted = str(typed.get("network", ""))
+    if wanted.startswith(TIMM):
+        timm, classes, channels = translate_timm(file.foreign, wanted.removeprefix(TIMM), str(path))
+        print(f"{path}: {timm.known_as}")
+        made: dict[str, Any] = {"network": wanted, "stem": "imagenet", "num_classes": classes, "in_channels": channels}
+        return dataclasses.replace(file, **made, model=timm.model, foreign={})
     found = translate(file.foreign, str(path))
     known = None if found is None else recognise(found.model, found.head)
     if found is None or known is None:
@@ -358,15 +382,22 @@ def restore(file: Checkpoint, data: LongTailed, head: str | None = None) -> Netw
             f"{file.path} has {file.num_classes} classes and {file.in_channels} input channels",
             f"{data.num_classes} and {data.channels}, as {data.spec.name} has",
         )
-    known = {
-        "class_counts": data.class_counts,
+    known: dict[str, list[Any]] = {
         "class_names": data.class_names,
+        "class_counts": data.class_counts,
         "mean": list(data.spec.mean),
         "std": list(data.spec.std),
     }
     for key, value in known.items():
         if file.data and file.data[key] != value:
-            raise UsageError(f"{file.path} was trained with other {key}", "the data that it was trained on")
+            theirs, ours = next((a, b) for a, b in zip([*file.data[key], "none"], [*value, "none"]) if a != b)
+            where = f"; it was --data_dir {file.options['data_dir']}" if data.spec.own else ""
+            raise UsageError(
+                f"{file.path} was trained with other {key}: {theirs} where the data has {ours}",
+                f"the data that it was trained on{where}",
+            )
+    if file.data.get("train_images", data.train.summary()) != data.train.summary():
+        print(f"note: the training images are not those that {file.path} was trained on")
     if file.head not in HEADS or head not in (None, file.head):
         fitting = f"--head {file.head}, or another file" if file.head in ("linear", "cosine") else "another file"
         raise UsageError(f"{file.path} has a {file.head} head", fitting)
@@ -497,6 +528,8 @@ def finish(
             "name": data_name(options),
             "image_size": data.train.side,
             "stem": stem,
+            "train_images": data.train.summary(),
+            "read": data.train.images.read if isinstance(data.train.images, Photos) else "memory",
             "class_names": data.class_names,
             "class_counts": data.class_counts,
             "mean": list(data.spec.mean),

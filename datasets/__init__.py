@@ -104,9 +104,14 @@ def load(
     spec = DATASETS[name]
     source = spec.read(data_dir, shown)
     full, class_names, val = source.train, source.class_names, source.val
-    spec = replace(
-        spec, mean=source.mean or spec.mean, std=source.std or spec.std, augment=source.augment or spec.augment
-    )
+    augment = source.augment or spec.augment
+    if shown.flip is not None:
+        augment = replace(augment, flip=shown.flip)
+    if shown.jitter is not None:
+        if not isinstance(augment, ResizedCrop):
+            raise UsageError(f"--jitter {shown.jitter}: small images are cropped and mirrored alone", "without it")
+        augment = replace(augment, jitter=shown.jitter)
+    spec = replace(spec, mean=source.mean or spec.mean, std=source.std or spec.std, augment=augment)
     available = torch.bincount(full.labels, minlength=len(class_names)).tolist()
     counts, n_max = available, min(available)
     if not isinstance(imb_ratio, str):

@@ -51,7 +51,7 @@ def check_all(
     known = old.splits if old is not None and _same_files(old, root, listing) else {}
     wanted = {split: folder / f"{split}_{side}.npy" for split in listing.splits if side}
     for split, files in known.items():
-        if split in wanted and has_pixels(wanted[split], len(files.paths), side):
+        if split in wanted and has_pixels(wanted[split], len(files.paths), side) and not verify:
             del wanted[split]
     if old is not None and known and not wanted and not verify:
         print(f"{target}: prepared already; --verify checks all files again")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from zipfile import BadZipFile
 import numpy as np
 import simplejpeg
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from utils.files import atomic
@@ -49,7 +48,7 @@ def read_image(path: str | Path) -> Tensor:
         with Image.open(io.BytesIO(content)) as opened:
             return _from_pil(opened)
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        reason = " ".join(re.sub("<.*>", "it", str(error)).split())
+        reason = "no image that is known" if isinstance(error, UnidentifiedImageError) else " ".join(str(error).split())
         raise UsageError(f"image {path} cannot be read ({reason})", "an undamaged image of 8 or 16 bits") from None
 
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from datasets.files import Manifest
 from datasets.photos import Photos
+from datasets.scan import has_pixels
 from datasets.spec import ImageSet, Shown, Source
 from utils.options import UsageError
 
@@ -26,7 +27,8 @@ def read_listed(name: str, data_dir: str, shown: Shown) -> Source:
     if manifest is None:
         again = f"python -m datasets.prepare {name} --root FOLDER_OF_IMAGES"
         again += "" if data_dir == "data/" else f" --data_dir {data_dir}"
-        raise UsageError(f"{name} has not been prepared: there is no {home}/manifest.npz", f"first: {again}")
+        why = "is damaged" if (home / "manifest.npz").exists() else "is not there"
+        raise UsageError(f"{name} has not been prepared: {home}/manifest.npz {why}", f"first: {again}")
     return photos_of(manifest, shown, home)
 
 
@@ -36,22 +38,32 @@ def photos_of(manifest: Manifest, shown: Shown, home: Path) -> Source:
     Raises:
         UsageError: the cache was asked for and is not there.
     """
-    sets = {}
+    sets, stores = {}, _stores(manifest, home) if shown.how == "cache" else {}
     for split, files in manifest.splits.items():
-        store = None
-        if shown.how == "cache":
-            found = sorted(home.glob(f"{split}_*.npy"), key=lambda path: int(path.stem.rpartition("_")[2]))
-            if not found:
-                root = manifest.about.get("source", manifest.root)
-                again = f"python -m datasets.prepare {manifest.name} --root {root} --cache 256"
-                raise UsageError(
-                    f"--input cache: there is no {home}/{split}_256.npy", f"--input files; or first: {again}"
-                )
-            store = np.load(found[-1], mmap_mode="c")  # copy-on-write: torch wants writable memory
+        store, identity = None, str(manifest.about.get("home", manifest.root))  # of own data it follows from the files
+        if split in stores:
+            store = np.load(stores[split], mmap_mode="c")  # copy-on-write: torch wants writable memory
+            identity += f" {stores[split].stat().st_mtime_ns}"
         size = shown.image_size or PHOTO_SIDE
-        identity = str(manifest.about.get("home", ""))  # of data of one's own it follows from the files
         photos = Photos(
             manifest.root, files.paths, files.sizes, size, store, shown.how, shown.workers, identity=identity
         )
         sets[split] = ImageSet.of(photos, files.labels)
     return Source(sets["train"], sets["test"], manifest.class_names, sets.get("val"), shown.mean, shown.std)
+
+
+def _stores(manifest: Manifest, home: Path) -> dict[str, Path]:
+    """The decoded pixels of every split, of the largest side that all have."""
+
+    def sides(split: str, number: int) -> set[int]:
+        found = {int(path.stem.rpartition("_")[2]): path for path in home.glob(f"{split}_*.npy")}
+        return {side for side, path in found.items() if has_pixels(path, number, side)}
+
+    common = set.intersection(*(sides(split, len(files.paths)) for split, files in manifest.splits.items()))
+    if not common:
+        root = manifest.about.get("source", manifest.root)
+        again = f"python -m datasets.prepare {manifest.name} --root {root} --cache 256"
+        raise UsageError(
+            f"--input cache: there are no whole decoded pixels in {home}", f"--input files; or first: {again}"
+        )
+    return {split: home / f"{split}_{max(common)}.npy" for split in manifest.splits}

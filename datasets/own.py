@@ -66,7 +66,7 @@ def suited(kind: str, data_dir: str, image_size: int | None) -> Recipe:
 def natural_side(kind: str, data_dir: str) -> int:
     """The side that images are shown at by default: their own where they are small, else 224."""
     if kind == "npz":
-        return max(_shape(_only(data_dir, ".npz", kind), "train_images")[1:3])
+        return min(_shape(_only(data_dir, ".npz", kind), "train_images")[1:3])
     root, listing = list_images(kind, data_dir)
     sides = []
     for name in listing["train"][0][:: max(1, len(listing["train"][0]) // PEEKED)]:
@@ -91,6 +91,14 @@ def list_images(kind: str, data_dir: str) -> tuple[Path, Named]:
     missing = [split for split in ("train", "test") if not listing.get(split, ([], []))[0]]
     if missing:
         raise UsageError(f"--data_dir {data_dir} has no {missing[0]} images", LAYOUTS[kind])
+    seen: dict[str, tuple[str, str]] = {}
+    for split, (paths, labels) in listing.items():
+        for path, label in zip(paths, labels):
+            if "\n" in path:
+                raise UsageError(f"image {path!r}: a name of two lines", "names without line ends")
+            if seen.setdefault(path, (split, label)) != (split, label):
+                where = " and ".join(f"in {part} as {name}" for part, name in (seen[path], (split, label)))
+                raise UsageError(f"image {root / path} is {where}", "each image in one split and of one class")
     return root, listing
 
 
@@ -117,6 +125,8 @@ def _list_folder(data_dir: str) -> tuple[Path, Named]:
 def _list_csv(data_dir: str) -> tuple[Path, Named]:
     place = Path(data_dir)
     files = [(place, None)] if place.is_file() else [(place / f"{split}.csv", split) for split in SPLITS]
+    if not place.is_file() and not (place / "train.csv").is_file():
+        raise UsageError(f"--data_dir {data_dir}: there is no {place / 'train.csv'}", LAYOUTS["csv"])
     listing: dict[str, tuple[list[str], list[str]]] = {}
     for path, split in files:
         if not path.is_file():
@@ -131,7 +141,7 @@ def _list_csv(data_dir: str) -> tuple[Path, Named]:
                     f"{path} has no column {column}, only {', '.join(map(str, table.columns))}", LAYOUTS["csv"]
                 )
         parts = [split] * len(table) if split else table["split"].tolist()
-        for number, (image, label, part) in enumerate(zip(table["path"], table["label"], parts), start=2):
+        for number, (image, label, part) in enumerate(zip(table["path"], table["label"].str.strip(), parts), start=2):
             if part not in SPLITS or not image or not label:
                 raise UsageError(f"{path}, line {number}: {image}, {label}, {part}", LAYOUTS["csv"])
             paths, labels = listing.setdefault(part, ([], []))
@@ -216,24 +226,26 @@ def read_npz(data_dir: str, shown: Shown) -> Source:
             if split == "val" and "val_images" not in arrays:
                 continue
             images, labels = (_array(arrays, f"{split}_{part}", path) for part in ("images", "labels"))
+            if not len(images):
+                raise UsageError(f"{path}: {split}_images is empty", LAYOUTS["npz"])
             if images.dtype != np.uint8 or images.ndim not in (3, 4) or images.shape[3:] not in ((), (1,), (3,)):
                 raise UsageError(f"{path}: {split}_images is {images.dtype} {images.shape}", LAYOUTS["npz"])
             labels = labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels
             if labels.ndim != 1 or labels.dtype.kind not in "iu" or len(labels) != len(images):
                 raise UsageError(
-                    f"{path}: {split}_labels is {labels.dtype} {labels.shape}", "one whole number an image"
+                    f"{path}: {split}_labels is {labels.dtype} {labels.shape}",
+                    f"one whole number for each of {len(images)} images",
                 )
             pixels[split] = images.reshape(*images.shape[:3], -1)
             listing[split] = [], [str(label) for label in labels]
     names = class_names_of(listing)
     place = {name: number for number, name in enumerate(names)}
-    own = max(pixels["train"].shape[1:3])
-    side = shown.image_size or own
+    side = shown.image_size or min(pixels["train"].shape[1:3])
     for split, images in pixels.items():
         labels = torch.tensor([place[name] for name in listing[split][1]])
         if side <= SMALL_SIDE:
             tensor = torch.from_numpy(images).permute(0, 3, 1, 2)
-            sets[split] = ImageSet.of(tensor if side == own else square(tensor, side), labels)
+            sets[split] = ImageSet.of(square(tensor, side), labels)
         else:
             images = np.repeat(images, 3, axis=3) if images.shape[3] == 1 else images
             sizes = torch.tensor(images.shape[1:3], dtype=torch.int32).expand(len(images), 2)
@@ -317,4 +329,7 @@ def _shape(path: Path, name: str) -> tuple[int, ...]:
 def _array(arrays: Any, name: str, path: Any) -> Any:
     if name not in arrays:
         raise UsageError(f"{path} has no {name}, only {', '.join(arrays)}", LAYOUTS["npz"])
-    return arrays[name]
+    try:
+        return arrays[name]
+    except ValueError as error:
+        raise UsageError(f"{path}: {name} ({error})", LAYOUTS["npz"]) from None

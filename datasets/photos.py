@@ -162,6 +162,11 @@ class Photos:
         sizes = self.sizes[positions]
         return Photos(self.root, paths, sizes, self.size, self.store, self.how, self.workers, rows, self.identity)
 
+    @property
+    def read(self) -> str:
+        """How they are read, in words."""
+        return f"cache of {self.store.shape[1]} pixels" if self.store is not None and self.paths else self.how
+
     def path(self, position: int) -> Path:
         """The file of an image."""
         return Path(self.root, self.paths[position])
@@ -169,7 +174,7 @@ class Photos:
     def fingerprint(self) -> str:
         """A hash that changes with the images and with how they are shown."""
         digest = hashlib.sha256(f"{self.how} {self.size} {self.resize} {self.identity}".encode())
-        digest.update("\n".join(self.paths).encode())
+        digest.update("\n".join(self.paths).encode(errors="surrogateescape"))
         digest.update(self.sizes.numpy().tobytes())
         if self.store is not None:
             digest.update(str(self.store.shape).encode())
@@ -185,12 +190,13 @@ class Photos:
         return torch.cat([(sizes - side) / 2, side, side], dim=1)
 
     def in_store(self, boxes: Tensor, index: Tensor) -> Tensor:
-        """Boxes (B, 4) in images' own pixels as float boxes in the store's squashed ones."""
+        """Boxes (B, 4) in images' own pixels as boxes in the store's squashed ones, whole-numbered as those are."""
         assert self.store is not None
         scale = torch.tensor(self.store.shape[1:3]) / self.sizes[index].double()
-        return boxes * torch.cat([scale, scale], dim=1)
+        corners = torch.cat([boxes[:, :2] * scale, (boxes[:, :2] + boxes[:, 2:]) * scale], dim=1).round()
+        return torch.cat([corners[:, :2], (corners[:, 2:] - corners[:, :2]).clamp(min=1)], dim=1).long()
 
-    def show(self, position: int, box: Sequence[float] | None) -> Tensor:
+    def show(self, position: int, box: Sequence[int] | None) -> Tensor:
         """One image as networks see it, (3, size, size) uint8; a test image's view where ``box`` is None."""
         if self.store is not None:
             image = torch.from_numpy(self.store[int(self.rows[position])]).permute(2, 0, 1)
@@ -198,13 +204,11 @@ class Photos:
             image = read_image(self.path(position))
         return self.cut(image, box)
 
-    def cut(self, image: Tensor, box: Sequence[float] | None) -> Tensor:
+    def cut(self, image: Tensor, box: Sequence[int] | None) -> Tensor:
         """A crop (3, size, size) of an image (3, H, W) on any device; ``box`` as in :meth:`show`."""
         if box is None:
             return centre(image, self.size)
-        top, left, height, width = (round(side) for side in box)
-        shape, out = (max(height, 1), max(width, 1)), [self.size, self.size]
-        crop: Tensor = F.resized_crop(image, top, left, *shape, out, antialias=True)
+        crop: Tensor = F.resized_crop(image, *box, [self.size, self.size], antialias=True)
         return crop
 
 
@@ -222,8 +226,9 @@ class _Reader(Dataset[Any]):
 
     def read(self, index: Tensor, chances: Tensor | None = None, flip: Tensor | None = None) -> Any:
         photos = self.photos
-        if photos.how == "nvjpeg":
-            return [torch.from_numpy(np.fromfile(photos.path(i), dtype=np.uint8)) for i in index.tolist()]
+        if photos.how == "nvjpeg":  # as one tensor: each would take a file descriptor on its way
+            contents = [torch.from_numpy(np.fromfile(photos.path(i), dtype=np.uint8)) for i in index.tolist()]
+            return torch.cat(contents), [len(content) for content in contents]
         if photos.store is not None and self.on_gpu:  # cropped there
             return torch.from_numpy(photos.store[photos.rows[index].numpy()])
         boxes = boxes_of(photos, self.augment, index, chances)
@@ -252,9 +257,11 @@ class Crops:
         if photos.how == "nvjpeg" and not (device.type == "cuda" and hasattr(torchvision.io, "decode_jpeg")):
             raise UsageError("--input nvjpeg: it takes a GPU, and a torchvision with decode_jpeg", "files, cache")
         self.photos, self.augment, self.device = photos, augment, device
+        self.on_gpu = device.type == "cuda"
         self.index_device = torch.device("cpu")
         self._loader: DataLoader[Any] | None = None
         self._jobs: list[Job] = []
+        self._told = False
 
     def cuts(self, steps: Iterable[Sequence[Tensor]]) -> Iterator[Tensor]:
         """The crops of each step of :class:`PhotoDraws`."""
@@ -274,24 +281,24 @@ class Crops:
     def _workers(self) -> DataLoader[Any]:
         """The loader, whose processes stay for the next epoch."""
         if self._loader is None:
-            on_gpu = self.device.type == "cuda"
             number = min(self.photos.workers, max(1, available_cpus() // local()[1]))
             ahead: dict[str, Any] = {"prefetch_factor": PREFETCH, "persistent_workers": True} if number else {}
-            reader = _Reader(self.photos, self.augment, on_gpu)
+            reader = _Reader(self.photos, self.augment, self.on_gpu)
+            pin = self.device.type == "cuda"
             own = torch.Generator()  # a loader would draw from the global one
             self._loader = DataLoader(
-                reader, None, sampler=self._jobs, num_workers=number, pin_memory=on_gpu, generator=own, **ahead
+                reader, None, sampler=self._jobs, num_workers=number, pin_memory=pin, generator=own, **ahead
             )
         return self._loader
 
     def _finish(self, content: Any, index: Tensor, chances: Tensor | None = None, flip: Tensor | None = None) -> Tensor:
-        photos, on_gpu = self.photos, self.device.type == "cuda"
-        if photos.how != "nvjpeg" and not (on_gpu and photos.store is not None):
+        photos = self.photos
+        if photos.how != "nvjpeg" and not (self.on_gpu and photos.store is not None):
             pixels: Tensor = content.to(self.device, non_blocking=True)
             return pixels
         boxes = boxes_of(photos, self.augment, index, chances)
         if photos.how == "nvjpeg":
-            pixels = self._decode(content, index, boxes)
+            pixels = self._decode(list(content[0].split(content[1])), index, boxes)
             mirrored = None if flip is None else flip.to(self.device, non_blocking=True)[:, None, None, None]
             return pixels if mirrored is None else torch.where(mirrored, pixels.flip(2), pixels)
         assert boxes is not None
@@ -301,7 +308,10 @@ class Crops:
         """Files' bytes through the GPU's decoder; what it does not know is decoded on the CPU."""
         try:
             images = torchvision.io.decode_jpeg(contents, mode="RGB", device=self.device)
-        except RuntimeError:  # one of them is no baseline JPEG
+        except RuntimeError as error:  # one of them is no baseline JPEG
+            if not self._told:
+                print(f"--input nvjpeg: some steps are decoded on the CPU ({' '.join(str(error).split())[:80]})")
+                self._told = True
             images = [read_image(self.photos.path(i)).to(self.device) for i in index.tolist()]
         rows: list[Any] = [None] * len(images) if boxes is None else boxes.tolist()
         return torch.stack([self.photos.cut(image, box).permute(1, 2, 0) for image, box in zip(images, rows)])

@@ -104,10 +104,11 @@ DATASETS: dict[str, DatasetSpec] = {
             "imagenet_lt",
             partial(read_listed, "imagenet_lt"),
             augment=ResizedCrop(),
+            published={"select": "best_val"},
             recipes={
                 "decoupling": _DECOUPLING,
                 # Alshammari et al., CVPR 2022, section 4.1; the weight decay they tuned is not published.
-                "weight-balancing": {**_DECOUPLING, "epochs": 200, "lr": 0.01, "batch_size": 64},
+                "weight-balancing": {**_DECOUPLING, "epochs": 200, "lr": 0.01, "batch_size": 64, "jitter": 0.0},
             },
             **_IMAGENET,  # type: ignore[arg-type]
         ),
@@ -115,6 +116,7 @@ DATASETS: dict[str, DatasetSpec] = {
             "places_lt",
             partial(read_listed, "places_lt"),
             augment=ResizedCrop(),
+            published={"select": "best_val"},
             recipes={
                 "decoupling": {
                     **_DECOUPLING,

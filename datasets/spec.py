@@ -43,6 +43,10 @@ class ImageSet:
         return self.images.channels if isinstance(self.images, Photos) else self.images.shape[1]
 
     @property
+    def is_photos(self) -> bool:
+        return isinstance(self.images, Photos)
+
+    @property
     def side(self) -> int:
         """The larger side of what networks see, in pixels."""
         return self.images.size if isinstance(self.images, Photos) else max(self.images.shape[2:])
@@ -50,6 +54,13 @@ class ImageSet:
     def take(self, positions: Tensor) -> ImageSet:
         """The images at these positions (n,) int64."""
         return ImageSet(self.images[positions], self.labels[positions], self.indices[positions])
+
+    def summary(self) -> str:
+        """A hash of what the images are, wherever they lie: of pixels in memory, of photos their names and sizes."""
+        if not isinstance(self.images, Photos):
+            return self.fingerprint()
+        names = "\n".join(self.images.paths).encode(errors="surrogateescape")
+        return hashlib.sha256(names + self.images.sizes.numpy().tobytes()).hexdigest()
 
     def fingerprint(self) -> str:
         """A hash that changes with images or labels."""
@@ -68,6 +79,7 @@ class Shown:
     Attributes:
         image_size: side in pixels that networks see.
         mean, std: per-channel normalisation constants of pixels in [0, 1].
+        jitter, flip: of the training augmentation.
         how: one of :data:`datasets.photos.INPUTS`.
         workers: processes that decode.
     """
@@ -75,6 +87,8 @@ class Shown:
     image_size: int | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    jitter: float | None = None
+    flip: bool | None = None
     how: str = "files"
     workers: int = 0
 
@@ -113,6 +127,7 @@ class DatasetSpec:
         natural: whether it is long-tailed as it is, so that there is no --imb_ratio to choose.
         photos: whether its images may be files of many sizes, which --image_size, --input and --workers are for.
         recipes: {--recipe name: option values}; the first is the default. Typed flags win over it.
+        published: what --protocol published takes where that differs for it.
         suited: option values that depend on the data, (data_dir, image_size) -> values; they come after the recipe's.
     """
 
@@ -126,4 +141,5 @@ class DatasetSpec:
     natural: bool = False
     photos: bool = False
     recipes: Mapping[str, Recipe] = field(default_factory=lambda: MappingProxyType({"default": NO_RECIPE}))
+    published: Recipe = field(default_factory=lambda: NO_RECIPE)
     suited: Callable[[str, int | None], Recipe] | None = None

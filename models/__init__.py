@@ -46,8 +46,8 @@ def pick_stem(network: str, side: int, wanted: str = "auto") -> str:
         UsageError: the network has no such stem.
     """
     if network.startswith(TIMM):
-        if wanted != "auto":
-            raise UsageError(f"--stem {wanted} with --network {network}, which has its own", "auto")
+        if wanted == "small":
+            raise UsageError(f"--stem {wanted} with --network {network}, which has its own", "auto, imagenet")
         return "imagenet"
     there = BACKBONES[network]
     if wanted not in ("auto", *there):

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from models.heads import HEADS
+from models.imagenet import timm_names
 from utils.options import UsageError
 
 #: Entries that hold the weights of a whole network; the first that a file has is taken.
@@ -101,6 +102,31 @@ def translate(content: Mapping[Any, Any], source: str) -> Foreign | None:
     whose = next((who for start, who in _LAYOUTS.items() if any(n.startswith(start) for n in names)), "torchvision")
     words = [f"weights named as in {whose}", *([f"under {entry}"] if entry else [])]
     return Foreign(state, head, ", ".join([*words, *(f"not those under {name}" for name in copies), *notes]))
+
+
+def translate_timm(content: Mapping[Any, Any], name: str, source: str) -> tuple[Foreign, int, int]:
+    """The network ``timm:name`` in the dict of a file ``source``, its number of classes and of input channels.
+
+    Raises:
+        UsageError: the file is of another network.
+    """
+    entry = next((key for key in _ENTRIES if isinstance(content.get(key), Mapping)), None)
+    weights = {_unwrapped(key): value for key, value in _leaves(content if entry is None else content[entry]).items()}
+    classifier, first = timm_names(name)
+    missing = [key for key in (f"{classifier}.weight", f"{classifier}.bias", f"{first}.weight") if key not in weights]
+    if missing:
+        raise UsageError(f"{source} holds no {missing[0]}, which {name} has", "the --network that it is of")
+    state = {
+        f"fc.{key.rpartition('.')[2]}" if key.startswith(f"{classifier}.") else f"body.{key}": value
+        for key, value in weights.items()
+        if isinstance(value, Tensor)
+    }
+    state["fc.weight"] = state["fc.weight"].flatten(1)  # some are 1x1 convolutions
+    return (
+        Foreign(state, "linear", f"weights named as in timm's {name}"),
+        len(state["fc.weight"]),
+        weights[f"{first}.weight"].shape[1],
+    )
 
 
 def _may_matter(name: str, value: Any) -> bool:

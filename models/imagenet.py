@@ -81,6 +81,13 @@ class TimmNetwork(Network):
         return features.to(torch.promote_types(features.dtype, torch.float32))
 
 
+def timm_names(name: str) -> tuple[str, str]:
+    """What timm calls the classifier and the first convolution of a network: "head", "patch_embed.proj"."""
+    with torch.device("meta"):
+        config: Any = TimmNetwork(name, 2).body.pretrained_cfg
+    return str(config["classifier"]), str(config["first_conv"])
+
+
 IMAGENET: dict[str, Callable[..., Network]] = {
     "resnet50": partial(ImageNetResNet, Bottleneck, (3, 4, 6, 3)),
     "resnext50_32x4d": partial(ImageNetResNet, Bottleneck, (3, 4, 6, 3), groups=32, width_per_group=4),

@@ -78,6 +78,7 @@ def test_a_folder_of_photos_is_decoded_when_it_is_wanted(workdir) -> None:
     (workdir / "d" / "val").rename(workdir / "e" / "val")
     data = read("folder", "e", image_size=80)
     assert data.val is not None and len(data.val) == 9 and data.train.side == 80
+    assert data.val.images.paths[0].startswith("val/") and data.test.images.paths[0].startswith("test/")
     with pytest.raises(UsageError, match=r"--val_split 0\.1: folder has held-out images of its own"):
         datasets.load("folder", "e", imb_ratio="natural", val_fraction=0.1)
     with pytest.raises(UsageError, match="prepare folder --root e --cache 256"):
@@ -88,7 +89,8 @@ def test_changed_files_are_checked_again(workdir) -> None:
     make_folder(workdir / "d", side=90)
     before = read("folder", "d").train.fingerprint()
     assert read("folder", "d").train.fingerprint() == before
-    paint("red", 90, 77).save(workdir / "d/train/red/0.png")  # as large, so that only its content differs
+    path = workdir / "d/train/red/0.png"
+    path.write_bytes(path.read_bytes())  # of the same size, so that only the time tells
     assert read("folder", "d").train.fingerprint() != before
     (workdir / "d/train/red/0.png").write_bytes(b"\x89PNG damaged")
     with pytest.raises(UsageError, match=r"red/0\.png cannot be read"):
@@ -142,7 +144,15 @@ def test_an_npz_as_medmnist_has_it(workdir) -> None:
     assert isinstance(photos.train.images, Photos) and photos.train.side == 72
     box = [0, 0, 72, 72]
     assert torch.equal(photos.train.images.show(4, box), torch.from_numpy(content["train_images"][4]).permute(2, 0, 1))
+    wide = {key: value[:, :, 4:] if key.endswith("images") else value for key, value in arrays().items()}
+    np.savez("wide.npz", **wide)
+    assert read("npz", "wide.npz").train.images.shape[2:] == (8, 8)  # a square, as predict.py shows it
     assert read("npz", "photos.npz", image_size=24).train.images.shape[2:] == (24, 24)
+
+
+def write_csv(root: Path, train: str, test: str = "c.png,x\n") -> None:
+    for split, lines in (("train", train), ("test", test)):
+        (_made(root) / f"{split}.csv").write_text(f"path,label\n{lines}")
 
 
 def spoil(change: Callable[[Path], object]) -> Callable[[Path], None]:
@@ -176,7 +186,14 @@ WRONG: dict[str, tuple[str, Callable[[Path], object], str]] = {
         spoil(lambda d: Image.fromarray(np.ones((9, 9), dtype=np.float32)).save(d / "train/red/x.tif")),
         r"red/x\.tif cannot be read \(pixels of 32 bits",
     ),
-    "no csv": ("csv", lambda d: d.mkdir(), "has no train images"),
+    "two lines": (
+        "folder",
+        spoil(lambda d: (d / "train/red/0.png").rename(d / "train/red/a\nb.png")),
+        "a name of two lines",
+    ),
+    "no csv": ("csv", lambda d: d.mkdir(), r"there is no d/train\.csv"),
+    "two labels": ("csv", lambda d: write_csv(d, "a.png,x\nb.png,y\na.png,y\n"), "in train as x and in train as y"),
+    "two splits": ("csv", lambda d: write_csv(d, "a.png,x\nb.png,y\n", "a.png,x\n"), "in train as x and in test as x"),
     "no column": (
         "csv",
         lambda d: (_made(d) / "train.csv").write_text("file,label\na,b\n"),
@@ -185,12 +202,22 @@ WRONG: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "no split": ("csv", lambda d: (_made(d) / "train.csv").write_text("path,label\na,\n"), r"train\.csv, line 2: a, "),
     "gone": (
         "csv",
-        lambda d: [(_made(d) / f"{s}.csv").write_text("path,label\na.png,x\nb.png,y\n") for s in ("train", "test")],
+        lambda d: write_csv(d, "a.png,x\nb.png, y\n"),
         r"image d/a\.png: No such file",
     ),
     "no npz": ("npz", lambda d: d.mkdir(), r"0 files \.npz"),
     "no labels": ("npz", lambda d: np.savez(_made(d) / "x.npz", train_images=arrays()["train_images"]), "train_labels"),
     "float pixels": ("npz", lambda d: np.savez(_made(d) / "x.npz", **arrays(dtype=np.float32)), "float32"),
+    "objects": (
+        "npz",
+        lambda d: np.savez(_made(d) / "x.npz", **arrays(train_labels=np.array([None] * 11, dtype=object))),
+        "train_labels .Object arrays",
+    ),
+    "no images": (
+        "npz",
+        lambda d: np.savez(_made(d) / "x.npz", **arrays(train_images=np.zeros((0, 9, 9), dtype=np.uint8))),
+        "train_images is empty",
+    ),
     "many labels": (
         "npz",
         lambda d: np.savez(_made(d) / "x.npz", **arrays(train_labels=np.zeros((11, 14), dtype=np.uint8))),
@@ -295,6 +322,149 @@ def test_the_chain_on_an_imagenet_lt_of_four_classes(workdir, capsys) -> None:
     assert "stored in training: the same" in capsys.readouterr().out and report["top1"] >= 0
     rows = compare.main([*data, "--method", "joint", "ncm", "tau-norm", "--tune", "--workers", "0"])
     assert {row["method"] for row in rows} == {"joint", "ncm", "tau-norm"}
+
+
+def test_what_was_typed_for_stage_1_holds_for_what_follows(workdir, capsys) -> None:
+    """How images are read, normalised and varied is in the file; and the cache of the largest side is taken."""
+    make_folder(workdir / "d", side=90)
+    for side in ("32", "64"):
+        prepare.main(["folder", "--root", "d", "--cache", side, "--workers", "1"])
+    data = ["--dataset", "folder", "--data_dir", "d"]
+    typed = ["--mean", "0.1", "0.2", "0.3", "--std", "0.5", "0.5", "0.5", "--jitter", "0", "--no-flip"]
+    size = ["--network", "resnet10", "--image_size", "80"]
+    main_stage1.main([*data, *QUICK, *size, *typed, "--input", "cache", "--epochs", "1", "--batch_size", "7"])
+    main_stage2.main([*data, *QUICK, "--views", "1", "--finetune_epoch", "1"])
+    assert evaluate.main([*data, "--workers", "0"])["input"] == "cache"
+    two = checkpoints.read("checkpoints/folder-d_natural_resnet10_stage2.pt")
+    assert two.data["mean"] == [0.1, 0.2, 0.3] and two.data["read"] == "cache of 64 pixels"
+    assert (two.options["jitter"], two.options["flip"], two.options["input"]) == (0.0, False, "cache")
+    with pytest.raises(SystemExit):
+        main_stage1.main([*data, "--image_size", "32", "--jitter", "0.1"])
+    assert "--jitter 0.1: small images" in capsys.readouterr().err
+
+
+def test_another_folder_of_the_same_name_is_another_run(workdir, capsys) -> None:
+    for parent in ("x", "y"):
+        make_folder(workdir / parent / "d")
+        quick = ["--epochs", "1", "--network", "resnet8", "--batch_size", "7"]
+        main_stage1.main(["--dataset", "folder", "--data_dir", f"{parent}/d", *QUICK, *quick])
+    assert "checkpoints/folder-d_natural_resnet8_stage1.pt.prev" in capsys.readouterr().out
+
+
+def test_probabilities_are_those_of_the_temperature_and_of_both_mirror_images(workdir) -> None:
+    make_folder(workdir / "d", train=(9, 8, 8))
+    (workdir / "d" / "val").symlink_to("test")
+    data = ["--dataset", "folder", "--data_dir", "d"]
+    quick = ["--epochs", "2", "--network", "resnet8", "--batch_size", "5", "--lr", "0.01"]
+    main_stage1.main([*data, *QUICK, *quick, "--flip_tta"])
+    file, sets = checkpoints.read("checkpoints/folder-d_natural_resnet8_stage1.pt"), read("folder", "d")
+    model, temperature = predict.built(file).eval(), file.metrics["temperature"]
+    mean, std = (torch.tensor(part)[:, None, None] for part in (sets.spec.mean, sets.spec.std))
+    image = ((sets.test.images[:1] / 255) - mean) / std
+    with torch.no_grad():
+        z = (model(image) + model(image.flip(3))) / 2
+    [found] = predict.main(["d/test/blue/0.png", *data, "--top_k", "3"])
+    probabilities = [top["probability"] for top in sorted(found["top"], key=lambda top: top["class"])]
+    assert probabilities == pytest.approx((z / temperature).softmax(dim=1)[0].tolist(), rel=1e-3)
+    assert temperature != pytest.approx(1, rel=0.01)
+
+
+def test_other_images_and_untested_classes_are_told(workdir, capsys) -> None:
+    make_folder(workdir / "d")
+    for path in (workdir / "d/test/blue").iterdir():
+        path.unlink()
+    (workdir / "d/test/blue").rmdir()
+    data = ["--dataset", "folder", "--data_dir", "d"]
+    main_stage1.main([*data, *QUICK, "--epochs", "1", "--network", "resnet8", "--batch_size", "7"])
+    assert "note: no test images of 1 classes, which count in no accuracy: blue" in capsys.readouterr().out
+    evaluate.main(data)
+    assert "note: the training images" not in capsys.readouterr().out
+    mean = read("folder", "d").spec.mean
+    pixels = np.array(Image.open("d/train/red/0.png"))
+    Image.fromarray(pixels[::-1]).save("d/train/red/0.png")  # upside down: neither mean nor std tell
+    assert read("folder", "d").spec.mean == mean
+    evaluate.main(data)
+    assert "note: the training images are not those that checkpoints/folder-d" in capsys.readouterr().out
+    (workdir / "d/train/red").rename(workdir / "d/train/rouge")
+    (workdir / "d/test/red").rename(workdir / "d/test/rouge")
+    with pytest.raises(SystemExit):
+        evaluate.main(data)
+    assert "other class_names: red where the data has rouge" in capsys.readouterr().err
+
+
+def test_a_damaged_cache_or_manifest_is_told(workdir, capsys) -> None:
+    make_imagenet_lt(workdir / "photos")
+    prepare.main(["imagenet_lt", "--root", "photos", "--any_counts", "--cache", "16", "--workers", "1"])
+    assert datasets.load("imagenet_lt", "data/", imb_ratio="natural", shown=Shown(how="cache")).train.is_photos
+    cached = workdir / "data/imagenet_lt/val_16.npy"
+    cached.write_bytes(cached.read_bytes()[:500])
+    with pytest.raises(UsageError, match="no whole decoded pixels"):
+        datasets.load("imagenet_lt", "data/", imb_ratio="natural", shown=Shown(how="cache"))
+    (workdir / "data/imagenet_lt/manifest.npz").write_bytes(b"PK")
+    with pytest.raises(UsageError, match="is damaged"):
+        datasets.load("imagenet_lt", "data/", imb_ratio="natural")
+
+
+def test_a_foreign_file_for_photos_is_shown_them_as_imagenet(workdir, capsys) -> None:
+    torch.save(build_model("resnet10", 1000, stem="imagenet").state_dict(), "theirs.pt")
+    paint("red", 90, 0).save("a.png")
+    [found] = predict.main(["a.png", "--pretrained_pth", "theirs.pt"])
+    assert "shown at 224 pixels, mean 0.485 0.456 0.406, std 0.229 0.224 0.225" in capsys.readouterr().out
+    assert not any(top["name"].isdecimal() for top in found["top"])
+    for flags, words in ((["--plot", "x.txt"], "--plot x.txt"), (["--pretrained_pth", "no.pt"], "no.pt")):
+        with pytest.raises(SystemExit):
+            predict.main(["a.png", "--pretrained_pth", "theirs.pt", *flags])
+        assert words in capsys.readouterr().err
+    Path("b.png").write_bytes(b"no image")
+    with pytest.raises(SystemExit):
+        predict.main(["b.png", "--pretrained_pth", "theirs.pt", "--csv", "x.csv"])
+    assert "none of 1 images could be read" in capsys.readouterr().err and Path("x.csv").is_file()
+
+
+def test_a_file_of_another_program_can_be_tuned_on_val_images_of_the_data(workdir, capsys) -> None:
+    make_folder(workdir / "d")
+    (workdir / "d" / "val").symlink_to("test")
+    torch.save(build_model("resnet8", 3).state_dict(), "theirs.pt")
+    data = ["--dataset", "folder", "--data_dir", "d", "--pretrained_pth", "theirs.pt"]
+    main_stage2.main([*data, *QUICK, "--method", "tau-norm", "--tau", "val"])
+    compare.main([*data, *QUICK, "--method", "joint", "tau-norm", "--tune"])
+    assert "tuned on held-out images" in capsys.readouterr().out
+
+
+def test_weights_of_timms_are_known_by_the_network_that_is_typed(workdir, capsys) -> None:
+    timm = pytest.importorskip("timm", reason="timm is not installed")
+    make_folder(workdir / "d", side=90)
+    torch.manual_seed(0)
+    theirs = timm.create_model("test_vit", num_classes=3, img_size=160).eval()
+    torch.save({"state_dict": theirs.state_dict()}, "theirs.pt")
+    data = ["--dataset", "folder", "--data_dir", "d", "--network", "timm:test_vit", "--image_size", "160"]
+    evaluate.main([*data, "--pretrained_pth", "theirs.pt", "--workers", "0"])
+    assert "theirs.pt: weights named as in timm's test_vit" in capsys.readouterr().out
+    main_stage2.main([*data, *QUICK, "--pretrained_pth", "theirs.pt", "--finetune_epoch", "1", "--views", "1"])
+    assert evaluate.main([*data, "--workers", "0"])["network"] == "timm:test_vit"  # by the default path
+    images = torch.randn(2, 3, 160, 160)
+    file = evaluate.open_latest({"pretrained_pth": "theirs.pt", "network": "timm:test_vit"}, evaluate.Options)
+    with torch.no_grad():
+        assert torch.allclose(predict.built(file).eval()(images), theirs(images), atol=1e-5)
+    with pytest.raises(UsageError, match=r"theirs\.pt holds no fc\.weight, which test_resnet has"):
+        evaluate.open_latest({"pretrained_pth": "theirs.pt", "network": "timm:test_resnet"}, evaluate.Options)
+
+
+def test_recipes_are_the_published_ones() -> None:
+    specs = datasets.DATASETS
+    jitters = {name: specs[name].augment.jitter for name in prepare.PUBLISHED}
+    assert jitters == {"imagenet_lt": 0.4, "places_lt": 0.4, "inat2018": 0}
+    assert (specs["inat2018"].mean, specs["inat2018"].std) == ((0.466, 0.471, 0.380), (0.195, 0.194, 0.192))
+    assert specs["imagenet_lt"].mean == specs["places_lt"].mean == (0.485, 0.456, 0.406)
+    places = specs["places_lt"].recipes["decoupling"]
+    assert (places["pretrained_pth"], places["train_scope"]) == ("imagenet", "last_block")
+    assert specs["imagenet_lt"].recipes["weight-balancing"]["jitter"] == 0  # flip and crop alone
+    epochs = [specs[name].recipes["decoupling"]["finetune_epoch"] for name in prepare.PUBLISHED]
+    assert dict(zip(prepare.PUBLISHED, epochs)) == {"imagenet_lt": 10, "places_lt": 10, "inat2018": 30}
+    typed = {"dataset": "imagenet_lt", "protocol": "published"}
+    assert main_stage1.fill_options(main_stage1.Options, typed, "stage1").options.select == "best_val"
+    typed["dataset"] = "inat2018"  # which has no images to choose on
+    assert main_stage1.fill_options(main_stage1.Options, typed, "stage1").options.select == "best_test"
 
 
 def test_places_begin_with_imagenet_weights_and_train_the_last_block(workdir, monkeypatch, capsys) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import simplejpeg
 import torch
 from PIL import Image
 from torchvision import transforms
@@ -16,7 +17,7 @@ from torchvision.transforms.v2 import functional as F
 from datasets import Batches
 from datasets.batches import seeded
 from datasets.files import read_image
-from datasets.photos import ATTEMPTS, Photos, ResizedCrop, resample
+from datasets.photos import ATTEMPTS, Crops, Photos, ResizedCrop, resample
 from datasets.scan import write_pixels
 from utils.options import UsageError
 
@@ -141,6 +142,78 @@ def test_the_cache_shows_the_same_crops_up_to_resolution(folder: Path) -> None:
     some = both[1][torch.tensor([3, 1])]
     assert torch.equal(some.show(0, [0, 0, 64, 64]), both[1].show(3, [0, 0, 64, 64]))
     assert some.fingerprint() != both[1].fingerprint() != both[0].fingerprint()
+
+
+def with_store(folder: Path, side: int = 64) -> Photos:
+    target = folder / f"train_{side}.npy"
+    write_pixels(folder, [f"{k}.jpg" for k in range(5)], side, target, 1)
+    return photos_in(folder, store=np.load(target, mmap_mode="c"), how="cache")
+
+
+@pytest.mark.parametrize("augment", [ResizedCrop(), None])
+def test_a_gpu_cuts_the_cache_as_workers_do(folder: Path, augment: ResizedCrop | None) -> None:
+    """Its way, all images of a step at once, run on the CPU."""
+    photos, order = with_store(folder), torch.tensor([3, 0, 4, 1, 2])
+    draws = ResizedCrop().draw(5, seeded(2))[:2] if augment else ()
+    both = []
+    for on_gpu in (False, True):
+        crops = Crops(photos, augment, CPU)
+        crops.on_gpu = on_gpu
+        both.append(next(crops._run([(order, *draws)])).int())
+    assert (both[0] - both[1]).abs().max() <= 1 and both[0].float().std() > 20
+
+
+@pytest.mark.parametrize("augment", [ResizedCrop(), None])
+def test_the_gpus_decoder_gets_whole_files_and_its_images_are_cut_as_others(
+    folder: Path, augment: ResizedCrop | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With a stand-in for the decoder, which needs a GPU."""
+    photos, order = photos_in(folder), torch.tensor([3, 0, 4, 1, 2])
+    draws = ResizedCrop().draw(5, seeded(2))[:2] if augment else ()
+    [expected] = Crops(photos, augment, CPU)._run([(order, *draws)])
+    crops = Crops(photos, augment, CPU)
+    photos.how = "nvjpeg"
+
+    def decode(contents, mode, device):
+        return [torch.from_numpy(simplejpeg.decode_jpeg(c.numpy().tobytes())).permute(2, 0, 1) for c in contents]
+
+    monkeypatch.setattr("torchvision.io.decode_jpeg", decode)
+    [found] = crops._run([(order, *draws)])
+    assert torch.equal(found, expected) and capsys.readouterr().out == ""
+
+    def fail(contents, mode, device):
+        raise RuntimeError("a progressive one")
+
+    monkeypatch.setattr("torchvision.io.decode_jpeg", fail)
+    for _ in range(2):
+        [found] = crops._run([(order, *draws)])
+        assert torch.equal(found, expected)
+    assert capsys.readouterr().out.count("decoded on the CPU (a progressive one)") == 1
+    with pytest.raises(UsageError, match="--input nvjpeg"):
+        Crops(photos, augment, CPU)
+
+
+def test_a_fingerprint_changes_with_whatever_is_seen(folder: Path) -> None:
+    plain, cached = photos_in(folder), with_store(folder)
+    pixels = np.arange(3 * 8 * 8 * 3, dtype=np.uint8).reshape(3, 8, 8, 3)
+    held = Photos(folder, [], torch.full((3, 2), 8, dtype=torch.int32), 80, pixels)
+    others = [
+        photos_in(folder, size=40),
+        photos_in(folder, identity="x"),
+        photos_in(folder, how="nvjpeg"),
+        plain[torch.tensor([0, 1])],
+        plain[torch.tensor([1, 0])],
+        Photos(folder, [f"{k}.png" for k in range(5)], plain.sizes, 32),
+        Photos(folder, plain.paths, plain.sizes + 1, 32),
+        with_store(folder, 32),
+        held,
+        held[torch.tensor([0, 1])],
+        held[torch.tensor([1, 2])],
+        Photos(folder, [], held.sizes, 80, pixels + 1),
+    ]
+    prints = [photos.fingerprint() for photos in (plain, cached, *others)]
+    assert len(set(prints)) == len(prints) and photos_in(folder).fingerprint() == prints[0]
+    assert torch.equal(plain[torch.tensor([3, 1])].sizes, plain.sizes[[3, 1]])
 
 
 def test_worker_processes_change_nothing(folder: Path) -> None:

@@ -274,7 +274,12 @@ def _same_run(checkpoint: Checkpoint, path: Path) -> bool:
     except UsageError:
         return False
     ours, theirs = (
-        ({k: v for k, v in file.options.items() if k not in INCIDENTAL}, (file.parent or {}).get("sha256"))
+        (
+            {k: v for k, v in file.options.items() if k not in INCIDENTAL},
+            (file.parent or {}).get("sha256"),
+            [file.data.get(key) for key in ("class_names", "class_counts", "mean")],  # two folders of one name
+            file.options.get("data_dir") if file.data.get("name") != file.data.get("dataset") else None,
+        )
         for file in (checkpoint, old)
     )
     return ours == theirs
