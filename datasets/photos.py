@@ -31,6 +31,8 @@ INPUTS = ("files", "cache", "nvjpeg")
 ATTEMPTS = 10
 #: Red, green and blue in a grey value (ITU-R 601-2, as PIL and torchvision have it).
 GREY = (0.2989, 0.587, 0.114)
+#: Photos whose colours a CPU varies at a time, so that they stay in its cache.
+IN_CACHE = 8
 #: Steps that every worker process prepares ahead.
 PREFETCH = 2
 
@@ -98,14 +100,23 @@ class ResizedCrop:
         if self.jitter == 0:
             return pixels.float()
         factors, sequence = (draw.to(pixels.device, non_blocking=True) for draw in draws)
-        planes = pixels.permute(0, 3, 1, 2).contiguous().float()  # three times as fast as colour by colour, on a CPU
-        for kind in sequence.T:
-            factor = factors.gather(1, kind[:, None])[:, :, None]  # (B, 1, 1)
-            kind = kind[:, None, None]
-            grey = planes[:, 0] * GREY[0] + planes[:, 1] * GREY[1] + planes[:, 2] * GREY[2]
-            target = torch.where(kind == 1, grey.mean(dim=(1, 2), keepdim=True), grey).mul_((1 - factor) * (kind > 0))
-            planes.mul_(factor[:, None]).add_(target[:, None]).clamp_(0, 255)
-        return planes.permute(0, 2, 3, 1).contiguous()
+        out = torch.empty(pixels.shape, device=pixels.device)
+        few = len(pixels) if pixels.is_cuda else IN_CACHE
+        for part in zip(*(each.split(few) for each in (pixels, factors, sequence, out))):
+            _vary_colours(*part)
+        return out
+
+
+def _vary_colours(pixels: Tensor, factors: Tensor, sequence: Tensor, out: Tensor) -> None:
+    """ColorJitter of pixels (B, H, W, 3) uint8 into ``out``, the same in float; see :meth:`ResizedCrop.jittered`."""
+    planes = pixels.permute(0, 3, 1, 2).contiguous().float()  # three times as fast as colour by colour, on a CPU
+    for kind in sequence.T:
+        factor = factors.gather(1, kind[:, None])[:, :, None]  # (B, 1, 1)
+        kind = kind[:, None, None]
+        grey = planes[:, 0] * GREY[0] + planes[:, 1] * GREY[1] + planes[:, 2] * GREY[2]
+        target = torch.where(kind == 1, grey.mean(dim=(1, 2), keepdim=True), grey).mul_((1 - factor) * (kind > 0))
+        planes.mul_(factor[:, None]).add_(target[:, None]).clamp_(0, 255)
+    out.copy_(planes.permute(0, 2, 3, 1))
 
 
 def resized(size: int) -> int:
@@ -115,8 +126,14 @@ def resized(size: int) -> int:
 
 def centre(image: Tensor, size: int) -> Tensor:
     """A test image as networks see it: (3, H, W) uint8 -> (3, size, size)."""
-    view: Tensor = F.center_crop(F.resize(image, [resized(size)], antialias=True), [size, size])
+    view: Tensor = F.center_crop(_scaled(image, [resized(size)]), [size, size])
     return view
+
+
+def _scaled(image: Tensor, size: list[int]) -> Tensor:
+    """torchvision's antialiased resize of (3, H, W), on channels-last memory, where it is twice as fast or more."""
+    scaled: Tensor = F.resize(image[None].contiguous(memory_format=torch.channels_last), size, antialias=True)[0]
+    return scaled
 
 
 class Photos:
@@ -208,8 +225,8 @@ class Photos:
         """A crop (3, size, size) of an image (3, H, W) on any device; ``box`` as in :meth:`show`."""
         if box is None:
             return centre(image, self.size)
-        crop: Tensor = F.resized_crop(image, *box, [self.size, self.size], antialias=True)
-        return crop
+        top, left, height, width = box
+        return _scaled(image[:, top : top + height, left : left + width], [self.size, self.size])
 
 
 class _Reader(Dataset[Any]):
