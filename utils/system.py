@@ -203,7 +203,7 @@ def provenance(script: str, argv: Sequence[str], device: torch.device, seconds: 
     """What made a result: command, commit (and whether files differ from it), versions, device, seconds, date."""
     changed = _git("status", "--porcelain", "--untracked-files=no")
     return {
-        "command": shlex.join([*launcher(), script, *argv]),
+        "command": shlex.join([*launcher(), *script.split(), *argv]),
         "commit": _git("rev-parse", "HEAD"),
         "uncommitted_changes": None if changed is None else bool(changed),
         "versions": {
