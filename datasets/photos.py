@@ -209,9 +209,11 @@ class Photos:
     def in_store(self, boxes: Tensor, index: Tensor) -> Tensor:
         """Boxes (B, 4) in images' own pixels as boxes in the store's squashed ones, whole-numbered as those are."""
         assert self.store is not None
-        scale = torch.tensor(self.store.shape[1:3]) / self.sizes[index].double()
-        corners = torch.cat([boxes[:, :2] * scale, (boxes[:, :2] + boxes[:, 2:]) * scale], dim=1).round()
-        return torch.cat([corners[:, :2], (corners[:, 2:] - corners[:, :2]).clamp(min=1)], dim=1).long()
+        shape = torch.tensor(self.store.shape[1:3])
+        scale = shape / self.sizes[index].double()
+        start = (boxes[:, :2] * scale).round().minimum(shape - 1)
+        stop = ((boxes[:, :2] + boxes[:, 2:]) * scale).round().maximum(start + 1)
+        return torch.cat([start, stop - start], dim=1).long()
 
     def show(self, position: int, box: Sequence[int] | None) -> Tensor:
         """One image as networks see it, (3, size, size) uint8; a test image's view where ``box`` is None."""

@@ -150,6 +150,14 @@ def with_store(folder: Path, side: int = 64) -> Photos:
     return photos_in(folder, store=np.load(target, mmap_mode="c"), how="cache")
 
 
+def test_boxes_in_the_cache_hold_a_pixel_of_it_at_least() -> None:
+    sizes = torch.tensor([[1000, 1000], [1, 2000], [30, 3000]])
+    photos = Photos(".", [], sizes, 8, np.zeros((3, 16, 16, 3), dtype=np.uint8))
+    boxes = torch.tensor([[0, 0, 1000, 1000], [995, 996, 5, 4], [0, 0, 1, 1], [0, 1999, 1, 1], [0, 2970, 30, 30]])
+    found = photos.in_store(boxes, torch.tensor([0, 0, 1, 1, 2]))
+    assert found.tolist() == [[0, 0, 16, 16], [15, 15, 1, 1], [0, 0, 16, 1], [0, 15, 16, 1], [0, 15, 16, 1]]
+
+
 @pytest.mark.parametrize("augment", [ResizedCrop(), None])
 def test_a_gpu_cuts_the_cache_as_workers_do(folder: Path, augment: ResizedCrop | None) -> None:
     """Its way, all images of a step at once, run on the CPU."""
