@@ -360,7 +360,8 @@ def _own_name(file: Checkpoint) -> Path:
 
 def published_start(network: str) -> Checkpoint:
     """torchvision's ImageNet weights of a network, as a file to start from."""
-    state, place = imagenet_weights(network), Path("torchvision", f"{network}-IMAGENET1K_V1")
+    with in_turn():  # it may be a download
+        state, place = imagenet_weights(network), Path("torchvision", f"{network}-IMAGENET1K_V1")
     return Checkpoint(None, network, len(state["fc.weight"]), 3, state, stem="imagenet", path=place)
 
 
