@@ -23,6 +23,7 @@ import torch
 
 from datasets import SAMPLERS, LongTailed
 from engine import TrainStep, cosine, is_due, make_sgd, set_lr, train_epoch
+from losses import auto_label_smooth
 from models import trained_part
 from models.heads import head_name
 from retraining.features import DTYPES, FEATURES, Stream
@@ -44,7 +45,7 @@ from stages import (
     restore,
     stage_option,
 )
-from sweeps import choice_in_words, chosen_on, rows_that_stand, show_sweep, varying
+from sweeps import choice_in_words, chosen_on, rows_that_stand, short, show_sweep, varying
 from utils.checkpoints import IDENTITY, Checkpoint
 from utils.distributed import require_single
 from utils.metrics import Report, report
@@ -126,6 +127,9 @@ def main(argv: Sequence[str]) -> Report:
     with begin(resolved, "stage2", data, device) as run:
         lab = make_lab(parent, data, device, options, run)
         run.say(f"from {parent.path}: {describe(settings)}")
+        if "los" in options.method and data.num_classes != 100 and "auto" in (options.label_smooth or ("auto",)):
+            smooth = short(auto_label_smooth(data.num_classes))
+            run.say(f"label_smooth auto is {smooth} here: this project's extrapolation of 0.98 at 100 classes")
         results = retrain(settings, lab, options, run)
         run.say(lab.source.size)
         return conclude(results, lab, options, run, argv, parent)

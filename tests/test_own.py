@@ -307,7 +307,9 @@ def test_the_chain_on_an_imagenet_lt_of_four_classes(workdir, capsys) -> None:
     Path("shown").symlink_to(next(Path("photos/val").iterdir()), target_is_directory=True)
     data = ["--dataset", "imagenet_lt"]
     one, _, predicted = chain(data, "resnet10", "--image_size", "48", "--select", "best_val")
-    assert capsys.readouterr().out.count("stored in training: the same") == 2
+    out = capsys.readouterr().out
+    assert out.count("stored in training: the same") == 2
+    assert "label_smooth auto is 0.66225 here: this project's extrapolation" in out
     assert one["class_counts"] == [16, 8, 5, 4] and one["temperature"] > 0
     file = checkpoints.read("checkpoints/imagenet_lt_natural_resnet10_stage2.pt")
     assert file.stem == "imagenet" and file.data["image_size"] == 48 and file.metrics["temperature"] > 0
