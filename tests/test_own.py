@@ -351,11 +351,20 @@ def test_another_folder_of_the_same_name_is_another_run(workdir, capsys) -> None
         quick = ["--epochs", "1", "--network", "resnet8", "--batch_size", "7"]
         main_stage1.main(["--dataset", "folder", "--data_dir", f"{parent}/d", *QUICK, *quick])
     assert "checkpoints/folder-d_natural_resnet8_stage1.pt.prev" in capsys.readouterr().out
+    again = ["--dataset", "folder", "--data_dir", "y/d", *QUICK, *quick]
+    main_stage1.main(again)
+    assert ".prev" not in capsys.readouterr().out
+    (workdir / "y/d/train/red/0.png").unlink()  # and so is another content of the same folder
+    main_stage1.main(again)
+    assert "stage1.pt.prev" in capsys.readouterr().out
 
 
 def test_probabilities_are_those_of_the_temperature_and_of_both_mirror_images(workdir) -> None:
     make_folder(workdir / "d", train=(9, 8, 8))
     (workdir / "d" / "val").symlink_to("test")
+    left = np.array(Image.open("d/test/blue/0.png"))
+    left[:, 6:] = 0  # its mirror image is another
+    Image.fromarray(left).save("d/test/blue/0.png")
     data = ["--dataset", "folder", "--data_dir", "d"]
     quick = ["--epochs", "2", "--network", "resnet8", "--batch_size", "5", "--lr", "0.01"]
     main_stage1.main([*data, *QUICK, *quick, "--flip_tta"])

@@ -342,3 +342,11 @@ def test_the_published_lists_are_accepted(tmp_path: Path) -> None:
     names = PUBLISHED["imagenet_lt"].names(imagenet, lambda _: None)
     assert (imagenet[0], names[0], imagenet[134], names[134]) == ("n01440764", "tench", "n02012849", "crane bird")
     assert len(set(names)) == 1000
+
+
+def test_names_of_imagenets_classes_follow_their_folders() -> None:
+    folders = [f"n{number:08d}" for number in range(1000)]
+    names = PUBLISHED["imagenet_lt"].names(folders, lambda _: None)
+    assert names[:3] == ["tench", "goldfish", "great white shark"] and len(set(names)) == 1000
+    backwards = PUBLISHED["imagenet_lt"].names(folders[::-1], lambda _: None)
+    assert backwards[::-1] == names  # in whatever order the labels have them
