@@ -380,6 +380,9 @@ def test_probabilities_are_those_of_the_temperature_and_of_both_mirror_images(wo
     probabilities = [top["probability"] for top in sorted(found["top"], key=lambda top: top["class"])]
     assert probabilities == pytest.approx((z / temperature).softmax(dim=1)[0].tolist(), rel=1e-5)
     assert temperature != pytest.approx(1, rel=0.01)
+    [found] = predict.main(["d/test/blue/0.png", *data, "--top_k", "3", "--temperature", "0.1"])
+    probabilities = [top["probability"] for top in sorted(found["top"], key=lambda top: top["class"])]
+    assert probabilities == pytest.approx((z / 0.1).softmax(dim=1)[0].tolist(), rel=1e-4)  # sharp enough to tell
 
 
 def test_other_images_and_untested_classes_are_told(workdir, capsys) -> None:
