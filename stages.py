@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 import datasets
 from datasets import DATASETS, IMB_TYPES, INPUTS, NATURAL, SUBSETS, Batches, ImageSet, LongTailed, Shown
-from datasets.photos import Photos
 from engine import Selection, TrainStats, evaluate, is_due, predict
 from models import BACKBONES, HEADS, STEMS, TIMM, Network, build_model, imagenet_weights, pick_stem, recognise
 from models.foreign import translate, translate_timm
@@ -530,7 +529,7 @@ def finish(
             "image_size": data.train.side,
             "stem": stem,
             "train_images": data.train.summary(),
-            "read": data.train.images.read if isinstance(data.train.images, Photos) else "memory",
+            "read": data.train.read,
             "class_names": data.class_names,
             "class_counts": data.class_counts,
             "mean": list(data.spec.mean),

@@ -47,6 +47,11 @@ class ImageSet:
         return isinstance(self.images, Photos)
 
     @property
+    def read(self) -> str:
+        """Where the pixels come from, in words."""
+        return self.images.read if isinstance(self.images, Photos) else "memory"
+
+    @property
     def side(self) -> int:
         """The larger side of what networks see, in pixels."""
         return self.images.size if isinstance(self.images, Photos) else max(self.images.shape[2:])
