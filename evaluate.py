@@ -73,10 +73,8 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     refuse_contradictions(typed, stored, str(file.path))
     flip_tta = file.metrics.get("flip_tta", False)
     layers: dict[str, Any] = {str(file.path): stored | {"flip_tta": flip_tta}, "its options": file_defaults(file)}
-    dataset = {**stored, **typed}.get("dataset", "cifar100")
-    options: Any = resolve(
-        Options, typed, layers | recipe_layers(dataset, {**file_defaults(file), **stored, **typed})
-    ).options
+    known = {"dataset": "cifar100", **file_defaults(file), **stored, **typed}
+    options: Any = resolve(Options, typed, layers | recipe_layers(known["dataset"], known)).options
     check_data_flags(options, typed)
     targets = {flag: getattr(options, flag) for flag in ("json", "csv") if getattr(options, flag) is not None}
     for flag, target in targets.items() if rank() == 0 else ():

@@ -74,11 +74,8 @@ def main(argv: Sequence[str]) -> list[dict[str, Any]]:
     paths = images_in(Path(place))
     file = open_latest(typed, Options)
     device = pick_device(options.device, options.gpu, options.threads)
-    model, view, names = (
-        for_evaluation(built(file).to(device)),
-        View(file, options, typed.get("dataset")),
-        class_names(file),
-    )
+    model, names = for_evaluation(built(file).to(device)), class_names(file)
+    view = View(file, options, typed.get("dataset"))
     if options.temperature is None and not file.metrics.get("temperature"):
         print(f"{file.path} has no held-out images that a temperature was fitted on: probabilities are as trained")
     temperature = options.temperature or file.metrics.get("temperature") or 1.0

@@ -69,12 +69,22 @@ def natural_side(kind: str, data_dir: str) -> int:
         return min(_shape(_only(data_dir, ".npz", kind), "train_images")[1:3])
     root, listing = list_images(kind, data_dir)
     sides = []
-    for name in listing["train"][0][:: max(1, len(listing["train"][0]) // PEEKED)]:
+    for name in _some(listing["train"][0]):
         try:
             with Image.open(root / name) as image:
                 sides.append(min(image.size))
         except (OSError, SyntaxError, ValueError):
             continue  # the check of all files names it
+    return _usual(sides)
+
+
+def _some(images: Any) -> Any:
+    """About ``PEEKED`` of a sequence, evenly spread."""
+    return images[:: max(1, len(images) // PEEKED)]
+
+
+def _usual(sides: list[int]) -> int:
+    """The side that images with these shorter sides are shown at by default."""
     side = int(statistics.median(sides)) if sides else PHOTO_SIDE
     return side if side <= SMALL_SIDE else PHOTO_SIDE
 
@@ -169,7 +179,7 @@ def class_names_of(listing: Named) -> list[str]:
 def read_files(kind: str, data_dir: str, shown: Shown) -> Source:
     """The data set of a folder or a CSV."""
     manifest = manifest_of(kind, data_dir, shown.workers)
-    side = shown.image_size or natural_side(kind, data_dir)
+    side = shown.image_size or _usual(_some(manifest.splits["train"].sizes.amin(dim=1).tolist()))
     if side > SMALL_SIDE:
         home = Path(manifest.about["home"])
         source = photos_of(manifest, replace(shown, image_size=side), home)
