@@ -38,6 +38,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -96,13 +97,13 @@ class Row:
         """Of its command; where and how it runs come on top."""
         return shlex.split(f"--dataset {self.dataset} --network {self.network} {self.recipe} --seed {self.seed}")
 
-    @property
+    @cached_property
     def typed(self) -> dict[str, Any]:
         """What its flags set."""
         script: Any = main_stage2 if self.parent else main_stage1
         return parse_typed(script.Options, self.flags, f"main_{self.stage}.py", None)
 
-    @property
+    @cached_property
     def options(self) -> Any:
         """All options of its command."""
         cls: Any = main_stage2.Options if self.parent else main_stage1.Options
@@ -288,8 +289,9 @@ class Queue:
     def watch(self, row: Row, child: subprocess.Popen[bytes]) -> int:
         """Waits for a run, passes signals on to it, writes the status; its exit status."""
         sent, deadline = 0, math.inf
-        while True:
-            self.write_status("running", row, child.pid)
+        for look in itertools.count():
+            if look % 10 == 0:
+                self.write_status("running", row, child.pid)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 return child.wait(POLL)
             for _ in range(sent, len(self.signals)):
@@ -297,6 +299,7 @@ class Queue:
                 sent, deadline = sent + 1, min(deadline, time.monotonic() + GRACE)
             if time.monotonic() > deadline:
                 os.killpg(child.pid, signal.SIGKILL)
+        raise AssertionError
 
     def end_orphan(self, row: Row, pid: int | None) -> None:
         """Waits until what a killed queue left running of a row has saved, see :func:`end_with_queue`, or ends it."""
