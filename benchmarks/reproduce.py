@@ -65,7 +65,7 @@ SCRIPTS = ROOT  # where main_stage1.py and main_stage2.py are
 NICE, POLL, GRACE = 10, 1.0, 300.0  # seconds between looks at a run, and that it may take to save
 EVALUATION = 0.5  # of an epoch's time on CIFAR-100-LT: measured 0.45 (ResNet-32) and 0.56 (ResNet-34)
 #: Options that do not say which row a run is of: how it was run, which its result states, and where.
-FREE = {*checkpoints.INCIDENTAL, "amp", "compile", "graph", "resume", "save_every"}
+FREE = {*checkpoints.INCIDENTAL, "amp", "compile", "graph", "resume", "save_every", "keep_states"}
 
 
 @dataclass(frozen=True)
@@ -229,14 +229,14 @@ class Queue:
         return Progress(folder, records, bool(whole))
 
     def command(self, row: Row, amp: str) -> list[str]:
-        """What trains a row, and goes on with it."""
-        words = [sys.executable, str(SCRIPTS / f"main_{row.stage}.py"), *row.flags, "--data_dir", self.data_dir]
+        """What trains a row in its folder, and goes on with it: the same wherever that folder and the data are."""
+        words = [sys.executable, str(SCRIPTS / f"main_{row.stage}.py"), *row.flags, "--data_dir", "data"]
         if row.parent:
             parent = self.progress(next(each for each in ROWS if each.name == row.parent)).folder
-            words += ["--pretrained_pth", str(parent and parent / "checkpoint.pt")]
+            words += ["--pretrained_pth", os.path.relpath(f"{parent}/checkpoint.pt", self.home(row))]
         else:
             words += ["--amp", amp]
-        return [*words, "--threads", str(self.threads), "--out", str(self.home(row) / "out"), "--resume", "auto"]
+        return [*words, "--threads", str(self.threads), "--out", "out", "--resume", "auto"]
 
     def run(self, rows: Sequence[Row]) -> int:
         """Trains what is missing; the exit status."""
@@ -257,6 +257,8 @@ class Queue:
         home, notes = self.home(row), {"amp": precision(), "attempts": []} | self.notes(row)
         home.mkdir(exist_ok=True)
         self.end_orphan(row, (notes["attempts"] or [{}])[-1].get("pid"))
+        (home / "data").unlink(missing_ok=True)
+        (home / "data").symlink_to(self.data_dir)
         environment = os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": str(self.threads)}
         while not self.signals:
             before = self.progress(row).epoch
@@ -303,9 +305,9 @@ class Queue:
 
     def end_orphan(self, row: Row, pid: int | None) -> None:
         """Waits until what a killed queue left running of a row has saved, see :func:`end_with_queue`, or ends it."""
-        place, deadline = os.fsencode(self.home(row) / "out"), time.monotonic() + GRACE
+        deadline = time.monotonic() + GRACE
         with contextlib.suppress(OSError):  # it has gone
-            while pid and place in Path(f"/proc/{pid}/cmdline").read_bytes():
+            while pid and Path(os.readlink(f"/proc/{pid}/cwd")) == self.home(row):
                 if time.monotonic() > deadline:
                     os.kill(pid, signal.SIGKILL)
                 time.sleep(min(POLL, 0.2))

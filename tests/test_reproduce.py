@@ -43,7 +43,7 @@ import json, os, pathlib, shutil, signal, sys, time
 from datetime import datetime
 flags = sys.argv[1:]
 value = lambda name: flags[flags.index(name) + 1]
-out = pathlib.Path(value("--out"))
+out = pathlib.Path(value("--out")).resolve()
 assert value("--resume") == "auto"
 def note(**what):
     with open(out.parent / "calls", "a") as file:
@@ -189,7 +189,7 @@ def test_it_runs_what_is_missing_in_order_and_lists_it(lab: Lab) -> None:
         assert call["flags"][call["flags"].index("--threads") + 1] == "2"
         if row.parent:
             start = call["flags"][call["flags"].index("--pretrained_pth") + 1]
-            assert start == str(next(lab.state.glob("first/out/*/*/checkpoint.pt")))
+            assert (lab.state / row.name / start).resolve() == next(lab.state.glob("first/out/*/*/checkpoint.pt"))
         else:
             assert call["flags"][call["flags"].index("--amp") + 1] == reproduce.precision()
         assert script in (lab.folder / script).name
@@ -272,12 +272,16 @@ def test_a_killed_queue_takes_its_run_along_and_goes_on_when_started_again(lab: 
     (lab.state / "first" / "row.json").write_text(
         json.dumps(lab.notes("first") | {"amp": "off" if amp == "bf16" else "bf16"})
     )
-    status, text = lab.run("--only", "first")
+    (lab.folder / "elsewhere").mkdir()
+    status, text = lab.run("--only", "first", "--data_dir", str(lab.folder / "elsewhere"))
     assert status == 0, text
     assert [call["epoch"] for call in lab.calls("first", "epoch")] == [1, 2]  # none twice
+    assert (lab.state / "first" / "data").resolve() == lab.folder / "elsewhere"
     assert [call["pid"] for call in lab.calls("first", "saved")] == [pid]
-    again = lab.calls("first", "flags")[1]["flags"]
-    assert again[again.index("--amp") + 1] != amp  # in the precision of its beginning, whatever suits the machine
+    flags, again = (call["flags"] for call in lab.calls("first", "flags"))
+    where = again.index("--amp") + 1
+    assert again[where] != amp  # in the precision of its beginning, whatever suits the machine
+    assert [*flags[:where], *flags[where + 1 :]] == [*again[:where], *again[where + 1 :]]  # one command for --resume
     lines = [json.loads(line) for line in (lab.state / "first" / "calls").read_text().splitlines()]
     assert [line["pid"] == pid for line in lines] == sorted((line["pid"] == pid for line in lines), reverse=True)
     assert len(lab.notes("first")["attempts"]) == 2
