@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from collections.abc import Callable, Mapping
@@ -9,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from utils.checkpoints import Checkpoint
 
 
 def timed(part: Callable[[], object], device: torch.device) -> float:
@@ -30,3 +33,8 @@ def append_line(path: Path | None, content: Mapping[str, Any]) -> None:
     if path:
         with open(path, "a") as file:
             file.write(json.dumps(content) + "\n")
+
+
+def halved(file: Checkpoint) -> Checkpoint:
+    """A checkpoint with its weights of two and more dimensions in half precision; loading makes float32 of them."""
+    return dataclasses.replace(file, model={k: v.half() if v.dim() > 1 else v for k, v in file.model.items()})

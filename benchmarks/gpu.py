@@ -14,7 +14,6 @@ To expect at ratio 100 on the last epoch, without mirror averaging, from others'
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import math
 import re
@@ -29,7 +28,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import append_line, read_lines
+from benchmarks import append_line, halved, read_lines
 from utils import checkpoints
 from utils.metrics import percent, scores
 from utils.system import ROOT, provenance
@@ -120,9 +119,8 @@ class Lab:
 
     def keep_half(self, file: checkpoints.Checkpoint) -> None:
         """Writes the checkpoint with weights of two and more dimensions in half precision, in parts."""
-        small = {name: value.half() if value.dim() > 1 else value for name, value in file.model.items()}
         path = self.work / "half.pt"
-        dataclasses.replace(file, model=small).save(path)
+        halved(file).save(path)
         content = path.read_bytes()
         for number, start in enumerate(range(0, len(content), PART_BYTES)):
             part = self.results / f"{self.dataset}_exp100_{self.network}_stage1_fp16.pt.part{number}"
