@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import sys
 from pathlib import Path
 
 import pytest
@@ -26,7 +25,7 @@ def equal(one, other) -> bool:
     if isinstance(one, torch.Tensor):
         return one.dtype == other.dtype and torch.equal(one, other)
     if isinstance(one, dict):
-        names = [name for name in one if name != "seconds"]
+        names = [name for name in one if not name.startswith("seconds")]
         return one.keys() == other.keys() and all(equal(one[name], other[name]) for name in names)
     if isinstance(one, list | tuple):
         return len(one) == len(other) and all(map(equal, one, other))
@@ -83,13 +82,14 @@ def run_folder(out: str) -> Path:
 def cut_off_and_resumed(script: str, arguments: list[str], interruptions: Interruptions, at: list[int]) -> None:
     """Compares a run that is cut off at some moments, each time resumed, with one that is not."""
     main = MAINS[script]
-    result = main([*arguments, "--out", "whole"])
+    caches = {out: [] if script == "main_stage1.py" else ["--cache_dir", f"{out}_cache"] for out in ("whole", "cut")}
+    result = main([*arguments, *caches["whole"], "--out", "whole"])
     total, interruptions.count = interruptions.count, 0
     interruptions.at = frozenset(1 + place * total // 100 for place in at)
     status = []
     while True:
         try:
-            resumed = main([*arguments, "--out", "cut", "--resume", "auto"])
+            resumed = main([*arguments, *caches["cut"], "--out", "cut", "--resume", "auto"])
             break
         except SystemExit as stop:
             status.append(stop.code)
@@ -126,3 +126,33 @@ def test_stage1_ends_in_the_same_bits(workdir, interruptions, name: str) -> None
         interruptions.count = 0
     arguments = [*DIGITS, "--epochs", "3", *RECIPES[name].split()]
     cut_off_and_resumed("main_stage1.py", arguments, interruptions, [7, 29, 50, 51, 93])
+
+
+CLASSIFIERS = {
+    "one": "",
+    "views": "--method los crt maxnorm disalign tau-norm --label_smooth 0.9 0.98 --seed 0 1 --views 3",
+    "replay": "--method los lws marc --features replay --sampler instance class progressive",
+    "orbit": "--method crt cosine ldam --features orbit --sampler sqrt",
+    "published": "--protocol published --method maxnorm lade --maxnorm_every epoch step",
+    "held out": "--method los crt --select best_val --eval_every 1 --batch_size 16 32",
+    "scope": "--method crt --finetune_scope fc last_block all --eval_every 1 --select best_val",
+    "scope, replay": "--method crt --finetune_scope all fc --features replay",
+}
+
+
+@pytest.fixture
+def stage1(workdir, interruptions) -> None:
+    main_stage1.main([*DIGITS, "--epochs", "1", "--val_split", "0.2"])
+    interruptions.count = 0
+
+
+@pytest.mark.parametrize("name", CLASSIFIERS)
+def test_stage2_ends_in_the_same_bits(stage1, interruptions, name: str) -> None:
+    arguments = [*DIGITS, "--finetune_epoch", "3", *CLASSIFIERS[name].split()]
+    cut_off_and_resumed("main_stage2.py", arguments, interruptions, [7, 29, 50, 51, 93])
+
+
+@pytest.mark.parametrize("options", ["--method joint los crt cosine", "--tune --method crt focal"])
+def test_compare_ends_in_the_same_bits(stage1, interruptions, options: str) -> None:
+    arguments = [*DIGITS, "--finetune_epoch", "2", "--seed", "0", "1", *options.split()]
+    cut_off_and_resumed("compare.py", arguments, interruptions, [9, 40, 77])
