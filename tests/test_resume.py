@@ -156,3 +156,89 @@ def test_stage2_ends_in_the_same_bits(stage1, interruptions, name: str) -> None:
 def test_compare_ends_in_the_same_bits(stage1, interruptions, options: str) -> None:
     arguments = [*DIGITS, "--finetune_epoch", "2", "--seed", "0", "1", *options.split()]
     cut_off_and_resumed("compare.py", arguments, interruptions, [9, 40, 77])
+
+
+def shown_error(capsys, main, *arguments: str) -> str:
+    with pytest.raises(SystemExit) as stop:
+        main(list(arguments))
+    assert stop.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_what_is_resumed(workdir, interruptions, capsys) -> None:
+    """auto takes the newest run of the same command from the same file; a complete one is not made again."""
+    quick = [*DIGITS, "--epochs", "2"]
+    first = main_stage1.main([*quick, "--resume", "auto"])
+    assert "a new one begins" in capsys.readouterr().out
+    assert equal(main_stage1.main([*quick, "--resume", "auto", "--out", "output/", "--threads", "1"]), first)
+    assert "is complete" in capsys.readouterr().out
+    assert len(list(Path("output").glob("*/*"))) == 1
+    main_stage1.main([*quick, "--resume", "auto", "--wd", "0"])
+    assert len(list(Path("output").glob("*/*"))) == 2
+
+    arguments = ["--dataset", "digits", "--finetune_epoch", "2", "--resume", "auto"]
+    interruptions.at = {interruptions.count + 25}
+    with pytest.raises(SystemExit):
+        main_stage2.main(arguments)
+    (options,) = Path("output").glob("*stage2/*/options.json")
+    seed = json.loads(options.read_text())["seed"]
+    main_stage1.main(quick)  # another file than the run above began from
+    capsys.readouterr()
+    main_stage2.main(arguments)
+    assert "a new one begins" in capsys.readouterr().out
+    assert "was begun from another checkpoint" in shown_error(capsys, main_stage2.main, "--resume", str(options.parent))
+    assert seed != [0] and len(list(Path("output").glob("*stage2/*"))) == 2
+
+
+def test_a_run_is_resumed_by_its_folder_alone(workdir, interruptions, capsys) -> None:
+    """The drawn seed and the options are the run's; other options are refused, files may move."""
+    arguments = ["--dataset", "digits", "--epochs", "3", "--wd", "0.01"]
+    interruptions.at = {9}
+    with pytest.raises(SystemExit):
+        main_stage1.main(arguments)
+    folder = next(Path("output").glob("*/*"))
+    told = capsys.readouterr().err
+    assert "ended by SIGTERM" in told and f"to continue: python main_stage1.py --resume {folder}" in told
+    assert f"to continue: python main_stage1.py --resume {folder}" in (folder / "log.txt").read_text()
+    folder = folder.rename("moved")
+    for wrong in (["--wd", "0.1"], ["--lr", "0.05"], ["--seed", "3"]):
+        assert "was begun with" in shown_error(capsys, main_stage1.main, "--resume", "moved", *wrong)
+    assert "a run of main_stage1.py" in shown_error(capsys, main_stage2.main, "--resume", "moved")
+    assert "no run that can be resumed" in shown_error(capsys, main_stage1.main, "--resume", "elsewhere")
+    report = main_stage1.main(["--resume", "moved", "--wd", "0.01", "--keep_states", "1"])
+    file = torch.load(STAGE1, weights_only=True)
+    assert [place["at"] for place in file["provenance"]["resumed"]] == ["step 4 of epoch 1"]
+    seed = file["options"]["seed"]
+    assert equal(main_stage1.main([*arguments, "--seed", str(seed)]), report)
+
+
+def test_states_are_few_and_a_damaged_one_is_passed_over(workdir, interruptions, capsys) -> None:
+    arguments = [*DIGITS, "--epochs", "4", "--save_every", "1"]
+    report = main_stage1.main([*arguments, "--out", "whole"])
+    interruptions.at = {interruptions.count * 2 - 4}
+    with pytest.raises(SystemExit):
+        main_stage1.main(arguments)
+    folder = run_folder("output")
+    newest, _ = state_files(folder)
+    newest.write_bytes(newest.read_bytes()[:-1000])
+    assert equal(main_stage1.main([*arguments, "--resume", "auto"]), report)
+    assert f"{newest.name} cannot be read; the state before it is taken" in capsys.readouterr().out
+    assert equal(outcome("", folder), outcome("", run_folder("whole")))
+
+    with pytest.raises(SystemExit):
+        interruptions.at = {interruptions.count + 9}
+        main_stage1.main([*arguments, "--out", "third"])
+    for path in state_files(run_folder("third")):
+        path.write_bytes(b"damaged")
+    assert "cannot be read" in shown_error(capsys, main_stage1.main, "--resume", str(run_folder("third")))
+
+
+def test_other_images_are_not_gone_on_with(small_cifar10, interruptions, capsys) -> None:
+    arguments = f"--dataset cifar10 --data_dir {small_cifar10} --imb_ratio 2 --network resnet8 --epochs 2 --seed 0"
+    interruptions.at = {2}
+    with pytest.raises(SystemExit):
+        main_stage1.main(arguments.split())
+    for path in Path(small_cifar10).rglob("data_batch_1"):
+        content = path.read_bytes()
+        path.write_bytes(content[:5000] + bytes([content[5000] ^ 1]) + content[5001:])
+    assert "another training images" in shown_error(capsys, main_stage1.main, *arguments.split(), "--resume", "auto")

@@ -216,7 +216,7 @@ class TrainState:
             if state["inputs"].get(what) != value:
                 raise UsageError(
                     f"{self.run.folder} was begun with another {what}: {state['inputs'].get(what)}, now {value}",
-                    "what it was begun with, or a start without --resume",
+                    "the same, or a new run",
                 )
         now, before = machine(), state["machine"]
         changed = [
