@@ -160,8 +160,8 @@ def one_fails_amid_a_step(home: Path) -> Any:
     distributed.PATIENCE = timedelta(seconds=0.2)
     epoch_of = Batches.epoch
 
-    def epoch(self: Batches, number: int = 0) -> Any:
-        for position, batch in enumerate(epoch_of(self, number)):
+    def epoch(self: Batches, number: int = 0, first: int = 0) -> Any:
+        for position, batch in enumerate(epoch_of(self, number, first)):
             if self.augment and position == 2 and self.share[0] == 1:
                 raise UsageError("an image that cannot be read", "a whole one")
             yield batch

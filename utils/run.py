@@ -130,8 +130,9 @@ class Run:
         """Goes on after these records; what was written after them is forgotten."""
         self.started = time.perf_counter() - state["seconds"]
         self.epochs, self.resumed = state["epochs"], state["resumed"]
-        self._metrics.seek(0)
-        self._metrics.truncate()
+        if self.writes:
+            self._metrics.seek(0)
+            self._metrics.truncate()
         self._lines = []
         for line in state["lines"]:
             self._record(line)

@@ -1,0 +1,31 @@
+"""A command of several processes, one of which gets a signal in its n-th step.
+
+torchrun --nproc-per-node=2 tests/interrupting.py RANK STEP SIGNAL main_stage1.py --dataset digits ...
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from itertools import count
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+
+from utils.resume import TrainState
+
+if __name__ == "__main__":
+    rank, step, name, script, *arguments = sys.argv[1:]
+    torch.set_num_threads(1)
+    steps, advance = count(1), TrainState.advance
+
+    def advance_and_signal(self: TrainState, *measured: torch.Tensor, **options: int) -> None:
+        if next(steps) == int(step) and rank == os.environ["RANK"]:
+            os.kill(os.getpid(), signal.Signals[name])
+        advance(self, *measured, **options)
+
+    TrainState.advance = advance_and_signal
+    __import__(script.removesuffix(".py")).main(arguments)

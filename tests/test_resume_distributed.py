@@ -1,0 +1,65 @@
+"""Several processes that are cut off and resumed end in the bits of those that were not; they agree when to stop."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from test_resume import equal, outcome, run_folder
+
+from utils.resume import state_files
+
+ARGUMENTS = "main_stage1.py --dataset digits --epochs 3 --seed 0 --device cpu"
+LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+def torchrun(arguments: str, interrupted: str = "0 0 SIGTERM") -> subprocess.CompletedProcess[str]:
+    """Two processes of a command; ``interrupted`` says which of them gets a signal, in which step, and which one."""
+    command = [*LAUNCHER, str(ROOT / "tests/interrupting.py"), *interrupted.split(), *arguments.split()]
+    return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=120)
+
+
+@pytest.mark.parametrize(
+    "options",
+    ["--accum 2 --ema 0.9 --mixup 0.2 --aug autoaugment+cutout", "--wd 0 0.1 --sampler class --val_split 0.2"],
+)
+def test_two_processes_end_in_the_same_bits(workdir, options: str) -> None:
+    assert torchrun(f"{ARGUMENTS} {options} --out whole").returncode == 0
+    for interrupted in ("1 3 SIGTERM", "0 7 SIGINT"):
+        began = time.monotonic()
+        cut = torchrun(f"{ARGUMENTS} {options} --out cut --resume auto", interrupted)
+        assert cut.returncode == 1 and time.monotonic() - began < 60
+        assert cut.stderr.count(f"ended by {interrupted.split()[2]}") == 1, cut.stderr
+        assert "to continue: torchrun --nproc-per-node=2 main_stage1.py --resume cut/" in cut.stderr
+        assert cut.stderr.count("Traceback") == 1  # torchrun's own: a process of it has failed
+    last = torchrun(f"{ARGUMENTS} {options} --out cut --resume auto")
+    assert last.returncode == 0 and last.stdout.count("resumed after step") == 1, last.stdout + last.stderr
+    assert equal(outcome("", run_folder("cut")), outcome("", run_folder("whole")))
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_signal_to_torchrun_saves(workdir, name: str) -> None:
+    """It reaches both processes, SIGINT twice where a terminal sends it to the whole group."""
+    command = [*LAUNCHER, str(ROOT / "main_stage1.py"), *ARGUMENTS.split()[1:], "--epochs", "100000", "--out", "cut"]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT, start_new_session=True
+    )
+    for line in process.stdout:
+        if line.startswith("     2  "):
+            break
+    began = time.monotonic()
+    if name == "SIGINT":
+        os.killpg(process.pid, signal.SIGINT)
+    else:
+        process.send_signal(signal.SIGTERM)
+    _, error = process.communicate(timeout=60)
+    assert time.monotonic() - began < 15 and process.returncode != 0
+    assert f"ended by {name}" in error and "to continue: torchrun" in error
+    assert state_files(run_folder("cut")) and not list(Path().rglob("*.tmp"))
