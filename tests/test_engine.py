@@ -3,9 +3,11 @@
 import copy
 import gc
 import weakref
+from collections.abc import Iterator
 
 import pytest
 import torch
+from conftest import in_float64
 from torch import nn
 from torch.optim import SGD
 from torch.optim.lr_scheduler import CosineAnnealingLR
@@ -46,7 +48,17 @@ def distance(ours: nn.Module, theirs: nn.Module) -> float:
     return max(float((a.double() - b.double()).abs().max()) for a, b in pairs)
 
 
-def test_train_epoch_equals_a_plain_loop(device: torch.device) -> None:
+@pytest.fixture
+def near(device: torch.device) -> Iterator[float]:
+    """How near equal runs come: in float64; on a GPU, whose fused SGD has its learning rate in float32, in float32."""
+    if device.type == "cuda":
+        yield 1e-3
+        return
+    with in_float64():
+        yield 1e-9
+
+
+def test_train_epoch_equals_a_plain_loop(device: torch.device, near: float) -> None:
     step, twin = some_step(device), some_model(device)
     optimizer = SGD(twin.parameters(), 0.1, momentum=0.9, weight_decay=1e-3)
     for epoch in range(3):
@@ -59,9 +71,9 @@ def test_train_epoch_equals_a_plain_loop(device: torch.device) -> None:
             loss.backward()
             optimizer.step()
             losses, right = losses + loss.item() * len(labels), right + int((logits.argmax(1) == labels).sum())
-        assert stats.loss == pytest.approx(losses / N, rel=1e-3 if device.type == "cuda" else 1e-5)
+        assert stats.loss == pytest.approx(losses / N, rel=near)
         assert abs(stats.top1 - right / N) <= (1 / N if device.type == "cuda" else 0)
-    assert distance(step.model, twin) < (1e-3 if device.type == "cuda" else 1e-5)
+    assert distance(step.model, twin) < near
 
 
 @pytest.mark.parametrize("replay", [False, True])
@@ -131,12 +143,11 @@ def options_of_a_step(name: str, model: nn.Module) -> dict:
 
 @pytest.mark.parametrize("name", ["plain", "ema", "accum", "project"])
 @pytest.mark.parametrize("mix", [None, Mix(1.0, 1.0)])
-def test_a_graph_equals_the_plain_step(device: torch.device, name: str, mix: Mix | None) -> None:
+def test_a_graph_equals_the_plain_step(device: torch.device, near: float, name: str, mix: Mix | None) -> None:
     """Weights, momentum, BatchNorm and averages are as if the recording had not run anything; so is the last batch."""
     models = [some_model(device) for _ in range(2)]
     plain, graphed = (some_step(device, model, **options_of_a_step(name, model)) for model in models)
     graphed.graph = Graphed() if device.type == "cuda" else Graphed(stand_in(graphed))
-    near = 1e-3 if device.type == "cuda" else 1e-5  # algorithms may differ
     for epoch, lr in enumerate((0.1, 0.05, 0.02, 0.01)):
         found = []
         for step in (plain, graphed):
@@ -180,13 +191,13 @@ def test_other_ways_in_a_graph(way: dict) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's own, while it compiles
-def test_a_compiled_step_equals_the_plain_one(device: torch.device) -> None:
+def test_a_compiled_step_equals_the_plain_one(device: torch.device, near: float) -> None:
     models = [some_model(device).to(memory_format=torch.channels_last) for _ in range(2)]
     for model, compiled in zip(models, (False, True)):
         step = some_step(device, model, compiled=compiled)
         for epoch in range(2):
             train_epoch(step, some_batches(device).epoch(), epoch, 0.1)
-    assert 0 < distance(*models) < (1e-3 if device.type == "cuda" else 1e-4)
+    assert 0 < distance(*models) < near
 
 
 def test_bf16_follows_float32_with_weights_and_loss_in_float32(device: torch.device) -> None:
@@ -194,7 +205,7 @@ def test_bf16_follows_float32_with_weights_and_loss_in_float32(device: torch.dev
         pytest.skip("this CPU has no bfloat16")
     models, stats = [some_model(device) for _ in range(2)], []
     for model, amp in zip(models, (None, torch.bfloat16)):
-        step = some_step(device, model, lr=0.02, amp=amp)
+        step = some_step(device, model, lr=0.002, amp=amp)
         stats += [train_epoch(step, some_batches(device).epoch(), epoch, 0.1) for epoch in range(2)]
         assert {tensor.dtype for tensor in step.changing()} == {torch.float32, torch.int64}
     assert 1e-6 < distance(*models) < 2e-2

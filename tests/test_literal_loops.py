@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import in_float64
 from torch.optim import SGD
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
@@ -40,16 +41,14 @@ def literal_batches(data, size: int, draws: Draws):
         images, labels = [], []
         for row in range(start, min(start + size, len(data.train))):
             i = int(draws.order[row])
-            padded = F.pad(data.train.images[i].float() / 255, (1, 1, 1, 1))
+            padded = F.pad(data.train.images[i].to(torch.get_default_dtype()) / 255, (1, 1, 1, 1))
             top, left = int(draws.top[row]), int(draws.left[row])
             images.append((padded[:, top : top + 8, left : left + 8] - SPEC.mean[0]) / SPEC.std[0])
             labels.append(int(data.train.labels[i]))
-        # The layout of the memory: no equation changes, but rounding does, and with it sometimes the side of a ReLU.
-        yield torch.stack(images).contiguous(memory_format=torch.channels_last), torch.tensor(labels)
+        yield torch.stack(images), torch.tensor(labels)
 
 
 def literal_run(model, parameters, data, *, draws, size, lr, momentum, nesterov, wd, smooth, train):
-    model.to(memory_format=torch.channels_last)
     optimizer = SGD(parameters, lr, momentum=momentum, nesterov=nesterov, weight_decay=wd)
     scheduler = CosineAnnealingLR(optimizer, len(draws))
     for each in draws:
@@ -61,12 +60,13 @@ def literal_run(model, parameters, data, *, draws, size, lr, momentum, nesterov,
         scheduler.step()
 
 
-def assert_equal(ours: dict, theirs: dict) -> None:
+def assert_equal(ours: dict, theirs: dict, near: float) -> None:
     assert ours.keys() == theirs.keys()
     for name in ours:
-        assert (ours[name] - theirs[name]).abs().max() < 1e-6, name
+        assert (ours[name] - theirs[name]).abs().max() < near, name
 
 
+@in_float64()
 def test_stage1_is_the_literal_loop(workdir) -> None:
     main_stage1.main(
         "--dataset digits --imb_ratio 50 --imb_type step --subset shuffled --subset_seed 3 --seed 5 --epochs 3 "
@@ -81,7 +81,8 @@ def test_stage1_is_the_literal_loop(workdir) -> None:
         momentum=0.8, nesterov=True, wd=0.003, smooth=0.2, train=True,
     )  # fmt: skip
     file = checkpoints.read("checkpoints/digits_step50_resnet8_stage1.pt")
-    assert_equal(file.model, model.state_dict())
+    assert file.model["fc.weight"].dtype == torch.float64
+    assert_equal(file.model, model.state_dict(), 1e-9)
     assert file.data["class_counts"] == data.class_counts
 
 
@@ -104,7 +105,7 @@ def test_stage2_is_the_literal_loop(workdir, features: str, smooth: str) -> None
     )  # fmt: skip
     file = checkpoints.read("checkpoints/digits_exp100_resnet8_stage2.pt")
     assert len(data.train) % 60 != 0  # there is a tail batch
-    assert_equal(file.model, model.state_dict())
+    assert_equal(file.model, model.state_dict(), 1e-5)  # features are float32; no ReLU is differentiated through
     drifted = (file.model["bn1.running_mean"] - start["bn1.running_mean"]).abs().max() > 1e-6
     assert drifted == (features == "replay")
     ours = build_model("resnet8", 10, 1)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from conftest import in_float64
 
 import compare
 import evaluate
@@ -148,9 +149,10 @@ def test_a_sweep_is_the_runs_one_by_one(workdir, capsys) -> None:
         assert {"curves.png", "metrics.jsonl", "log.txt", "per_class.csv"} <= {
             each.name for each in path.parent.iterdir()
         }
-    best = table.groupby("wd").test_top1.mean().idxmax()
+    means = table.groupby("wd").test_top1.mean()
     final = checkpoints.read(STAGE1)
-    assert (final.options["wd"], final.options["seed"]) == (best, 0) and report["top1"] == final.metrics["top1"]
+    assert means[final.options["wd"]] == means.max() and final.options["seed"] == 0  # another may be as good
+    assert report["top1"] == final.metrics["top1"]
     assert final.metrics["sweep"] == {"settings": 2, "chosen_on": "the TEST set"}
     assert "sorted and chosen by accuracy on the TEST set" in said and "±" in said
     assert said.count("saved checkpoints/") == 1 and not list(workdir.glob("checkpoints/*.prev"))
@@ -252,13 +254,14 @@ def test_every_recipe_changes_the_result_and_chains(workdir) -> None:
     assert (norms[0] <= 0.3 + 1e-6).all() and torch.allclose(norms[1], torch.tensor(1.0))
 
 
+@in_float64()
 def test_deferred_weights_begin_where_they_should(workdir) -> None:
     def weights(flags: str) -> torch.Tensor:
         main_stage1.main([*QUICK, *flags.split()])
         return checkpoints.read(STAGE1).model["fc.weight"]
 
     from_the_start = weights("--drw_epoch 0")
-    assert torch.allclose(from_the_start, weights("--loss class-balanced"), atol=1e-5)
+    assert torch.allclose(from_the_start, weights("--loss class-balanced"), atol=1e-9)
     assert not torch.allclose(from_the_start, weights("--drw_epoch 1"), atol=1e-3)
 
 

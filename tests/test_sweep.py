@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import in_float64
 from torch import nn
 
 import compare
@@ -84,11 +86,12 @@ def test_a_sweep_trains_the_product_on_one_pass(chain, capsys, monkeypatch) -> N
     means = table.groupby(["finetune_lr", "label_smooth"])["test_top1"].agg(["mean", "std"]).reset_index()
     means = means.sort_values("mean", ascending=False)
     assert [float(row[4]) for row in rows] == pytest.approx((100 * means["mean"]).round(2).tolist(), abs=0.011)
-    assert float(rows[0][6]) == pytest.approx(100 * means["std"].iloc[0], abs=0.011)
     assert "chosen by accuracy on the TEST set" in printed
     file = checkpoints.read(STAGE2)
-    best = means.iloc[0]
-    assert (file.options["finetune_lr"], file.options["label_smooth"]) == (best["finetune_lr"], best["label_smooth"])
+    options = [file.options[name] for name in ("finetune_lr", "label_smooth")]
+    [chosen] = (row for row in means.itertuples() if [row.finetune_lr, row.label_smooth] == options)
+    assert chosen.mean == means["mean"].max()  # another may be as good
+    assert float(rows[0][6]) == pytest.approx(100 * chosen.std, abs=0.011)
     assert file.options["seed"] == 0 and file.metrics["top1"] == report["top1"]
     assert (run_folder("stage2") / "label_smooth.png").read_bytes().startswith(b"\x89PNG")
     assert evaluate.main(["--dataset", "digits"])["top1"] == report["top1"]
@@ -153,8 +156,8 @@ def test_the_winner_is_chosen_on_held_out_images_where_there_are_any(held_out, c
     table = pd.read_csv(run_folder("stage2") / "sweep.csv")
     assert "chosen by accuracy on held-out images" in printed and "TEST" not in printed
     file = checkpoints.read(STAGE2)
-    best = table.loc[table["val_class_mean"].idxmax()]
-    assert file.options["method"] == best["method"] and file.metrics["top1"] == best["test_top1"]
+    best = table[table["val_class_mean"] == table["val_class_mean"].max()]  # several may be as good
+    assert (file.options["method"], file.metrics["top1"]) in set(zip(best["method"], best["test_top1"]))
     assert [line for line in printed.splitlines() if " val " in line]
 
 
@@ -196,15 +199,17 @@ def literal_network(start: dict, scope: str, epochs: int, lr: float, wd: float, 
 
 
 @pytest.mark.parametrize("scope", ["last_block", "all"])
+@in_float64()
 def test_beyond_fc_it_is_the_ordinary_loop(chain, scope: str) -> None:
     flags = "--method ce --label_smooth 0.3 --finetune_epoch 3 --finetune_lr 0.02 --finetune_wd 0.01"
     main_stage2.main(f"--dataset digits --seed 0 {flags} --finetune_scope {scope}".split())
     start = checkpoints.read("checkpoints/digits_exp100_resnet8_stage1.pt").model
     expected = literal_network(start, scope, 3, 0.02, 0.01, lambda _: nn.CrossEntropyLoss(label_smoothing=0.3))
     for name, value in checkpoints.read(STAGE2).model.items():
-        assert (value - expected[name]).abs().max() < 1e-5, name
+        assert (value - expected[name]).abs().max() < 1e-9, name
 
 
+@in_float64()
 def test_beyond_fc_losses_change_and_heads_are_projected(chain) -> None:
     common = "--dataset digits --seed 0 --finetune_epoch 4 --finetune_lr 0.02 --finetune_wd 0.01 --finetune_scope all"
     start = checkpoints.read("checkpoints/digits_exp100_resnet8_stage1.pt").model
@@ -216,11 +221,15 @@ def test_beyond_fc_losses_change_and_heads_are_projected(chain) -> None:
 
     expected = literal_network(start, "all", 4, 0.02, 0.01, lambda _: ClassBalancedBCE(counts), project)
     for name, value in checkpoints.read(STAGE2).model.items():
-        assert (value - expected[name]).abs().max() < 1e-5, name
+        assert (value - expected[name]).abs().max() < 1e-9, name
+
+
+def test_weights_are_deferred_in_every_scope(chain) -> None:
+    common = "--dataset digits --seed 0 --finetune_epoch 4 --finetune_lr 0.02 --finetune_wd 0.01"
     norms = {}
     for scope in ("fc", "all"):
         for drw in ("0.5", "1"):
-            main_stage2.main(f"{common[:-4]} {scope} --method ldam --drw {drw}".split())
+            main_stage2.main(f"{common} --finetune_scope {scope} --method ldam --drw {drw}".split())
             norms[scope, drw] = checkpoints.read(STAGE2).model["fc.weight"]
         assert not torch.equal(norms[scope, "0.5"], norms[scope, "1"])
 
@@ -242,10 +251,10 @@ def test_maxnorm_projects_when_it_is_asked_to(chain, every: str, calls: int, mon
 
 @pytest.mark.parametrize("source", ["views", "replay"])
 def test_the_stored_head_is_that_of_the_selected_epoch(chain, source: str) -> None:
-    """A learning rate so high that the best epoch is not the last."""
+    """A learning rate so high that the best epoch is not always the last; which runs do so depends on the CPU."""
     flags = f"--finetune_epoch 6 --finetune_lr 3 --select best_test --eval_every 1 --features {source}"
-    for method in ("los", "lws"):
-        main_stage2.main(f"--dataset digits --seed 4 --method {method} {flags}".split())
+    for seed, method in product(range(4, 14), ("los", "lws")):
+        main_stage2.main(f"--dataset digits --seed {seed} --method {method} {flags}".split())
         file = checkpoints.read(STAGE2)
         if file.metrics["epoch"] < 6:
             break
