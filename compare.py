@@ -35,12 +35,13 @@ from main_stage2 import (
 from retraining.methods import METHODS
 from retraining.settings import TUNABLE, Setting, make_settings
 from retraining.sweep import Lab, Result
-from stages import begin, load_data
+from stages import begin, find_run, load_data, say_complete
 from sweeps import MEASURES, Row, plus_minus, rows_that_stand, score_of, varying
 from utils.distributed import require_single
 from utils.metrics import calibration_error, fit_temperature, logit_statistics, report, spread
 from utils.options import Choice, Flag, Many, UsageError, command, option, parse_typed, shown
 from utils.plots import class_profiles
+from utils.resume import complete
 from utils.system import pick_device, provenance
 
 #: The method that is also trained together with the backbone, which is the Decoupling paper's question.
@@ -64,7 +65,10 @@ class Options(main_stage2.Options):
 def main(argv: Sequence[str]) -> list[dict[str, Any]]:
     """Runs the command; returns the table's rows, best first, accuracies as fractions."""
     require_single("compare.py")
-    typed = parse_typed(Options, argv, "compare.py", __doc__)
+    typed, resumed = find_run(Options, parse_typed(Options, argv, "compare.py", __doc__), "compare.py")
+    if resumed and resumed.is_complete:
+        rows_then: list[dict[str, Any]] = say_complete(resumed)
+        return rows_then
     parent, resolved = continue_stage1(typed, Options)
     options: Any = resolved.options
     if parent.head != "linear" and "method" not in typed:
@@ -78,7 +82,7 @@ def main(argv: Sequence[str]) -> list[dict[str, Any]]:
     require_held_out(parent, options, data, "--tune" if options.tune else None)
     settings = choose_settings(options, typed, data.num_classes)
     refuse_unused(typed, options, settings)
-    with begin(resolved, "compare", data, device) as run:
+    with begin(resolved, "compare", data, device, typed, resumed=resumed) as run:
         lab = make_lab(parent, data, device, options, run)
         run.say(f"from {parent.path}: {len(settings)} classifiers")
         results = retrain(settings, lab, options, run)
@@ -102,7 +106,7 @@ def main(argv: Sequence[str]) -> list[dict[str, Any]]:
         (run.folder / "compare.md").write_text(markdown(cells))
         head = {
             "options": dataclasses.asdict(options),
-            "provenance": provenance("compare.py", argv, device, run.seconds),
+            "provenance": provenance("compare.py", argv, device, run.seconds) | {"resumed": run.resumed},
         }
         lines = [head, *(raw(result, measured[id(result)]) for row in rows for result in row.results)]
         (run.folder / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -118,7 +122,7 @@ def main(argv: Sequence[str]) -> list[dict[str, Any]]:
         figure = ", class_profiles.png" if profiles else ""
         run.say(f"{how(options, typed, settings)}; sorted by test accuracy")
         run.say(f"compare.csv, compare.md, results.jsonl{figure}: {run.folder}")
-        return numbers
+        return complete(run, numbers)
 
 
 def choose_settings(options: Any, typed: dict[str, Any], num_classes: int) -> list[Setting]:

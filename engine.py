@@ -21,10 +21,11 @@ from torch.optim import SGD, Optimizer
 from datasets import Batches
 from datasets.batches import Batch
 from losses import mass
-from utils.distributed import as_in_first, in_order, processes, total
+from utils.distributed import as_in_first, in_order, interruptible, processes, total
 from utils.graphs import Graphed
 from utils.metrics import Report, report
 from utils.options import Diverged, UsageError
+from utils.resume import TrainState
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -167,18 +168,51 @@ class TrainStep:
 
     def use_loss(self, criterion: nn.Module) -> None:
         """Changes the loss."""
+        if criterion is self.criterion:
+            return
         self.criterion = criterion
         if self.graph:
             self.graph.forget()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Weights, momentum, averaged weights and loss scale."""
+        return {
+            "model": self.model.state_dict(),
+            "momentum": self._momentum(),
+            "averaged": self.averaged.state_dict() if self.ema else None,
+            "scaler": self.scaler.state_dict(),
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from a state, in place."""
+        self.model.load_state_dict(state["model"])
+        for buffer, value in zip(self._momentum(), state["momentum"]):
+            buffer.copy_(value)
+        if self.ema:
+            self.averaged.load_state_dict(state["averaged"])
+        self.scaler.load_state_dict(state["scaler"])
+
+    def own_state(self) -> dict[str, Any]:
+        """What differs between processes: BatchNorm's statistics, of the average too."""
+        return {"model": dict(self.model.named_buffers()), "averaged": dict(self.averaged.named_buffers())}
+
+    def load_own_state(self, state: dict[str, Any]) -> None:
+        """Goes on from a state of this process."""
+        for module, values in ((self.model, state["model"]), (self.averaged, state["averaged"])):
+            for name, buffer in module.named_buffers():
+                buffer.copy_(values[name])
+
+    def _momentum(self) -> list[Tensor]:
+        return [v for state in self.optimizer.state.values() for v in state.values() if isinstance(v, Tensor)]
 
     def changing(self) -> list[Tensor]:
         """Every tensor that a step changes and the next one depends on: weights, statistics, momentum, averages.
 
         float16's loss scale is not among them, since it cancels out.
         """
-        momentum = [v for state in self.optimizer.state.values() for v in state.values() if isinstance(v, Tensor)]
         modules = [self.model] if self.averaged is self.model else [self.model, self.averaged]
-        return [*(v for module in modules for v in module.state_dict().values()), *momentum]
+        return [*(v for module in modules for v in module.state_dict().values()), *self._momentum()]
 
     @torch.no_grad()
     def _average(self) -> None:
@@ -189,24 +223,36 @@ class TrainStep:
                 average.copy_(value)
 
 
-def train_epoch(step: Callable[..., tuple[Tensor, ...]], batches: Iterable[Batch], epoch: int, lr: float) -> TrainStats:
+def train_epoch(
+    step: Callable[..., tuple[Tensor, ...]],
+    batches: Iterable[Batch],
+    epoch: int,
+    lr: float,
+    state: TrainState | None = None,
+) -> TrainStats:
     """One step per batch, in the mode that the model is in; waits for the device once, at the end.
 
     All processes return the same means, over the images of all, and fail alike.
 
-    ``epoch`` (from 0) and ``lr`` are for the message of a loss that is not finite.
+    ``epoch`` (from 0) and ``lr`` are for the message of a loss that is not finite. ``state`` is told every step; it
+    may bring what the first steps of the epoch measured, which are then not among ``batches``.
 
     Raises:
         UsageError: a batch of one image whose last feature map is one pixel.
         Diverged: a loss that is not finite; found at the end of the epoch, told with its step and the last good loss.
+        Interrupted: see :meth:`utils.resume.TrainState.advance`.
     """
-    found, counts = [], []
+    measured = state.measured if state else []
     for batch in batches:
-        found.append(step(*batch))
-        counts.append(len(batch[1]))
-    losses, hits = (total(torch.stack(values).double()).tolist() for values in zip(*found))
+        found = *step(*batch), torch.tensor(len(batch[1]))
+        if state:
+            state.advance(*found)
+        else:
+            measured.append(found)
+    *values, counts = (torch.stack(column) for column in zip(*measured))
+    losses, hits = (total(value.double()).tolist() for value in values)
     losses = [value / processes() for value in losses]
-    sizes = total(torch.tensor(counts)).tolist()
+    sizes = total(counts).tolist()
     for number, value in enumerate(losses, start=1):
         if not math.isfinite(value):
             before = losses[number - 2] if number > 1 else "none"
@@ -239,10 +285,11 @@ def predict(model: nn.Module, batches: Batches, flip_tta: bool = False) -> tuple
 
     Raises:
         Diverged: a logit that is not finite.
+        Interrupted: a signal has come, to a single process.
     """
     fast = as_in_first(for_evaluation(model))
     logits, labels = [], []
-    for images, targets in batches.epoch():
+    for images, targets in interruptible(batches.epoch()):
         output = fast(images)
         if flip_tta:
             output = (output + fast(images.flip(dims=(3,)))) / 2
@@ -295,3 +342,11 @@ class Selection:
                 name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
                 for name, tensor in model.state_dict().items()
             }
+
+    def state_dict(self) -> dict[str, Any]:
+        """What has been selected so far."""
+        return {name: getattr(self, name) for name in ("epoch", "test", "val", "state", "oracle", "_best")}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from a state."""
+        vars(self).update(state)

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import sys
 import threading
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -51,11 +50,14 @@ from stages import (
     begin,
     fill_options,
     final_path,
+    find_run,
     finish,
     load_data,
+    make_state,
     open_checkpoint,
     published_start,
     require_val,
+    say_complete,
     stage_option,
     starting_weights,
 )
@@ -74,6 +76,7 @@ from utils.checkpoints import Checkpoint
 from utils.distributed import by_first, joined, rank
 from utils.metrics import Report
 from utils.options import Choice, Diverged, Flag, Many, Number, Resolved, Text, UsageError, command, option, parse_typed
+from utils.resume import complete, completed_run
 from utils.run import Run
 from utils.system import AMP, pick_device, side_by_side
 
@@ -142,12 +145,29 @@ class Trained(Outcome):
 
     folder: Path
 
+    def state_dict(self) -> dict[str, Any]:
+        """What is to be known of a run that is complete, as JSON; its weights are in its folder."""
+        return {
+            "selection": self.selection.state_dict() | {"state": {}},
+            "seconds": self.seconds,
+            "diverged": self.diverged,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes up what :meth:`state_dict` gave."""
+        self.selection.load_state_dict(state["selection"])
+        self.seconds, self.diverged = state["seconds"], state["diverged"]
+
 
 @command
 @joined()
 def main(argv: Sequence[str]) -> Report:
     """Runs the command; returns the selected epoch's report on the test set, of a sweep the chosen run's."""
     typed = parse_typed(Options, argv, "main_stage1.py", __doc__)
+    typed, resumed = by_first(lambda: find_run(Options, typed, "main_stage1.py"))
+    if resumed and resumed.is_complete:
+        report: Report = say_complete(resumed)
+        return report
     start = None
     if typed.get("pretrained_pth", "none") not in START_WORDS:  # its network and weights are taken, not its data
         start = replace(open_checkpoint(typed, "stage1", Options), data={})
@@ -162,7 +182,7 @@ def main(argv: Sequence[str]) -> Report:
         start = published_start(options.network)
     if start:
         starting_weights(start, data, options.head)  # fails now where it would fail later
-    with begin(Resolved(options, resolved.sources), "stage1", data, device, len(settings)) as run:
+    with begin(Resolved(options, resolved.sources), "stage1", data, device, typed, len(settings), resumed) as run:
         run.is_sweep = len(settings) > 1
         if start and start.num_classes != data.num_classes:
             run.say(f"from {start.path}, of {start.num_classes} classes: the classifier begins anew")
@@ -170,10 +190,11 @@ def main(argv: Sequence[str]) -> Report:
             run.say("torch.compile: the first steps take up to a minute")
         if len(settings) > 1:
             results = train_many(settings, options, data, device, run, start, argv)
-            return by_first(lambda: conclude(results, options, run))
+            return by_first(lambda: complete(run, conclude(results, options, run)))
         one = one_run(options, settings[0])
         selection = train(one, data, device, run, start)
-        return by_first(lambda: finish(run, "stage1", one, data, selection, argv, device, start, head=one.head))
+        ending = (run, "stage1", one, data, selection, argv, device, start)
+        return by_first(lambda: complete(run, finish(*ending, head=one.head)))
 
 
 def train(one: Any, data: LongTailed, device: torch.device, run: Run, start: Checkpoint | None) -> Selection:
@@ -194,17 +215,23 @@ def train(one: Any, data: LongTailed, device: torch.device, run: Run, start: Che
         graphed=one.graph == "on",
     )
     evaluator = Evaluator(run, data, device, one, one.epochs)
+    state = make_state(run, one, data, device, start)
+    criterion, drw_epoch = step.criterion, one.drw_epoch
+    if drw_epoch is not None:
+        weighted = reweighted(criterion, class_balanced_weights(class_counts, one.cb_beta)).to(device)
 
-    for epoch in range(one.epochs):
-        began, lr = time.perf_counter(), one.lr * cosine(epoch, one.epochs, one.warmup_epochs)
-        set_lr(step.optimizer, lr)
-        if epoch == one.drw_epoch:
-            step.use_loss(reweighted(step.criterion, class_balanced_weights(class_counts, one.cb_beta)).to(device))
-        model.train(trained is model)  # what is frozen keeps its BatchNorm statistics too
-        trained.train()
-        steps = run.bar(batches.epoch(epoch), len(batches), f"epoch {epoch + 1}/{one.epochs}")
-        stats = train_epoch(step, steps, epoch, lr)
-        evaluator.after(epoch, step.averaged, stats, lr, time.perf_counter() - began)
+    with state.training("", step=step, evaluator=evaluator):
+        for epoch in range(state.epoch, one.epochs):
+            lr = one.lr * cosine(epoch, one.epochs, one.warmup_epochs)
+            set_lr(step.optimizer, lr)
+            step.use_loss(criterion if drw_epoch is None or epoch < drw_epoch else weighted)
+            model.train(trained is model)  # what is frozen keeps its BatchNorm statistics too
+            trained.train()
+            steps = batches.epoch(epoch, first=state.step)
+            bar = run.bar(steps, len(batches) - state.step, f"epoch {epoch + 1}/{one.epochs}")
+            stats = train_epoch(step, bar, epoch, lr, state)
+            evaluator.after(epoch, step.averaged, stats, lr, state.seconds)
+            state.next_epoch()
 
     return evaluator.selection
 
@@ -233,9 +260,14 @@ def train_many(
         number = f"run {settings.index(setting) + 1} of {len(settings)}"
         label = "_".join(f"{name}{getattr(one, name)}" for name in names if getattr(one, name) is not None)
         folder = label if len(label) < 200 else number.replace(" ", "_")
+        result.folder = run.folder / folder
+        done = by_first(lambda: completed_run(result.folder))
+        if done:
+            result.load_state_dict(done["result"])
+            finished.append(result)
+            return result
         with run.child(folder, f"{label}  " if options.parallel > 1 else "") as child:
             child.say(f"\n{number}: {label}")
-            result.folder = child.folder
             try:
                 result.selection = train(one, mine, device, child, start)
             except Diverged as error:
@@ -247,6 +279,7 @@ def train_many(
                 if result.diverged is None:
                     ending = (child, "stage1", one, mine, result.selection, argv, device, start)
                     by_first(lambda: finish(*ending, head=one.head, is_final=False))
+                by_first(lambda: complete(child, result.state_dict()))
         return result
 
     try:

@@ -30,7 +30,7 @@ from retraining.features import DTYPES, FEATURES, Stream
 from retraining.methods import METHODS
 from retraining.settings import TUNABLE, Setting, by_stream, make_settings
 from retraining.solver import Solver, heads_that_fit
-from retraining.sweep import Lab, Result
+from retraining.sweep import Finished, Lab, Result, Results, name_of
 from stages import (
     EVAL_BATCH,
     HUGE,
@@ -38,11 +38,13 @@ from stages import (
     begin,
     calibrated,
     fill_options,
+    find_run,
     finish,
     flags_of,
     load_data,
     open_checkpoint,
     restore,
+    say_complete,
     stage_option,
 )
 from sweeps import choice_in_words, chosen_on, rows_that_stand, short, show_sweep, varying
@@ -62,6 +64,7 @@ from utils.options import (
     parse_typed,
     shown,
 )
+from utils.resume import TrainState, complete
 from utils.run import Run
 from utils.system import pick_device
 
@@ -114,7 +117,10 @@ class Options(TrainOptions):
 def main(argv: Sequence[str]) -> Report:
     """Runs the command; returns the chosen setting's report on the test set."""
     require_single("main_stage2.py")
-    typed = parse_typed(Options, argv, "main_stage2.py", __doc__)
+    typed, resumed = find_run(Options, parse_typed(Options, argv, "main_stage2.py", __doc__), "main_stage2.py")
+    if resumed and resumed.is_complete:
+        report_then: Report = say_complete(resumed)
+        return report_then
     parent, resolved = continue_stage1(typed, Options)
     options: Any = resolved.options
     device = pick_device(options.device, options.gpu, options.threads)
@@ -124,7 +130,7 @@ def main(argv: Sequence[str]) -> Report:
     settings = make_settings(options.method, wanted, typed, data.num_classes, published=options.protocol == "published")
     refuse_unused(typed, options, settings)
     refuse_head(parent, options.method)
-    with begin(resolved, "stage2", data, device) as run:
+    with begin(resolved, "stage2", data, device, typed, resumed=resumed) as run:
         lab = make_lab(parent, data, device, options, run)
         run.say(f"from {parent.path}: {describe(settings)}")
         if "los" in options.method and data.num_classes != 100 and "auto" in (options.label_smooth or ("auto",)):
@@ -132,7 +138,7 @@ def main(argv: Sequence[str]) -> Report:
             run.say(f"label_smooth auto is {smooth} here: this project's extrapolation of 0.98 at 100 classes")
         results = retrain(settings, lab, options, run)
         run.say(lab.source.size)
-        return conclude(results, lab, options, run, argv, parent)
+        return complete(run, conclude(results, lab, options, run, argv, parent))
 
 
 def continue_stage1(typed: Mapping[str, Any], cls: type[Options]) -> tuple[Checkpoint, Resolved[Options]]:
@@ -214,14 +220,22 @@ def retrain(settings: Sequence[Setting], lab: Lab, options: Any, run: Run) -> li
     """Makes every classifier: those that see the same batches side by side, on one pass over the backbone."""
     results: list[Result] = []
     run.is_sweep = len(settings) > 1
+    finished = Finished(lab, options.select)
+    inputs = {"training images": lab.data.train.summary(), "stage-1 file": lab.source.checkpoint}
+    state = TrainState(run, lab.source.device, options.save_every, options.keep_states, inputs, finished=finished)
     for stream, group in by_stream(settings).items():
         if stream is None:
             results += post_hoc(group, lab, options.select)
             continue
         heads = [setting for setting in group if setting.scope == "fc"]
-        for part in in_memory(heads, stream, lab, run):
-            results += train_heads(stream, part, lab, options, run)
-        results += [train_network(setting, lab, options, run) for setting in group if setting.scope != "fc"]
+        parts = in_memory(heads, stream, lab, run, finished) + [[s] for s in group if s.scope != "fc"]
+        for part in parts:
+            found = finished.find(part)
+            if found is None:
+                train = train_heads if part[0].scope == "fc" else train_network
+                found = train(part, stream, lab, options, run, state)
+                finished.add(found)
+            results += found
     return results
 
 
@@ -240,7 +254,9 @@ def post_hoc(settings: Sequence[Setting], lab: Lab, select: str) -> list[Result]
     return results
 
 
-def in_memory(settings: Sequence[Setting], stream: Stream, lab: Lab, run: Run) -> list[Sequence[Setting]]:
+def in_memory(
+    settings: Sequence[Setting], stream: Stream, lab: Lab, run: Run, finished: Finished
+) -> list[Sequence[Setting]]:
     """The settings in groups whose classifiers can be trained side by side; says so where they are several.
 
     Raises:
@@ -249,7 +265,10 @@ def in_memory(settings: Sequence[Setting], stream: Stream, lab: Lab, run: Run) -
     if not settings:
         return []
     classes, features = lab.start.weight.shape
-    fit = heads_that_fit(len(settings), classes, features, stream.batch_size, lab.source.device)
+    if stream.describe() not in finished.fits:
+        fit = heads_that_fit(len(settings), classes, features, stream.batch_size, lab.source.device)
+        finished.fits[stream.describe()] = fit
+    fit = finished.fits[stream.describe()]
     groups = [settings[first : first + fit] for first in range(0, len(settings), fit)]
     if len(groups) > 1:
         heads = f"{len(settings)} heads of {classes} x {features}"
@@ -257,32 +276,40 @@ def in_memory(settings: Sequence[Setting], stream: Stream, lab: Lab, run: Run) -
     return groups
 
 
-def train_heads(stream: Stream, settings: Sequence[Setting], lab: Lab, options: Any, run: Run) -> list[Result]:
+def train_heads(
+    settings: Sequence[Setting], stream: Stream, lab: Lab, options: Any, run: Run, state: TrainState
+) -> list[Result]:
     """Trains classifiers on a frozen backbone, all on the same batches."""
     results = [Result(setting, options.select) for setting in settings]
     trainees = [lab.trainee(setting) for setting in settings]
     solver = Solver(trainees, options.momentum, options.nesterov)
 
-    for epoch in range(stream.epochs):
-        began, rate = time.perf_counter(), cosine(epoch, stream.epochs)
-        train = solver.train_epoch(lab.source.epoch(stream, epoch), epoch / stream.epochs, rate)
-        seconds = time.perf_counter() - began
-        for result, trainee, stats in zip(results, trainees, train):
-            is_well = result.after(epoch, trainee.lr * rate, stats, seconds)
-            if is_well and is_due(epoch, stream.epochs, options.eval_every):
-                lab.measure(result, METHODS[result.setting.method].finished(trainee.head), epoch)
-        whole = [result for result in results if result.diverged is None]
-        run.log_many({result.setting.describe(): result.records[-1] for result in whole}, stream.describe())
+    with state.training(name_of(settings[0]), solver=solver, results=Results(results, lab)):
+        for epoch in range(state.epoch, stream.epochs):
+            rate = cosine(epoch, stream.epochs)
+            train = solver.train_epoch(lab.source.epoch(stream, epoch), epoch / stream.epochs, rate, state)
+            seconds, due = state.seconds, is_due(epoch, stream.epochs, options.eval_every)
+            if due:
+                lab.make_features(stream, epoch)
+            for result, trainee, stats in zip(results, trainees, train):
+                is_well = result.after(epoch, trainee.lr * rate, stats, seconds)
+                if is_well and due:
+                    lab.measure(result, METHODS[result.setting.method].finished(trainee.head), epoch)
+            whole = [result for result in results if result.diverged is None]
+            run.log_many({result.setting.describe(): result.records[-1] for result in whole}, stream.describe())
+            state.next_epoch()
 
     for result, spent in zip(results, solver.seconds):
         result.seconds = spent
     return results
 
 
-def train_network(setting: Setting, lab: Lab, options: Any, run: Run) -> Result:
-    """Trains a classifier together with the backbone or its last block: the ordinary loop."""
-    method, values, stream = METHODS[setting.method], setting.values, setting.stream
-    assert stream is not None
+def train_network(
+    settings: Sequence[Setting], stream: Stream, lab: Lab, options: Any, run: Run, state: TrainState
+) -> list[Result]:
+    """Trains a classifier together with the backbone or its last block: the ordinary loop, for one setting."""
+    (setting,) = settings
+    method, values = METHODS[setting.method], setting.values
     result = Result(setting, options.select)
     model = copy.deepcopy(lab.source.model).to(memory_format=torch.channels_last)
     model.load_state_dict(lab.source.backbone(None, -1))
@@ -293,27 +320,33 @@ def train_network(setting: Setting, lab: Lab, options: Any, run: Run) -> Result:
     optimizer = make_sgd(trained.parameters(), lr, options.momentum, wd, options.nesterov)
     step = TrainStep(model, method.loss(lab.start, values, 0.0), optimizer)
 
-    for epoch in range(stream.epochs):
-        started, rate = time.perf_counter(), cosine(epoch, stream.epochs)
-        model.train(options.features == "replay")
-        trained.train()
-        set_lr(optimizer, lr * rate)
-        step.use_loss(method.loss(lab.start, values, epoch / stream.epochs).to(lab.source.device))
-        steps = run.bar(batches.epoch(epoch), len(batches), f"epoch {epoch + 1}/{stream.epochs}")
-        try:
-            stats = train_epoch(step, steps, epoch, lr * rate)
-            method.project(model.fc, lab.start, values)
-            seconds = time.perf_counter() - started
-            result.seconds += seconds
-            result.after(epoch, lr * rate, stats, seconds)
-            if is_due(epoch, stream.epochs, options.eval_every):
-                val = lab.network_logits(model, "val") if lab.data.val else None
-                result.offer(epoch + 1, model, lab.network_logits(model, "test"), val, lab.data)
-        except Diverged:
-            result.diverged = epoch + 1
-            break
-        run.log_many({setting.describe(): result.records[-1]}, setting.describe(["seed", "finetune_scope"]))
-    return result
+    with state.training(name_of(setting), step=step, result=Results([result], lab)):
+        for epoch in range(state.epoch, stream.epochs):
+            rate, is_over = cosine(epoch, stream.epochs), state.step == len(batches)
+            model.train(options.features == "replay")
+            trained.train()
+            set_lr(optimizer, lr * rate)
+            step.use_loss(method.loss(lab.start, values, epoch / stream.epochs).to(lab.source.device))
+            steps = batches.epoch(epoch, first=state.step)
+            bar = run.bar(steps, len(batches) - state.step, f"epoch {epoch + 1}/{stream.epochs}")
+            try:
+                stats = train_epoch(step, bar, epoch, lr * rate, state)
+                if not is_over:
+                    method.project(model.fc, lab.start, values)
+                seconds, logits = state.seconds, None
+                if is_due(epoch, stream.epochs, options.eval_every):
+                    val = lab.network_logits(model, "val") if lab.data.val else None
+                    logits = lab.network_logits(model, "test"), val
+                result.seconds += seconds
+                result.after(epoch, lr * rate, stats, seconds)
+                if logits:
+                    result.offer(epoch + 1, model, *logits, lab.data)
+            except Diverged:
+                result.diverged = epoch + 1
+                break
+            run.log_many({setting.describe(): result.records[-1]}, setting.describe(["seed", "finetune_scope"]))
+            state.next_epoch()
+    return [result]
 
 
 #: What may help where every setting diverges.

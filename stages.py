@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +20,7 @@ from models import BACKBONES, HEADS, STEMS, TIMM, Network, build_model, imagenet
 from models.foreign import translate, translate_timm
 from utils import checkpoints
 from utils.checkpoints import IDENTITY, SELECT, STAGES, Checkpoint, NoCheckpoint
-from utils.distributed import by_first, in_turn, meet, processes, rank
+from utils.distributed import by_first, in_turn, launcher, meet, processes, rank
 from utils.files import require_writable
 from utils.metrics import GROUPS, Logits, Report, fit_temperature, per_class_csv, per_class_rows, percent, report
 from utils.options import (
@@ -31,6 +33,7 @@ from utils.options import (
     UsageError,
     Vector,
     check,
+    convert,
     option,
     published_values,
     ratio_number,
@@ -38,6 +41,7 @@ from utils.options import (
     shown,
 )
 from utils.plots import learning_curves, per_class_accuracy
+from utils.resume import TrainState, completed_run
 from utils.run import Run, make_folder
 from utils.system import draw_seed, provenance
 
@@ -48,6 +52,10 @@ EVAL_BATCH = {"cpu": 50, "cuda": 500}
 SEED = Number(int, 0, 2**31 - 1, words=("None",))
 #: --pretrained_pth of stage 1 that is no file: torchvision's ImageNet weights, or random ones.
 START_WORDS = ("imagenet", "none")
+#: Options that do not make a run another one, since they change nothing that it computes but perhaps its rounding; and
+#: those that may change beside them when a run is resumed by its folder, since files may have been moved.
+INCIDENTAL = ("resume", "save_every", "keep_states", "out", "workers", "threads", "device", "gpu", "parallel")
+MAY_MOVE = (*INCIDENTAL, "data_dir", "cache_dir")
 HUGE = 1e30  # the largest learning rate or weight decay: beyond, float32 overflows
 
 
@@ -121,6 +129,16 @@ class TrainOptions(DataOptions):
     eval_every: int = option(10, Number(int, 1), "epochs between evaluations; the last five always", published=1)
     seed: Any = option(None, Many(SEED), "of everything random; without it one is drawn and printed")
     out: str = option("output", Text("a folder"), "where run folders are made")
+    resume: str | None = option(
+        None,
+        Text("auto or a run folder"),
+        "continue a run that was cut off: the one in this folder, or auto: the newest of the same command under --out, "
+        "where there is none a new one",
+    )
+    save_every: int | None = option(
+        None, Number(int, 1), "epochs between saves of what --resume needs; if not given, every ten minutes"
+    )
+    keep_states: int = option(2, Number(int, 1, 1000), "how many of those saves are kept")
     la_tau: Any = option(None, Many(Number(float, -10, 10)), "logit adjustment: factor of the log prior")
     focal_gamma: Any = option(None, Many(Number(float, 0, 20)), "focal: power of 1 - p")
     cb_beta: Any = option(None, Many(Number(float, 0, 1 - 1e-9)), "class-balanced weights: beta")
@@ -136,6 +154,84 @@ class TrainOptions(DataOptions):
         super().__post_init__()
         if self.nesterov and self.momentum == 0:
             raise UsageError("--nesterov with --momentum 0", "a momentum above 0")
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """A run to go on with: its folder and, where it is complete, what its command returned."""
+
+    folder: Path
+    result: Any = None
+    is_complete: bool = False
+
+
+def find_run(cls: type[TrainOptions], typed: dict[str, Any], script: str) -> tuple[dict[str, Any], Resumed | None]:
+    """The run that --resume names, and the typed flags with those that it was begun with; None for a new run.
+
+    Raises:
+        UsageError: no such run, one of another command, or flags that contradict it.
+    """
+    wanted = typed.get("resume")
+    if wanted is None:
+        return typed, None
+    if wanted == "auto":
+        out = Path(str(typed.get("out", cls.out)))
+        for path in sorted(out.glob("*/*/options.json"), key=lambda path: path.parent.name, reverse=True):
+            begun = read_json(path)
+            if begun.get("script") == script and begun.get("typed") == as_json(comparable(typed)):
+                return find_run(cls, typed | {"resume": str(path.parent)}, script)
+        print(f"--resume auto: no earlier run of this command in {out}; a new one begins")
+        return typed, None
+    folder = Path(wanted)
+    begun = read_json(folder / "options.json")
+    if not isinstance(begun.get("typed"), dict):
+        raise UsageError(f"--resume {wanted}: no run that can be resumed", "auto, or the folder of a run")
+    if begun["script"] != script:
+        raise UsageError(
+            f"--resume {wanted}: a run of {begun['script']}", f"python {begun['script']} --resume {wanted}"
+        )
+    stored = typed_again(cls, begun["typed"], folder)
+    for name, value in typed.items():
+        if name not in MAY_MOVE and stored.get(name) != value:
+            was = f"with --{name} {shown(stored[name])}" if name in stored else "without it"
+            raise UsageError(
+                f"--{name} {shown(value)}: {wanted} was begun {was}", "what it was begun with, or a new run"
+            )
+    fixed = {name: begun["options"][name] for name in ("amp", "compile") if name in begun["options"]}
+    moved = {name: value for name, value in typed.items() if name in MAY_MOVE}
+    found = completed_run(folder)
+    return (
+        {**stored, **fixed, **moved, "seed": tuple(begun["seed"])},
+        Resumed(folder, found and found["result"], found is not None),
+    )
+
+
+def comparable(typed: Mapping[str, Any]) -> dict[str, Any]:
+    """The typed flags that make a run what it is."""
+    return {name: value for name, value in typed.items() if name not in INCIDENTAL}
+
+
+def as_json(content: Any) -> Any:
+    """A value as it comes back from a JSON file."""
+    return json.loads(json.dumps(content))
+
+
+def typed_again(cls: type[TrainOptions], stored: Mapping[str, Any], place: Path) -> dict[str, Any]:
+    """Typed flags as options.json has them; UsageError where a value cannot be one."""
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    unknown = set(stored) - set(fields)
+    if unknown:
+        raise UsageError(f"{place}: {', '.join(sorted(unknown))} is no option", "a run of this version")
+    return {name: convert(fields[name], value) for name, value in stored.items()}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a small JSON file; {} where there is none."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def fill_options(cls: type[T], typed: Mapping[str, Any], stage: str, file: Checkpoint | None = None) -> Resolved[T]:
@@ -437,8 +533,19 @@ def final_path(options: DataOptions, stage: str) -> Path:
     return checkpoints.default_path(data_name(options), options.imb_type, options.imb_ratio, options.network, stage)
 
 
-def begin(resolved: Resolved[Any], stage: str, data: LongTailed, device: torch.device, runs: int = 1) -> Run:
-    """Opens the folder of a run, or of so many, and says what will run; fails now what would fail later."""
+def begin(
+    resolved: Resolved[Any],
+    stage: str,
+    data: LongTailed,
+    device: torch.device,
+    typed: Mapping[str, Any],
+    runs: int = 1,
+    resumed: Resumed | None = None,
+) -> Run:
+    """Opens the folder of a run, or of so many, and says what will run; fails now what would fail later.
+
+    ``typed`` are the flags that --resume, beside the seeds, starts from.
+    """
     options = resolved.options
     seeds = options.seed if isinstance(options.seed, tuple) else (options.seed,)
     label = f"seed{seeds[0]}" if len(seeds) == 1 else f"{len(seeds)}seeds"
@@ -446,6 +553,9 @@ def begin(resolved: Resolved[Any], stage: str, data: LongTailed, device: torch.d
 
     def make() -> Path:
         require_writable("the folder", checkpoints.FOLDER)
+        if resumed:
+            require_writable("--resume", resumed.folder)
+            return resumed.folder
         return make_folder(options.out, final_path(options, stage).stem, label)
 
     folder = by_first(make)
@@ -455,8 +565,32 @@ def begin(resolved: Resolved[Any], stage: str, data: LongTailed, device: torch.d
     if processes() > 1:
         where = f"{where.replace(':0', '')} in each of {processes()} processes"
     run.say(f"{data.describe()}\ndevice {where}, seed {shown(options.seed)}, run folder {run.folder}")
-    run.write_json("options.json", {"options": dataclasses.asdict(options), "sources": dict(resolved.sources)})
+    script = "compare.py" if stage == "compare" else f"main_{stage}.py"
+    run.resume_by = shlex.join([*launcher(), script, "--resume", str(run.folder)])
+    if not resumed:
+        run.write_json(
+            "options.json",
+            {
+                "script": script,
+                "typed": comparable(typed),
+                "seed": seeds,
+                "options": dataclasses.asdict(options),
+                "sources": dict(resolved.sources),
+            },
+        )
     return run
+
+
+def say_complete(resumed: Resumed) -> Any:
+    """Says that a run is complete; returns what its command returned."""
+    print(f"{resumed.folder} is complete: nothing to resume. Without --resume it is made anew.")
+    return resumed.result
+
+
+def make_state(run: Run, options: Any, data: LongTailed, device: torch.device, parent: Checkpoint | None) -> TrainState:
+    """What is saved of a run while it trains, and taken up again by --resume."""
+    inputs = {"training images": data.train.summary(), "start": None if parent is None else parent.sha256}
+    return TrainState(run, device, options.save_every, options.keep_states, inputs)
 
 
 def calibrated(logits: Logits, labels: Tensor, class_counts: list[int]) -> Report:
@@ -472,6 +606,14 @@ class Evaluator:
         self.test = eval_batches(data, data.test, device)
         self.val = eval_batches(data, data.val, device) if data.val else None
         self.selection = Selection(options.select)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What has been selected so far."""
+        return self.selection.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from a state."""
+        self.selection.load_state_dict(state)
 
     def after(self, epoch: int, model: nn.Module, train: TrainStats, lr: float, seconds: float) -> None:
         """Logs epoch (from 0); ``seconds`` is the time of its training part."""
@@ -540,7 +682,7 @@ def finish(
         | {"epoch": selection.epoch, "select": selection.rule, "flip_tta": options.flip_tta}
         | ({"sweep": dict(sweep)} if sweep else {}),
         parent=None if parent is None else checkpoints.describe_parent(parent),
-        provenance=provenance(f"main_{stage}.py", argv, device, run.seconds),
+        provenance=provenance(f"main_{stage}.py", argv, device, run.seconds) | {"resumed": run.resumed},
         head=head,
         stem=stem,
     )

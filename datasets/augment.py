@@ -7,7 +7,6 @@ are black, where some long-tail code has them grey.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -164,18 +163,17 @@ class Mix:
     mixup: float
     cutmix: float
 
-    def __call__(self, batches: Iterable[tuple[Tensor, ...]], generator: Generator) -> Iterator[tuple[Tensor, ...]]:
+    def __call__(self, images: Tensor, labels: Tensor, generator: Generator) -> tuple[Tensor, ...]:
         draw = np.random.default_rng(int(torch.randint(2**62, (), generator=generator)))
-        for images, labels in batches:
-            order = torch.from_numpy(draw.permutation(len(images))).to(images.device, non_blocking=True)
-            cuts = self.cutmix > 0 and (self.mixup == 0 or draw.random() < 0.5)
-            alpha = self.cutmix if cuts else self.mixup
-            kept = draw.beta(alpha, alpha)
-            if cuts:
-                images, kept = _cut(images, order, kept, draw)
-            else:
-                images = torch.lerp(images[order], images, kept)
-            yield images, labels, labels[order], torch.full((), kept, device=images.device)
+        order = torch.from_numpy(draw.permutation(len(images))).to(images.device, non_blocking=True)
+        cuts = self.cutmix > 0 and (self.mixup == 0 or draw.random() < 0.5)
+        alpha = self.cutmix if cuts else self.mixup
+        kept = draw.beta(alpha, alpha)
+        if cuts:
+            images, kept = _cut(images, order, kept, draw)
+        else:
+            images = torch.lerp(images[order], images, kept)
+        return images, labels, labels[order], torch.full((), kept, device=images.device)
 
 
 def _cut(images: Tensor, order: Tensor, kept: float, draw: np.random.Generator) -> tuple[Tensor, float]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -154,32 +154,35 @@ class Batches:
         order = self.sampler(self.classes, epoch, self.epochs, generator)
         return self.augment.draws(order, *self.augment.draw(len(order), generator))
 
-    def epoch(self, epoch: int = 0) -> Iterator[Batch]:
-        """The batches of one epoch."""
+    def epoch(self, epoch: int = 0, first: int = 0) -> Iterator[Batch]:
+        """The batches of one epoch, without its ``first`` ones: those that follow are the same."""
         if self.augment is None:
-            first, every = self.share
-            steps = torch.arange(len(self.labels)).split(self.batch_size)[first::every]
+            mine, every = self.share
+            steps = torch.arange(len(self.labels)).split(self.batch_size)[mine::every]
             for index, images in zip(steps, self.pixels.whole(steps)):
                 yield self._normalise(images.float()), self._labels(slice(int(index[0]), int(index[-1]) + 1))
             return
-        policy = partial(self.policy, generator=self._stream(epoch, 1)) if self.policy else None
-        batches = self.cut(self.draws(epoch), policy)
-        yield from self.mix(batches, self._stream(epoch, 2)) if self.mix else batches
+        for number, (images, labels) in enumerate(self.cut(self.draws(epoch), epoch, first), start=first):
+            yield self.mix(images, labels, self._stream(epoch, 2, number)) if self.mix else (images, labels)
 
-    def cut(self, draws: Draws | PhotoDraws, policy: Callable[[Tensor], Tensor] | None = None) -> Iterator[Batch]:
-        """The batches of given images and crops; ``policy`` takes many batches at once, (n, c, H, W) uint8."""
+    def cut(self, draws: Draws | PhotoDraws, epoch: int = 0, first: int = 0) -> Iterator[Batch]:
+        """The batches of given images and crops, without the ``first`` ones, before mixing."""
         rows = own_rows(len(draws.order), self.batch_size, self.share)
-        sizes, several = (
-            [len(step) for step in rows],
-            POLICY_STEPS if policy and isinstance(self.pixels, Windows) else 1,
-        )
+        several = POLICY_STEPS if self.policy and isinstance(self.pixels, Windows) else 1
+        begun, skipped = divmod(first, several)  # a policy changes the images of several steps together
+        sizes = [len(step) for step in rows[begun * several :]]
+        if not sizes:
+            return
         groups = [sizes[i : i + several] for i in range(0, len(sizes), several)]
-        mine = (draw[torch.cat(rows)].to(self.pixels.index_device) for draw in draws)
+        index = torch.cat(rows[begun * several :])
+        mine = (draw[index].to(self.pixels.index_device) for draw in draws)
         steps = list(zip(*(draw.split([sum(group) for group in groups]) for draw in mine)))
-        for group, step, images in zip(groups, steps, self.pixels.cuts(steps)):
-            if policy:
-                images = policy(images.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).contiguous()
-            for part, *draw in zip(images.split(group), *(each.split(group) for each in step)):
+        for number, (group, step, images) in enumerate(zip(groups, steps, self.pixels.cuts(steps)), start=begun):
+            if self.policy:
+                stream = self._stream(epoch, 1, number)
+                images = self.policy(images.permute(0, 3, 1, 2), stream).permute(0, 2, 3, 1).contiguous()
+            wanted = zip(images.split(group), *(each.split(group) for each in step))
+            for part, *draw in islice(wanted, skipped if number == begun else 0, None):
                 augment = self.augment
                 pixels = augment.jittered(part, *draw) if isinstance(augment, ResizedCrop) else part.float()
                 yield self._normalise(pixels), self._labels(draw[0])
@@ -187,10 +190,13 @@ class Batches:
     def _labels(self, which: Tensor | slice) -> Tensor:
         return self.labels[which].to(self.device, non_blocking=True)
 
-    def _stream(self, epoch: int, number: int) -> Generator:
-        """Random numbers of their own for what comes after cropping, so that crops and order do not depend on it."""
+    def _stream(self, epoch: int, kind: int, number: int) -> Generator:
+        """Random numbers of their own for what comes after cropping, so that crops and order do not depend on it.
+
+        They follow from the step's, or the group of steps', number alone, so that an epoch can begin at any step.
+        """
         rank = self.share[0]
-        return seeded(*self.seed, epoch, number, *([rank] if rank else []))
+        return seeded(*self.seed, epoch, kind, number, *([rank] if rank else []))
 
     def _normalise(self, images: Tensor) -> Tensor:
         """(B, H, W, c) float in [0, 255], which is overwritten -> (B, c, H, W) float, channels last in memory."""

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from torch.optim import SGD
 from losses.softmax import SoftmaxLoss
 from utils.graphs import Graphed
 from utils.options import UsageError
+from utils.resume import TrainState
 from utils.system import free_memory
 
 #: Heads per matrix product on a CPU, at most, and the bytes of their weights: so much stays in its cache (CIFAR
@@ -71,6 +72,8 @@ class _Part(Protocol):
     def begin(self, progress: float, rate: float) -> None: ...
     def step(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]: ...
     def end(self) -> None: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
 class _LinearChunk:
@@ -159,15 +162,27 @@ class _LinearChunk:
         self.weight.addcmul_(self.rate, update)
         return loss, hits
 
+    @torch.no_grad()
     def end(self) -> None:
+        self._fill_heads()
         for trainee, row in zip(self.trainees, self.rows):
-            head: nn.Linear = trainee.head  # type: ignore[assignment]
-            with torch.no_grad():
-                head.weight.copy_(row[:, :-1])
-                head.bias.copy_(row[:, -1])
-                if trainee.project is not None:
-                    trainee.project()
-                    row[:, :-1].copy_(head.weight)
+            if trainee.project is not None:
+                trainee.project()
+                row[:, :-1].copy_(trainee.head.get_parameter("weight"))
+
+    def _fill_heads(self) -> None:
+        for trainee, row in zip(self.trainees, self.rows):
+            trainee.head.get_parameter("weight").copy_(row[:, :-1])
+            trainee.head.get_parameter("bias").copy_(row[:, -1])
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"weight": self.weight.contiguous(), "velocity": self.velocity.contiguous()}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.weight.copy_(state["weight"])
+        self.velocity.copy_(state["velocity"])
+        self._fill_heads()
 
 
 class _Alone:
@@ -196,6 +211,13 @@ class _Alone:
         if self.trainee.project is not None:
             self.trainee.project()
 
+    def state_dict(self) -> dict[str, Any]:
+        return {"head": self.trainee.head.state_dict(), "optimizer": self.optimizer.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.trainee.head.load_state_dict(state["head"])
+        self.optimizer.load_state_dict(state["optimizer"])
+
 
 class Solver:
     """Trains classifiers side by side with SGD; ``momentum`` and ``nesterov`` are shared, as in ``torch.optim.SGD``.
@@ -222,29 +244,56 @@ class Solver:
         alone = [i for i in range(len(trainees)) if i not in together]
         self.parts += [_Alone(i, trainees[i], momentum, nesterov) for i in alone]
         self.seconds = [0.0] * len(trainees)
+        self._begin_epoch()
 
-    def train_epoch(self, steps: Steps, progress: float, rate: float) -> list[tuple[float, float]]:
+    def _begin_epoch(self) -> None:
+        """``sums`` is what an epoch has measured so far, losses and hits (2, S) of every part, over ``images``."""
+        self.images, self.is_over = 0, False
+        self.sums: list[Tensor | float] = [0.0] * len(self.parts)
+
+    def train_epoch(
+        self, steps: Steps, progress: float, rate: float, state: TrainState | None = None
+    ) -> list[tuple[float, float]]:
         """One SGD step of every head on each (features (B, D), labels (B,)).
 
-        ``progress`` is the share of the epochs that is over, ``rate`` multiplies the learning rates. Returns each
-        head's (loss in nats, top-1 as a fraction), means over the images as it saw them.
+        ``progress`` is the share of the epochs that is over, ``rate`` multiplies the learning rates. ``state`` is told
+        of the steps and may have seen the first ones, which are then passed over. Returns each head's (loss in nats,
+        top-1 as a fraction), means over the images as it saw them.
         """
-        for part in self.parts:
-            part.begin(progress, rate)
-        images = 0
-        totals: list[Tensor | float] = [0.0] * len(self.parts)
-        with self._workers() as apply:
-            for window in _windows(iter(steps)):
-                images += sum(len(labels) for _, labels in window)
-                for i, found in enumerate(apply(partial(self._advance, window), self.parts)):
-                    totals[i] = totals[i] + found
+        done = state.step if state else 0
+        if done == 0:
+            self._begin_epoch()
+        if not self.is_over:
+            for part in self.parts:
+                part.begin(progress, rate)
+            with self._workers() as apply:
+                for window in _windows(islice(iter(steps), done, None)):
+                    found = list(apply(partial(self._advance, window), self.parts))
+                    self.images += sum(len(labels) for _, labels in window)
+                    self.sums = [before + sums for before, sums in zip(self.sums, found)]
+                    if state:
+                        state.advance(steps=len(window))
+            for part in self.parts:
+                part.end()
+            self.is_over = True
         results = [(0.0, 0.0)] * len(self.seconds)
-        for part, total in zip(self.parts, totals):
-            part.end()
-            assert isinstance(total, Tensor)
-            for place, (loss_sum, correct) in zip(part.places, total.T.tolist()):
-                results[place] = (loss_sum / images, correct / images)
+        for part, sums in zip(self.parts, self.sums):
+            assert isinstance(sums, Tensor)
+            for place, (loss_sum, correct) in zip(part.places, sums.T.tolist()):
+                results[place] = (loss_sum / self.images, correct / self.images)
         return results
+
+    def state_dict(self) -> dict[str, Any]:
+        """Weights and momentum of every head, and what the epoch has measured so far."""
+        own = {"images": self.images, "is_over": self.is_over, "sums": self.sums, "seconds": self.seconds}
+        return {**own, "parts": [part.state_dict() for part in self.parts]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from a state."""
+        self.images, self.is_over, self.seconds = state["images"], state["is_over"], state["seconds"]
+        self.sums = [value.to(self.device) if isinstance(value, Tensor) else value for value in state["sums"]]
+        for part, stored in zip(self.parts, state["parts"]):
+            part.load_state_dict(stored)
 
     def _advance(self, window: list[tuple[Tensor, ...]], part: _Part) -> Tensor:
         """A part's steps: its heads' sums of losses and hits, (2, S)."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -53,6 +54,23 @@ class Result(Outcome):
             self.records.append(record)
         return self.diverged is None
 
+    def state_dict(self) -> dict[str, Any]:
+        """The result so far; of its head the weights alone."""
+        return {
+            "selection": self.selection.state_dict(),
+            "records": self.records,
+            "seconds": self.seconds,
+            "diverged": self.diverged,
+        }
+
+    def take_up(self, state: dict[str, Any], head: nn.Module) -> None:
+        """Goes on from a state; ``head``, of the right kind, gets the selected epoch's weights."""
+        self.selection.load_state_dict(state["selection"])
+        self.records, self.seconds, self.diverged = state["records"], state["seconds"], state["diverged"]
+        if self.selection.state:
+            self.head = copy.deepcopy(head).cpu()
+            self.head.load_state_dict(self.selection.state, assign=True)
+
     def offer(self, epoch: int, head: nn.Module, test: Logits, val: Logits | None, data: LongTailed) -> None:
         """Measures logits (N, C) of the test and held-out images and shows them to the selection rule.
 
@@ -98,6 +116,16 @@ class Lab:
         labels: Tensor = getattr(self.data, part).labels
         return feature_blocks(self.source.evaluated(part), labels, self.data.num_classes, self.source.device)
 
+    def fresh(self, setting: Setting) -> nn.Module:
+        """What a setting's training begins with and its result keeps: the classifier, or the network with it."""
+        method = METHODS[setting.method]
+        head = method.head(self.start, setting.values)
+        if setting.scope == "fc":
+            return method.finished(head)
+        model = copy.deepcopy(self.source.model)
+        model.fc = head
+        return model
+
     def trainee(self, setting: Setting) -> Trainee:
         """A fresh classifier of a setting, ready for the solver."""
         method, values = METHODS[setting.method], setting.values
@@ -110,6 +138,11 @@ class Lab:
             (lambda: method.project(head, self.start, values)) if method.projects else None,
             values.get("maxnorm_every") == "step",
         )
+
+    def make_features(self, stream: Stream, epoch: int) -> None:
+        """Makes what :meth:`measure` will need after an epoch (from 0): the only part of it that takes long."""
+        for part in ("test", "val") if self.data.val else ("test",):
+            self.source.evaluated(part, stream, epoch)
 
     def measure(self, result: Result, head: nn.Module, epoch: int) -> None:
         """Evaluates a head on the backbone as it is after an epoch (from 0; -1 for stage 1's)."""
@@ -142,3 +175,60 @@ class Lab:
         backbone = self.source.backbone(result.setting.stream, result.selection.epoch - 1)
         kept = {name: tensor for name, tensor in backbone.items() if not name.startswith("fc.")}
         return kept | {f"fc.{name}": tensor for name, tensor in result.selection.state.items()}
+
+
+class Results:
+    """The results of some settings that are trained side by side, as one that can be saved."""
+
+    def __init__(self, results: Sequence[Result], lab: Lab) -> None:
+        self.results, self.lab = results, lab
+
+    def state_dict(self) -> dict[str, Any]:
+        """The results so far."""
+        return {"results": [result.state_dict() for result in self.results]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from a state."""
+        for result, stored in zip(self.results, state["results"]):
+            result.take_up(stored, self.lab.fresh(result.setting))
+
+
+class Finished:
+    """The results of settings whose training is over, as a run that is resumed needs them.
+
+    Attributes:
+        fits: how many classifiers of a group were trained at a time; memory decides it once.
+    """
+
+    def __init__(self, lab: Lab, select: str) -> None:
+        self.lab, self.select = lab, select
+        self.fits: dict[str, int] = {}
+        self._states: dict[str, dict[str, Any]] = {}
+
+    def add(self, results: Sequence[Result]) -> None:
+        """Notes results that will not change."""
+        self._states |= {name_of(result.setting): result.state_dict() for result in results}
+
+    def find(self, settings: Sequence[Setting]) -> list[Result] | None:
+        """The results of these settings, where they are there."""
+        states = [self._states.get(name_of(setting)) for setting in settings]
+        results = []
+        for setting, state in zip(settings, states):
+            if state is None:
+                return None
+            results.append(Result(setting, self.select))
+            results[-1].take_up(state, self.lab.fresh(setting))
+        return results
+
+    def state_dict(self) -> dict[str, Any]:
+        """The results so far."""
+        return {"fits": self.fits, "results": self._states}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from a state."""
+        self.fits, self._states = state["fits"], state["results"]
+
+
+def name_of(setting: Setting) -> str:
+    """A text that no other setting has."""
+    return json.dumps([setting.method, *setting.values.items()])

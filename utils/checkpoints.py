@@ -46,6 +46,9 @@ INCIDENTAL = (
     "cache_dir",
     "threads",
     "parallel",
+    "resume",
+    "save_every",
+    "keep_states",
 )
 
 

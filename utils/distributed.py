@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import pickle
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 from datetime import timedelta
 from itertools import zip_longest
@@ -19,7 +19,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from utils import signals
 from utils.options import Diverged, UsageError
+from utils.signals import Interrupted
 
 T = TypeVar("T")
 M = TypeVar("M", bound=nn.Module)
@@ -130,9 +132,11 @@ def joined() -> Iterator[None]:
                 time.sleep(GRACE)
                 raise SystemExit(2 if isinstance(error, UsageError) else 1) from None
             raise
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as error:
+            if isinstance(error, Interrupted) and error.between_steps:  # in all of them
+                _leave()
             if board.rank > 0:
-                raise SystemExit(130) from None
+                raise SystemExit(getattr(error, "status", 130)) from None
             raise
         except Exception:
             if board.has_ended():  # and this process broke because of that
@@ -211,6 +215,48 @@ def total(values: Tensor) -> Tensor:
     if processes() > 1:
         dist.all_reduce(values)
     return values
+
+
+def largest(values: list[int]) -> list[int]:
+    """Of each number the largest that any process has. It does not wait for a GPU."""
+    if processes() == 1:
+        return values
+    numbers = torch.tensor(values)
+    dist.all_reduce(numbers, dist.ReduceOp.MAX)
+    return [int(number) for number in numbers]
+
+
+def interruptible(steps: Iterable[T]) -> Iterator[T]:
+    """Passes steps through; of a single process a signal ends them, where several must first agree."""
+    for step in steps:
+        if processes() == 1:
+            signals.check()
+        yield step
+
+
+def gather_bytes(mine: bytes) -> list[bytes]:
+    """The bytes of every process, in their order, in the first one; nothing in the others."""
+    if processes() == 1:
+        return [mine]
+    size = largest([len(mine)])[0]
+    padded = torch.zeros(size + 8, dtype=torch.uint8)
+    padded[:8] = torch.tensor([len(mine)]).view(torch.uint8)
+    padded[8 : 8 + len(mine)] = torch.frombuffer(bytearray(mine), dtype=torch.uint8)
+    found = [torch.empty_like(padded) for _ in range(processes())] if rank() == 0 else None
+    dist.gather(padded, found)
+    return [row[8 : 8 + int(row[:8].view(torch.int64))].numpy().tobytes() for row in found or []]
+
+
+def broadcast_bytes(content: bytes) -> bytes:
+    """The first process's bytes, in all of them."""
+    if processes() == 1:
+        return content
+    size = largest([len(content) if rank() == 0 else 0])[0]
+    shared = torch.zeros(size, dtype=torch.uint8)
+    if rank() == 0 and size:
+        shared.copy_(torch.frombuffer(bytearray(content), dtype=torch.uint8))
+    dist.broadcast(shared, 0)
+    return shared.numpy().tobytes()
 
 
 def in_order(mine: list[T]) -> list[T]:

@@ -22,6 +22,8 @@ from dataclasses import dataclass
 from functools import wraps
 from typing import Any, Generic, NoReturn, TypeVar
 
+from utils import signals
+
 T = TypeVar("T")
 _UNSET = object()
 
@@ -50,13 +52,15 @@ def command(main: Callable[..., T]) -> Callable[..., T]:
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="replace")
         try:
-            return main(sys.argv[1:] if argv is None else list(argv))
+            with signals.handled():
+                return main(sys.argv[1:] if argv is None else list(argv))
         except UsageError as error:
             status, message = 2, str(error)
         except Diverged as error:
             status, message = 1, f"stopped: {error}"
-        except KeyboardInterrupt:
-            status, message = 130, "\ninterrupted"
+        except KeyboardInterrupt as error:
+            notes = "".join(f"\n{note}" for note in getattr(error, "__notes__", ()))
+            status, message = getattr(error, "status", 130), f"\nended by {str(error) or 'SIGINT'}{notes}"
         except BrokenPipeError:  # the reader of our output has gone, as in "| head"
             sys.stdout = open(os.devnull, "w")
             status, message = 141, "stopped: standard output was closed"
@@ -204,10 +208,11 @@ def check(options: Any) -> None:
         value = getattr(options, field.name)
         if value is None and field.default is None:
             continue
-        object.__setattr__(options, field.name, _convert(field, value))
+        object.__setattr__(options, field.name, convert(field, value))
 
 
-def _convert(field: dataclasses.Field[Any], value: Any) -> Any:
+def convert(field: dataclasses.Field[Any], value: Any) -> Any:
+    """A value through its option's kind; UsageError where it is not allowed."""
     kind: Kind = field.metadata["kind"]
     try:
         return kind(value)
@@ -297,7 +302,7 @@ def parse_typed(cls: type[Any], argv: Sequence[str], prog: str, description: str
         hint = f"{', '.join(near[:3])}, and " if near else ""
         raise UsageError(f"{prog} has no {unknown[0]}", f"{hint}what {prog} --help lists")
     fields = {field.name: field for field in dataclasses.fields(cls)}
-    return {name: _convert(fields[name], value) for name, value in vars(namespace).items()}
+    return {name: convert(fields[name], value) for name, value in vars(namespace).items()}
 
 
 def published_values(cls: type[Any]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 from torch.utils.tensorboard import SummaryWriter
 
 from utils.bar import bar
+from utils.distributed import interruptible
 from utils.files import require_writable
 from utils.metrics import percent
 
@@ -80,25 +81,30 @@ class Run:
         epochs: the records passed to :meth:`log` so far.
         is_sweep: makes :meth:`log_many` brief.
         stopped: set to end this run, and its children, after the step that they are in.
+        resumed: when and where the run went on after interruptions.
+        resume_by: the command that goes on where this run is cut off; "" for a part of another run.
     """
 
     def __init__(self, folder: Path | None, prefix: str = "") -> None:
         self.folder, self.prefix, self.writes = folder or Path(os.devnull), prefix, folder is not None
         self.epochs: list[dict[str, Any]] = []
+        self.resumed: list[dict[str, Any]] = []
+        self.resume_by = ""
         self.is_sweep = False
         self.stopped = threading.Event()
         self.started = time.perf_counter()
         self._open = ExitStack()
         log, metrics = (folder / name if folder else os.devnull for name in ("log.txt", "metrics.jsonl"))
-        self._log = self._open.enter_context(open(log, "w", buffering=1, encoding="utf-8"))
+        self._log = self._open.enter_context(open(log, "a", buffering=1, encoding="utf-8"))
         self._metrics = self._open.enter_context(open(metrics, "w", buffering=1))
+        self._lines: list[str] = []
         self._board = self._open.enter_context(SummaryWriter(str(folder))) if folder else None
 
     def child(self, name: str, prefix: str = "") -> Run:
         """One run of a sweep, in a folder inside this one's."""
         folder = self.folder / name
         if self.writes:
-            folder.mkdir()  # the names differ, since the settings do
+            folder.mkdir(exist_ok=True)  # the names differ, since the settings do; it exists where a sweep is resumed
         run = Run(folder if self.writes else None, prefix)
         run.stopped = self.stopped
         return run
@@ -110,12 +116,37 @@ class Run:
         with self._open:  # closes the files
             if value is not None and not isinstance(value, BrokenPipeError):
                 where = "" if self.is_sweep else f", in epoch {len(self.epochs) + 1}"
-                why = "interrupted" if isinstance(value, KeyboardInterrupt) else str(value) or repr(value)
+                why = str(value) or repr(value)
                 self.say(f"ended early{where}: {' '.join(why.split())}")
+                if self.resume_by and isinstance(value, KeyboardInterrupt):
+                    value.add_note(f"to continue: {self.resume_by}")
+                    self._log.write(f"to continue: {self.resume_by}\n")
+
+    def state_dict(self) -> dict[str, Any]:
+        """The records so far, see :class:`utils.resume.TrainState`."""
+        return {"seconds": self.seconds, "epochs": self.epochs, "lines": self._lines, "resumed": self.resumed}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on after these records; what was written after them is forgotten."""
+        self.started = time.perf_counter() - state["seconds"]
+        self.epochs, self.resumed = state["epochs"], state["resumed"]
+        self._metrics.seek(0)
+        self._metrics.truncate()
+        self._lines = []
+        for line in state["lines"]:
+            self._record(line)
+        if self._board:
+            last = max((record["epoch"] for record in self.epochs), default=0)
+            self._board.close()
+            self._board = self._open.enter_context(SummaryWriter(str(self.folder), purge_step=last + 1))
+
+    def _record(self, line: str) -> None:
+        self._lines.append(line)
+        self._metrics.write(line + "\n")
 
     @property
     def seconds(self) -> float:
-        """Since the run began."""
+        """Since the run began, interruptions left out."""
         return time.perf_counter() - self.started
 
     def say(self, text: str) -> None:
@@ -129,19 +160,9 @@ class Run:
             (self.folder / name).write_text(json.dumps(content, indent=1) + "\n")
 
     def bar(self, steps: Iterable[T], total: int, label: str) -> Iterator[T]:
-        """Passes ``steps`` through with a progress bar, see :func:`utils.bar.bar`.
-
-        Raises:
-            KeyboardInterrupt: the sweep that this run belongs to has been stopped.
-        """
-        steps = self._until_stopped(steps)
+        """Passes ``steps`` through with a progress bar, see :func:`utils.bar.bar`."""
+        steps = interruptible(steps)
         return bar(steps, total, label) if self.writes else steps
-
-    def _until_stopped(self, steps: Iterable[T]) -> Iterator[T]:
-        for step in steps:
-            if self.stopped.is_set():
-                raise KeyboardInterrupt
-            yield step
 
     def log(self, record: dict[str, Any]) -> None:
         """One epoch: a table line, a line of metrics.jsonl, TensorBoard scalars. None stands for "not measured"."""
@@ -149,7 +170,7 @@ class Run:
             self.say(table_row(None))
         self.epochs.append(record)
         self.say(table_row(record))
-        self._metrics.write(json.dumps(record) + "\n")
+        self._record(json.dumps(record))
         for key, value in record.items():
             if self._board and key != "epoch" and value is not None:
                 self._board.add_scalar(key.replace("_", "/", 1), value, record["epoch"])
@@ -161,7 +182,7 @@ class Run:
                 self.log(record)
             return
         for name, record in records.items():
-            self._metrics.write(json.dumps({"setting": name, **record}) + "\n")
+            self._record(json.dumps({"setting": name, **record}))
         measured = [record["test_top1"] for record in records.values() if "test_top1" in record]
         if measured:
             last = next(reversed(records.values()))

@@ -199,6 +199,17 @@ def _git(*arguments: str) -> str | None:
     return done.stdout.strip()
 
 
+def machine() -> dict[str, Any]:
+    """What rounding depends on, beside the device that a run was told to use."""
+    return {
+        "torch": str(torch.__version__),
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "processes": processes(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
 def provenance(script: str, argv: Sequence[str], device: torch.device, seconds: float) -> dict[str, Any]:
     """What made a result: command, commit (and whether files differ from it), versions, device, seconds, date."""
     changed = _git("status", "--porcelain", "--untracked-files=no")

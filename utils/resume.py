@@ -1,0 +1,305 @@
+"""Resume: all that a run needs to go on, in a file of its run folder that is replaced as a whole.
+
+Order of images, crops, policies and mixing follow from seed, epoch and step (:class:`datasets.Batches`), so that of
+them the position alone is saved; what follows from nothing else (weights, momentum, averages, loss scale, records, the
+global generators) is saved as it is. A run that was resumed therefore ends in the bits of one that was not.
+"""
+
+from __future__ import annotations
+
+import datetime
+import io
+import json
+import random
+import re
+import time
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from utils import signals
+from utils.distributed import broadcast_bytes, gather_bytes, largest, rank
+from utils.files import atomic
+from utils.options import UsageError
+from utils.run import Run
+from utils.system import machine
+
+R = TypeVar("R")
+FORMAT = 1
+#: Seconds between saves where --save_every does not say.
+INTERVAL = 600.0
+NAME = re.compile(r"state-(\d{6})\.pt")
+FINISHED = "finished.json"
+
+
+class Stateful(Protocol):
+    """What can be saved and taken up again, as PyTorch's modules and optimizers."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: Any) -> object: ...
+
+
+class TrainState:
+    """Where training is, and what belongs to it: saved while training goes on, and taken up again.
+
+    ::
+
+        with state.training("network", step=step, evaluator=evaluator):
+            for epoch in range(state.epoch, epochs):
+                for batch in batches.epoch(epoch, first=state.step):
+                    ...
+                    state.advance(loss, hits)
+                ...  # evaluation
+                state.next_epoch()
+
+    On a signal :meth:`advance` raises :class:`utils.signals.Interrupted`, and the state is saved on the way out.
+    Several processes agree in every step; the first one writes, also what each has for itself: measured values, random
+    numbers and, of a part that has a method ``own_state``, that.
+
+    Args:
+        run: the run, in whose folder the files are; its records are saved too.
+        device: where ``measured`` is.
+        every: epochs between saves; None for one every :data:`INTERVAL` seconds, also within an epoch.
+        keep: how many of the latest files are kept.
+        inputs: {what: value} of what the run was made from; a state with others is not continued.
+        always: what is saved whatever is being trained.
+
+    Attributes:
+        epoch: epochs that are over.
+        step: steps of the next epoch that are done.
+        measured: what each of those measured, as tensors.
+
+    Raises:
+        UsageError: the folder holds a state of other inputs, or no file of it can be read.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        device: torch.device,
+        every: int | None,
+        keep: int,
+        inputs: Mapping[str, Any],
+        **always: Stateful,
+    ) -> None:
+        self.run, self.device, self.every, self.keep, self.inputs = run, device, every, keep, dict(inputs)
+        self.always: dict[str, Stateful] = {"run": run, **always}
+        self.name = ""
+        self.parts: dict[str, Stateful] = {}
+        self._number = 0
+        self._last_save = time.monotonic()
+        self._begin_epoch(0)
+        self._waiting = self._read()
+        if self._waiting:
+            self._require_same(self._waiting)
+            for name, part in self.always.items():
+                part.load_state_dict(self._waiting["always"][name])
+
+    def _begin_epoch(self, epoch: int) -> None:
+        self.epoch, self.step = epoch, 0
+        self.measured: list[tuple[Tensor, ...]] = []
+        self._spent, self._since = 0.0, time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """Time since this epoch began, less that between an interruption and the run that went on."""
+        return self._spent + time.perf_counter() - self._since
+
+    @contextmanager
+    def training(self, name: str, **parts: Stateful) -> Iterator[None]:
+        """The training of ``parts``, from its beginning or from where a state of that name was saved."""
+        self.name, self.parts = name, parts
+        self._begin_epoch(0)
+        if self._waiting and self._waiting["name"] == name:
+            self._take_up(self._waiting)
+            self._waiting = None
+        with signals.deferred():
+            try:
+                yield
+            except signals.Interrupted as stop:
+                if stop.between_steps:
+                    self.save()
+                raise
+        self.name, self.parts = "", {}
+
+    def advance(self, *measured: Tensor, steps: int = 1) -> None:
+        """So many steps are done, and what they measured. Saves where it is time.
+
+        Raises:
+            Interrupted: a signal has come, to any of the processes.
+        """
+        self.step += steps
+        if measured:
+            self.measured.append(measured)
+        self._save_if(self.every is None and self._is_time())
+
+    def next_epoch(self) -> None:
+        """An epoch is over, with its evaluation. Saves where it is time."""
+        self._begin_epoch(self.epoch + 1)
+        self._save_if(self._is_time() if self.every is None else self.epoch % self.every == 0)
+
+    def _is_time(self) -> bool:
+        return time.monotonic() - self._last_save >= INTERVAL
+
+    def _save_if(self, is_due: bool) -> None:
+        stop, due = largest([signals.requested() or 0, int(is_due)])
+        if stop:
+            raise signals.Interrupted(stop, between_steps=True)
+        if self.run.stopped.is_set():
+            raise signals.Interrupted(signals.HANDLED[0], between_steps=True)
+        if due:
+            self.save()
+
+    def save(self) -> None:
+        """Writes the state; where that fails, the file before it stands and the run says so."""
+        self._last_save = time.monotonic()
+        own = gather_bytes(_dump(self._own()))
+        if rank() > 0:
+            return
+        content = {
+            "format": FORMAT,
+            "name": self.name,
+            "epoch": self.epoch,
+            "step": self.step,
+            "inputs": self.inputs,
+            "machine": machine(),
+            "always": {name: part.state_dict() for name, part in self.always.items()},
+            "parts": {name: part.state_dict() for name, part in self.parts.items()},
+            "own": [_load(blob) for blob in own],
+        }
+        try:
+            with atomic(self.run.folder / f"state-{self._number + 1:06d}.pt") as path, open(path, "wb") as file:
+                torch.save(content, file)
+        except OSError as error:
+            self.run.say(f"note: the state of epoch {self.epoch + 1}, step {self.step} was not saved: {error}")
+            return
+        self._number += 1
+        for path in state_files(self.run.folder)[self.keep :]:
+            path.unlink(missing_ok=True)
+
+    def _own(self) -> dict[str, Any]:
+        """What this process alone has."""
+        return {
+            "spent": self.seconds,
+            "measured": [torch.stack(column).cpu() for column in zip(*self.measured)],
+            "random": random_states(self.device),
+            "parts": {name: part.own_state() for name, part in self.parts.items() if hasattr(part, "own_state")},
+        }
+
+    def _read(self) -> dict[str, Any] | None:
+        """The newest state that is whole; None where there is none."""
+        blob, damaged = b"", []
+        for path in state_files(self.run.folder) if self.run.writes else []:
+            self._number = max(self._number, int(path.stem.removeprefix("state-")))
+            try:
+                blob = path.read_bytes()
+                _load(blob)
+                break
+            except (OSError, ValueError):
+                blob = b""
+                damaged.append(path.name)
+        if damaged and not blob:
+            raise UsageError(f"{self.run.folder}: {', '.join(damaged)} cannot be read", "a start without --resume")
+        if damaged:
+            self.run.say(f"note: {', '.join(damaged)} cannot be read; the state before it is taken")
+        blob = broadcast_bytes(blob)
+        return _load(blob) if blob else None
+
+    def _require_same(self, state: Mapping[str, Any]) -> None:
+        for what, value in self.inputs.items():
+            if state["inputs"].get(what) != value:
+                raise UsageError(
+                    f"{self.run.folder} was begun with another {what}: {state['inputs'].get(what)}, now {value}",
+                    "what it was begun with, or a start without --resume",
+                )
+        now, before = machine(), state["machine"]
+        changed = [
+            f"{name} {before.get(name)}, now {value}" for name, value in now.items() if before.get(name) != value
+        ]
+        if changed:
+            self.run.say(f"note: results may differ by rounding from an uninterrupted run's: {'; '.join(changed)}")
+
+    def _take_up(self, state: Mapping[str, Any]) -> None:
+        for name, part in self.parts.items():
+            part.load_state_dict(state["parts"][name])
+        own = state["own"][min(rank(), len(state["own"]) - 1)]
+        for name, value in own["parts"].items():
+            self.parts[name].load_own_state(value)  # type: ignore[attr-defined]
+        self.epoch, self.step, self._spent = state["epoch"], state["step"], own["spent"]
+        self.measured = list(zip(*(column.to(self.device).unbind() for column in own["measured"])))
+        set_random_states(own["random"], self.device)
+        where = f"step {self.step} of epoch {self.epoch + 1}" if self.step else f"epoch {self.epoch + 1}"
+        what = f" of {self.name}" if self.name else ""
+        self.run.resumed.append(
+            {"date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "at": where + what, **machine()}
+        )
+        self.run.say(f"resumed at {where}{what}")
+
+
+def state_files(folder: Path) -> list[Path]:
+    """The states of a run folder, newest first."""
+    return sorted((path for path in folder.iterdir() if NAME.fullmatch(path.name)), reverse=True)
+
+
+def complete(run: Run, result: R) -> R:
+    """Marks a run as complete, with what its command returns (JSON), and removes its states; returns the result."""
+    with atomic(run.folder / FINISHED) as path:
+        path.write_text(json.dumps({"result": result}) + "\n")
+    for state in state_files(run.folder):
+        state.unlink(missing_ok=True)
+    return result
+
+
+def completed_run(folder: Path) -> Any:
+    """What :func:`complete` noted in a run folder, {"result": ...}; None where the run is not complete."""
+    try:
+        return json.loads((folder / FINISHED).read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def random_states(device: torch.device) -> dict[str, Any]:
+    """The global random generators: Python's, NumPy's, PyTorch's and the GPU's."""
+    version, words, gauss = random.getstate()
+    kind, keys, *rest = np.random.get_state(legacy=True)
+    return {
+        "python": [version, list(words), gauss],
+        "numpy": [str(kind), torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+    }
+
+
+def set_random_states(states: Mapping[str, Any], device: torch.device) -> None:
+    """Puts the global generators back to what :func:`random_states` gave."""
+    version, words, gauss = states["python"]
+    random.setstate((version, tuple(words), gauss))
+    kind, keys, *rest = states["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(states["torch"])
+    if device.type == "cuda" and states["cuda"] is not None:
+        torch.cuda.set_rng_state(states["cuda"], device)
+
+
+def _dump(content: Any) -> bytes:
+    file = io.BytesIO()
+    torch.save(content, file)
+    return file.getvalue()
+
+
+def _load(blob: bytes) -> Any:
+    """The content of a file that torch wrote; ValueError where a byte of it is not what was written."""
+    file = io.BytesIO(blob)
+    try:
+        if zipfile.ZipFile(file).testzip() is not None:
+            raise ValueError
+        file.seek(0)
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # zipfile and torch.load raise nearly anything on a damaged file
+        raise ValueError("damaged") from error

@@ -1,0 +1,93 @@
+"""SIGINT (Ctrl-C) and SIGTERM: a run that can be resumed finishes its step and saves; anything else ends at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+HANDLED = (signal.SIGINT, signal.SIGTERM)
+#: torchrun passes on what a terminal has already sent: of several processes, signals so close (seconds) are one.
+ECHO = 3.0
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal ends the process.
+
+    Attributes:
+        between_steps: it was raised by :func:`check`, so that everything is in a state that can be saved.
+        status: the exit status that shells give to the signal: 130 or 143.
+    """
+
+    def __init__(self, number: int, between_steps: bool = False) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.between_steps, self.status = between_steps, 128 + number
+
+
+class _Requests:
+    """The first signal that this process has got, and how many of its threads will look for one by themselves."""
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+        self.came = 0.0
+        self.looking = 0
+        self.lock = threading.Lock()
+
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        """Notes the first signal where somebody looks for it; a second one, or any other, ends the process at once."""
+        is_echo = self.number is not None and int(os.environ.get("WORLD_SIZE", 1)) > 1
+        if is_echo and time.monotonic() - self.came < ECHO:
+            return
+        if self.number is not None or not self.looking:
+            self.number = number
+            raise Interrupted(number)
+        self.number, self.came = number, time.monotonic()
+        if int(os.environ.get("RANK", 0)) == 0:
+            name = signal.Signals(number).name
+            # print() is not re-entrant, and the signal may have come in the middle of one
+            os.write(2, f"\n{name}: finishing the step and saving; once more ends at once\n".encode())
+
+
+_requests = _Requests()
+
+
+@contextmanager
+def handled() -> Iterator[None]:
+    """Handles both signals until the block ends. Does nothing outside of the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    _requests.number = None
+    before = {number: signal.signal(number, _requests.handle) for number in HANDLED}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def deferred() -> Iterator[None]:
+    """In this block a first signal is only noted; call :func:`requested` or :func:`check` between steps."""
+    with _requests.lock:
+        _requests.looking += 1
+    try:
+        yield
+    finally:
+        with _requests.lock:
+            _requests.looking -= 1
+
+
+def requested() -> int | None:
+    """The number of the signal that asks this process to end; None for none."""
+    return _requests.number
+
+
+def check() -> None:
+    """Raises Interrupted where a signal has come that was only noted."""
+    if _requests.number is not None:
+        raise Interrupted(_requests.number, between_steps=True)
