@@ -26,6 +26,7 @@ from main_stage2 import (
     SCOPES,
     continue_stage1,
     fitting,
+    hash_of_stage1,
     make_lab,
     refuse_head,
     refuse_unused,
@@ -65,7 +66,8 @@ class Options(main_stage2.Options):
 def main(argv: Sequence[str]) -> list[dict[str, Any]]:
     """Runs the command; returns the table's rows, best first, accuracies as fractions."""
     require_single("compare.py")
-    typed, resumed = find_run(Options, parse_typed(Options, argv, "compare.py", __doc__), "compare.py")
+    typed = parse_typed(Options, argv, "compare.py", __doc__)
+    typed, resumed = find_run(Options, typed, "compare.py", hash_of_stage1)
     if resumed and resumed.is_complete:
         rows_then: list[dict[str, Any]] = say_complete(resumed)
         return rows_then
@@ -82,7 +84,7 @@ def main(argv: Sequence[str]) -> list[dict[str, Any]]:
     require_held_out(parent, options, data, "--tune" if options.tune else None)
     settings = choose_settings(options, typed, data.num_classes)
     refuse_unused(typed, options, settings)
-    with begin(resolved, "compare", data, device, typed, resumed=resumed) as run:
+    with begin(resolved, "compare", data, device, typed, parent, resumed) as run:
         lab = make_lab(parent, data, device, options, run)
         run.say(f"from {parent.path}: {len(settings)} classifiers")
         results = retrain(settings, lab, options, run)

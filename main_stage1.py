@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -164,13 +164,11 @@ class Trained(Outcome):
 def main(argv: Sequence[str]) -> Report:
     """Runs the command; returns the selected epoch's report on the test set, of a sweep the chosen run's."""
     typed = parse_typed(Options, argv, "main_stage1.py", __doc__)
-    typed, resumed = by_first(lambda: find_run(Options, typed, "main_stage1.py"))
+    typed, resumed = by_first(lambda: find_run(Options, typed, "main_stage1.py", hash_of_start))
     if resumed and resumed.is_complete:
         report: Report = say_complete(resumed)
         return report
-    start = None
-    if typed.get("pretrained_pth", "none") not in START_WORDS:  # its network and weights are taken, not its data
-        start = replace(open_checkpoint(typed, "stage1", Options), data={})
+    start = open_start(typed)
     resolved = fill_options(Options, typed, "stage1", file=start)
     settings = make_settings(resolved.options, typed)
     seed = settings[0].values["seed"]
@@ -182,7 +180,8 @@ def main(argv: Sequence[str]) -> Report:
         start = published_start(options.network)
     if start:
         starting_weights(start, data, options.head)  # fails now where it would fail later
-    with begin(Resolved(options, resolved.sources), "stage1", data, device, typed, len(settings), resumed) as run:
+    resolved = Resolved(options, resolved.sources)
+    with begin(resolved, "stage1", data, device, typed, start, resumed, len(settings)) as run:
         run.is_sweep = len(settings) > 1
         if start and start.num_classes != data.num_classes:
             run.say(f"from {start.path}, of {start.num_classes} classes: the classifier begins anew")
@@ -195,6 +194,19 @@ def main(argv: Sequence[str]) -> Report:
         selection = train(one, data, device, run, start)
         ending = (run, "stage1", one, data, selection, argv, device, start)
         return by_first(lambda: complete(run, finish(*ending, head=one.head)))
+
+
+def open_start(typed: Mapping[str, Any]) -> Checkpoint | None:
+    """The file that training starts from, for its network and weights, not for its data; None where it is none."""
+    if typed.get("pretrained_pth", "none") in START_WORDS:
+        return None
+    return replace(open_checkpoint(typed, "stage1", Options), data={})
+
+
+def hash_of_start(typed: Mapping[str, Any]) -> str | None:
+    """The hash of that file."""
+    start = open_start(typed)
+    return None if start is None else start.sha256
 
 
 def train(one: Any, data: LongTailed, device: torch.device, run: Run, start: Checkpoint | None) -> Selection:
@@ -215,7 +227,7 @@ def train(one: Any, data: LongTailed, device: torch.device, run: Run, start: Che
         graphed=one.graph == "on",
     )
     evaluator = Evaluator(run, data, device, one, one.epochs)
-    state = make_state(run, one, data, device, start)
+    state = make_state(run, one, data, device)
     criterion, drw_epoch = step.criterion, one.drw_epoch
     if drw_epoch is not None:
         weighted = reweighted(criterion, class_balanced_weights(class_counts, one.cb_beta)).to(device)

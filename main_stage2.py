@@ -42,6 +42,7 @@ from stages import (
     finish,
     flags_of,
     load_data,
+    make_state,
     open_checkpoint,
     restore,
     say_complete,
@@ -117,7 +118,8 @@ class Options(TrainOptions):
 def main(argv: Sequence[str]) -> Report:
     """Runs the command; returns the chosen setting's report on the test set."""
     require_single("main_stage2.py")
-    typed, resumed = find_run(Options, parse_typed(Options, argv, "main_stage2.py", __doc__), "main_stage2.py")
+    typed = parse_typed(Options, argv, "main_stage2.py", __doc__)
+    typed, resumed = find_run(Options, typed, "main_stage2.py", hash_of_stage1)
     if resumed and resumed.is_complete:
         report_then: Report = say_complete(resumed)
         return report_then
@@ -130,7 +132,7 @@ def main(argv: Sequence[str]) -> Report:
     settings = make_settings(options.method, wanted, typed, data.num_classes, published=options.protocol == "published")
     refuse_unused(typed, options, settings)
     refuse_head(parent, options.method)
-    with begin(resolved, "stage2", data, device, typed, resumed=resumed) as run:
+    with begin(resolved, "stage2", data, device, typed, parent, resumed) as run:
         lab = make_lab(parent, data, device, options, run)
         run.say(f"from {parent.path}: {describe(settings)}")
         if "los" in options.method and data.num_classes != 100 and "auto" in (options.label_smooth or ("auto",)):
@@ -151,6 +153,11 @@ def continue_stage1(typed: Mapping[str, Any], cls: type[Options]) -> tuple[Check
     if parent.stage == "stage2":
         raise UsageError(f"--pretrained_pth {parent.path} is a stage-2 file", "a stage-1 file")
     return parent, fill_options(cls, typed, "stage2", file=parent)
+
+
+def hash_of_stage1(typed: Mapping[str, Any]) -> str | None:
+    """The hash of stage 1's file that the typed flags choose."""
+    return open_checkpoint(typed, "stage1", Options).sha256
 
 
 def refuse_unused(typed: Mapping[str, Any], options: Any, settings: Sequence[Setting]) -> None:
@@ -221,8 +228,7 @@ def retrain(settings: Sequence[Setting], lab: Lab, options: Any, run: Run) -> li
     results: list[Result] = []
     run.is_sweep = len(settings) > 1
     finished = Finished(lab, options.select)
-    inputs = {"training images": lab.data.train.summary(), "stage-1 file": lab.source.checkpoint}
-    state = TrainState(run, lab.source.device, options.save_every, options.keep_states, inputs, finished=finished)
+    state = make_state(run, options, lab.data, lab.source.device, finished=finished)
     for stream, group in by_stream(settings).items():
         if stream is None:
             results += post_hoc(group, lab, options.select)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -41,7 +41,7 @@ from utils.options import (
     shown,
 )
 from utils.plots import learning_curves, per_class_accuracy
-from utils.resume import TrainState, completed_run
+from utils.resume import Stateful, TrainState, completed_run
 from utils.run import Run, make_folder
 from utils.system import draw_seed, provenance
 
@@ -165,11 +165,16 @@ class Resumed:
     is_complete: bool = False
 
 
-def find_run(cls: type[TrainOptions], typed: dict[str, Any], script: str) -> tuple[dict[str, Any], Resumed | None]:
+def find_run(
+    cls: type[TrainOptions], typed: dict[str, Any], script: str, start_of: Callable[[Mapping[str, Any]], str | None]
+) -> tuple[dict[str, Any], Resumed | None]:
     """The run that --resume names, and the typed flags with those that it was begun with; None for a new run.
 
+    ``start_of`` gives the hash of the checkpoint that typed flags choose to start from: a run that was begun from
+    another is another run.
+
     Raises:
-        UsageError: no such run, one of another command, or flags that contradict it.
+        UsageError: no such run, one of another command, or flags or a checkpoint that contradict it.
     """
     wanted = typed.get("resume")
     if wanted is None:
@@ -178,8 +183,9 @@ def find_run(cls: type[TrainOptions], typed: dict[str, Any], script: str) -> tup
         out = Path(str(typed.get("out", cls.out)))
         for path in sorted(out.glob("*/*/options.json"), key=lambda path: path.parent.name, reverse=True):
             begun = read_json(path)
-            if begun.get("script") == script and begun.get("typed") == as_json(comparable(typed)):
-                return find_run(cls, typed | {"resume": str(path.parent)}, script)
+            is_same = begun.get("script") == script and begun.get("typed") == as_json(comparable(typed))
+            if is_same and begun["start"] == start_of(typed):
+                return find_run(cls, typed | {"resume": str(path.parent)}, script, start_of)
         print(f"--resume auto: no earlier run of this command in {out}; a new one begins")
         return typed, None
     folder = Path(wanted)
@@ -187,23 +193,20 @@ def find_run(cls: type[TrainOptions], typed: dict[str, Any], script: str) -> tup
     if not isinstance(begun.get("typed"), dict):
         raise UsageError(f"--resume {wanted}: no run that can be resumed", "auto, or the folder of a run")
     if begun["script"] != script:
-        raise UsageError(
-            f"--resume {wanted}: a run of {begun['script']}", f"python {begun['script']} --resume {wanted}"
-        )
+        other = begun["script"]
+        raise UsageError(f"--resume {wanted}: a run of {other}", f"python {other} --resume {wanted}")
     stored = typed_again(cls, begun["typed"], folder)
     for name, value in typed.items():
         if name not in MAY_MOVE and stored.get(name) != value:
             was = f"with --{name} {shown(stored[name])}" if name in stored else "without it"
-            raise UsageError(
-                f"--{name} {shown(value)}: {wanted} was begun {was}", "what it was begun with, or a new run"
-            )
+            raise UsageError(f"--{name} {shown(value)}: {wanted} was begun {was}", "the same, or a new run")
     fixed = {name: begun["options"][name] for name in ("amp", "compile") if name in begun["options"]}
     moved = {name: value for name, value in typed.items() if name in MAY_MOVE}
-    found = completed_run(folder)
-    return (
-        {**stored, **fixed, **moved, "seed": tuple(begun["seed"])},
-        Resumed(folder, found and found["result"], found is not None),
-    )
+    found = {**stored, **fixed, **moved, "seed": tuple(begun["seed"])}
+    done = completed_run(folder)
+    if done is None and begun["start"] != start_of(found):
+        raise UsageError(f"--resume {wanted} was begun from another checkpoint", "the same file, or a new run")
+    return found, Resumed(folder, done and done["result"], done is not None)
 
 
 def comparable(typed: Mapping[str, Any]) -> dict[str, Any]:
@@ -539,12 +542,13 @@ def begin(
     data: LongTailed,
     device: torch.device,
     typed: Mapping[str, Any],
+    start: Checkpoint | None,
+    resumed: Resumed | None,
     runs: int = 1,
-    resumed: Resumed | None = None,
 ) -> Run:
     """Opens the folder of a run, or of so many, and says what will run; fails now what would fail later.
 
-    ``typed`` are the flags that --resume, beside the seeds, starts from.
+    ``typed`` are the flags that --resume, beside the seeds, begins with again; ``start`` is the file it begins from.
     """
     options = resolved.options
     seeds = options.seed if isinstance(options.seed, tuple) else (options.seed,)
@@ -574,6 +578,7 @@ def begin(
                 "script": script,
                 "typed": comparable(typed),
                 "seed": seeds,
+                "start": None if start is None else start.sha256,
                 "options": dataclasses.asdict(options),
                 "sources": dict(resolved.sources),
             },
@@ -587,10 +592,10 @@ def say_complete(resumed: Resumed) -> Any:
     return resumed.result
 
 
-def make_state(run: Run, options: Any, data: LongTailed, device: torch.device, parent: Checkpoint | None) -> TrainState:
+def make_state(run: Run, options: Any, data: LongTailed, device: torch.device, **always: Stateful) -> TrainState:
     """What is saved of a run while it trains, and taken up again by --resume."""
-    inputs = {"training images": data.train.summary(), "start": None if parent is None else parent.sha256}
-    return TrainState(run, device, options.save_every, options.keep_states, inputs)
+    inputs = {"training images": data.train.summary()}
+    return TrainState(run, device, options.save_every, options.keep_states, inputs, **always)
 
 
 def calibrated(logits: Logits, labels: Tensor, class_counts: list[int]) -> Report:

@@ -1,12 +1,12 @@
 """Augmentation policies and mixing: against torchvision image by image, against their laws, and inside batches."""
 
 from collections import Counter
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Iterator
 from itertools import product
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 import datasets
 from datasets import AUGMENTATIONS, Augment, Batches, Mix
@@ -141,10 +141,14 @@ def colours(size: int, steps: int, device: torch.device = CPU) -> list[tuple[Ten
     return [(labels.float()[:, None, None, None].repeat(1, 2, 8, 16), labels)] * steps
 
 
+def mixed(mix: Mix, batches: list[tuple[Tensor, ...]], generator: Generator) -> Iterator[tuple[Tensor, ...]]:
+    return (mix(*batch, generator) for batch in batches)
+
+
 @pytest.mark.parametrize("size", [1, 2, 9])
 def test_mixup(size: int, device: torch.device) -> None:
     batches, orders = colours(size, 30, device), set()
-    for images, labels, partners, share in Mix(0.5, 0)(batches, seeded(size)):
+    for images, labels, partners, share in mixed(Mix(0.5, 0), batches, seeded(size)):
         assert torch.equal(labels, batches[0][1]) and torch.equal(partners.sort().values, labels)
         assert share.shape == () and 0 <= share <= 1
         expected = (share * labels + (1 - share) * partners)[:, None, None, None]
@@ -156,7 +160,7 @@ def test_mixup(size: int, device: torch.device) -> None:
 @pytest.mark.parametrize("alpha", [0.2, 1, 4])
 def test_law_of_mixup(alpha: float) -> None:
     n, variance = 4000, 1 / (4 * (2 * alpha + 1))
-    shares = torch.stack([share for *_, share in Mix(alpha, 0)(colours(1, n), seeded(0))]).double()
+    shares = torch.stack([share for *_, share in mixed(Mix(alpha, 0), colours(1, n), seeded(0))]).double()
     fourth = 3 / (16 * (2 * alpha + 1) * (2 * alpha + 3))  # central moment
     assert abs(shares.mean() - 0.5) < 4 * (variance / n) ** 0.5
     assert abs((shares - 0.5).square().mean() - variance) < 4 * ((fourth - variance**2) / n) ** 0.5
@@ -165,7 +169,7 @@ def test_law_of_mixup(alpha: float) -> None:
 @pytest.mark.parametrize("size", [1, 2, 9])
 def test_cutmix(size: int, device: torch.device) -> None:
     batches, sides = colours(size, 100, device), set()
-    for images, labels, partners, share in Mix(0, 1)(batches, seeded(size)):
+    for images, labels, partners, share in mixed(Mix(0, 1), batches, seeded(size)):
         assert torch.equal(labels, batches[0][1]) and torch.equal(partners.sort().values, labels)
         own, foreign = (images == kind[:, None, None, None] for kind in (labels, partners))
         assert (own | foreign).all() and share.shape == () and 0 <= share <= 1
@@ -179,7 +183,7 @@ def test_cutmix(size: int, device: torch.device) -> None:
 
 def test_law_of_cutmix() -> None:
     """How often each pixel is kept, over all lambdas, which are uniform here, and all centres."""
-    batches = Mix(0, 1)(colours(2, 8000), seeded(0))
+    batches = mixed(Mix(0, 1), colours(2, 8000), seeded(0))
     kept, shares = zip(*((images[0, 0] == 1, share) for images, _, partners, share in batches if partners[0] == 2))
     n, kept, shares = len(shares), torch.stack(kept), torch.stack(shares)
     covered = []
@@ -195,7 +199,7 @@ def test_law_of_cutmix() -> None:
 
 def test_mixup_and_cutmix_take_turns_with_their_own_parameters() -> None:
     shares: dict[bool, list[float]] = {True: [], False: []}
-    for images, _, _, share in Mix(100, 1)(colours(9, 400), seeded(0)):
+    for images, _, _, share in mixed(Mix(100, 1), colours(9, 400), seeded(0)):
         shares[bool((images == images.round()).all())].append(float(share))
     assert abs(len(shares[True]) - 200) < 4 * 10
     assert max(abs(share - 0.5) for share in shares[False]) < 0.25  # Beta(100, 100)
@@ -214,8 +218,9 @@ def test_batches_apply_the_policy_to_exactly_the_crops(name: str, device: torch.
     assert 2 * chunk < 301
     plain, batches = make(device), make(device, policy)
     for epoch in (0, 1):
-        (crops, labels), stream = map(torch.cat, zip(*plain.epoch(epoch))), seeded(3, epoch, 1)
-        by_hand = [policy(part.contiguous(), stream) for part in crops.round().to(torch.uint8).split(chunk)]
+        crops, labels = map(torch.cat, zip(*plain.epoch(epoch)))
+        parts = enumerate(crops.round().to(torch.uint8).split(chunk))
+        by_hand = [policy(part.contiguous(), seeded(3, epoch, 1, number)) for number, part in parts]
         got = list(batches.epoch(epoch))
         assert [len(part) for _, part in got] == [2] * 150 + [1] and len(batches) == 151
         assert got[0][0].is_contiguous(memory_format=torch.channels_last)
@@ -228,15 +233,24 @@ def test_batches_apply_the_policy_to_exactly_the_crops(name: str, device: torch.
 
 @pytest.mark.parametrize("mix", [Mix(0.2, 0), Mix(0, 1), Mix(0.2, 1)], ids=str)
 def test_mixing_in_batches_equals_mixing_them_by_hand(mix: Mix, device: torch.device) -> None:
-    plain, mixed = make(device, Cutout()), make(device, Cutout(), mix)
-    got = list(mixed.epoch(1))
-    for other in (mix(plain.epoch(1), seeded(3, 1, 2)), mixed.epoch(1)):
+    plain, batches_of = make(device, Cutout()), make(device, Cutout(), mix)
+    got = list(batches_of.epoch(1))
+    by_hand = [mix(*batch, seeded(3, 1, 2, number)) for number, batch in enumerate(plain.epoch(1))]
+    for other in (by_hand, batches_of.epoch(1)):
         assert all(torch.equal(a, b) for batches in zip(got, other, strict=True) for a, b in zip(*batches, strict=True))
     assert [len(batch[0]) for batch in got] == [2] * 150 + [1]
     assert torch.equal(*(torch.cat([batch[1] for batch in batches]) for batches in (got, plain.epoch(1))))
-    assert [float(batch[3]) for batch in got] != [float(batch[3]) for batch in mixed.epoch(2)]
+    assert [float(batch[3]) for batch in got] != [float(batch[3]) for batch in batches_of.epoch(2)]
     assert all(images.is_contiguous(memory_format=torch.channels_last) for images, *_ in got)
     assert all(images.min() >= 0 and images.max() < 255.01 for images, *_ in got)
+
+
+@pytest.mark.parametrize("first", [0, 1, POLICY_STEPS - 1, POLICY_STEPS, 150, 151])
+def test_an_epoch_can_begin_at_any_step(first: int, device: torch.device) -> None:
+    batches = make(device, POLICIES["autoaugment+cutout"], Mix(0.2, 1))
+    whole, rest = list(batches.epoch(1)), list(batches.epoch(1, first))
+    assert len(rest) == 151 - first
+    assert all(torch.equal(a, b) for pair in zip(whole[first:], rest, strict=True) for a, b in zip(*pair, strict=True))
 
 
 @pytest.mark.parametrize("kind", ["digits", "colour"])

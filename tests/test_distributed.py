@@ -335,7 +335,7 @@ def test_policies_and_blends_are_each_process_s_own() -> None:
     options = {"policy": AUGMENTATIONS["cutout"], "mix": Mix(1.0, 1.0)}
     kept = [[batch[3].item() for batch in batches((me, 2), **options).epoch()] for me in range(2)]
     assert len({*kept[0], *kept[1]}) == 8
-    seeds = [batches(share)._stream(1, 2).initial_seed() for share in ((0, 1), (0, 2), (1, 2))]
+    seeds = [batches(share)._stream(1, 2, 0).initial_seed() for share in ((0, 1), (0, 2), (1, 2))]
     assert seeds[0] == seeds[1] != seeds[2]
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import sys
 from pathlib import Path
 
 import pytest
@@ -26,7 +25,7 @@ def equal(one, other) -> bool:
     if isinstance(one, torch.Tensor):
         return one.dtype == other.dtype and torch.equal(one, other)
     if isinstance(one, dict):
-        names = [name for name in one if name != "seconds"]
+        names = [name for name in one if not name.startswith("seconds")]
         return one.keys() == other.keys() and all(equal(one[name], other[name]) for name in names)
     if isinstance(one, list | tuple):
         return len(one) == len(other) and all(map(equal, one, other))
@@ -83,13 +82,14 @@ def run_folder(out: str) -> Path:
 def cut_off_and_resumed(script: str, arguments: list[str], interruptions: Interruptions, at: list[int]) -> None:
     """Compares a run that is cut off at some moments, each time resumed, with one that is not."""
     main = MAINS[script]
-    result = main([*arguments, "--out", "whole"])
+    caches = {out: [] if script == "main_stage1.py" else ["--cache_dir", f"{out}_cache"] for out in ("whole", "cut")}
+    result = main([*arguments, *caches["whole"], "--out", "whole"])
     total, interruptions.count = interruptions.count, 0
     interruptions.at = frozenset(1 + place * total // 100 for place in at)
     status = []
     while True:
         try:
-            resumed = main([*arguments, "--out", "cut", "--resume", "auto"])
+            resumed = main([*arguments, *caches["cut"], "--out", "cut", "--resume", "auto"])
             break
         except SystemExit as stop:
             status.append(stop.code)
@@ -126,3 +126,119 @@ def test_stage1_ends_in_the_same_bits(workdir, interruptions, name: str) -> None
         interruptions.count = 0
     arguments = [*DIGITS, "--epochs", "3", *RECIPES[name].split()]
     cut_off_and_resumed("main_stage1.py", arguments, interruptions, [7, 29, 50, 51, 93])
+
+
+CLASSIFIERS = {
+    "one": "",
+    "views": "--method los crt maxnorm disalign tau-norm --label_smooth 0.9 0.98 --seed 0 1 --views 3",
+    "replay": "--method los lws marc --features replay --sampler instance class progressive",
+    "orbit": "--method crt cosine ldam --features orbit --sampler sqrt",
+    "published": "--protocol published --method maxnorm lade --maxnorm_every epoch step",
+    "held out": "--method los crt --select best_val --eval_every 1 --batch_size 16 32",
+    "scope": "--method crt --finetune_scope fc last_block all --eval_every 1 --select best_val",
+    "scope, replay": "--method crt --finetune_scope all fc --features replay",
+}
+
+
+@pytest.fixture
+def stage1(workdir, interruptions) -> None:
+    main_stage1.main([*DIGITS, "--epochs", "1", "--val_split", "0.2"])
+    interruptions.count = 0
+
+
+@pytest.mark.parametrize("name", CLASSIFIERS)
+def test_stage2_ends_in_the_same_bits(stage1, interruptions, name: str) -> None:
+    arguments = [*DIGITS, "--finetune_epoch", "3", *CLASSIFIERS[name].split()]
+    cut_off_and_resumed("main_stage2.py", arguments, interruptions, [7, 29, 50, 51, 93])
+
+
+@pytest.mark.parametrize("options", ["--method joint los crt cosine", "--tune --method crt focal"])
+def test_compare_ends_in_the_same_bits(stage1, interruptions, options: str) -> None:
+    arguments = [*DIGITS, "--finetune_epoch", "2", "--seed", "0", "1", *options.split()]
+    cut_off_and_resumed("compare.py", arguments, interruptions, [9, 40, 77])
+
+
+def shown_error(capsys, main, *arguments: str) -> str:
+    with pytest.raises(SystemExit) as stop:
+        main(list(arguments))
+    assert stop.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_what_is_resumed(workdir, interruptions, capsys) -> None:
+    """auto takes the newest run of the same command from the same file; a complete one is not made again."""
+    quick = [*DIGITS, "--epochs", "2"]
+    first = main_stage1.main([*quick, "--resume", "auto"])
+    assert "a new one begins" in capsys.readouterr().out
+    assert equal(main_stage1.main([*quick, "--resume", "auto", "--out", "output/", "--threads", "1"]), first)
+    assert "is complete" in capsys.readouterr().out
+    assert len(list(Path("output").glob("*/*"))) == 1
+    main_stage1.main([*quick, "--resume", "auto", "--wd", "0"])
+    assert len(list(Path("output").glob("*/*"))) == 2
+
+    arguments = ["--dataset", "digits", "--finetune_epoch", "2", "--resume", "auto"]
+    interruptions.at = {interruptions.count + 25}
+    with pytest.raises(SystemExit):
+        main_stage2.main(arguments)
+    (options,) = Path("output").glob("*stage2/*/options.json")
+    seed = json.loads(options.read_text())["seed"]
+    main_stage1.main(quick)  # another file than the run above began from
+    capsys.readouterr()
+    main_stage2.main(arguments)
+    assert "a new one begins" in capsys.readouterr().out
+    assert "was begun from another checkpoint" in shown_error(capsys, main_stage2.main, "--resume", str(options.parent))
+    assert seed != [0] and len(list(Path("output").glob("*stage2/*"))) == 2
+
+
+def test_a_run_is_resumed_by_its_folder_alone(workdir, interruptions, capsys) -> None:
+    """The drawn seed and the options are the run's; other options are refused, files may move."""
+    arguments = ["--dataset", "digits", "--epochs", "3", "--wd", "0.01"]
+    interruptions.at = {9}
+    with pytest.raises(SystemExit):
+        main_stage1.main(arguments)
+    folder = next(Path("output").glob("*/*"))
+    told = capsys.readouterr().err
+    assert "ended by SIGTERM" in told and f"to continue: python main_stage1.py --resume {folder}" in told
+    assert f"to continue: python main_stage1.py --resume {folder}" in (folder / "log.txt").read_text()
+    folder = folder.rename("moved")
+    for wrong in (["--wd", "0.1"], ["--lr", "0.05"], ["--seed", "3"]):
+        assert "was begun with" in shown_error(capsys, main_stage1.main, "--resume", "moved", *wrong)
+    assert "a run of main_stage1.py" in shown_error(capsys, main_stage2.main, "--resume", "moved")
+    assert "no run that can be resumed" in shown_error(capsys, main_stage1.main, "--resume", "elsewhere")
+    report = main_stage1.main(["--resume", "moved", "--wd", "0.01", "--keep_states", "1"])
+    file = torch.load(STAGE1, weights_only=True)
+    assert [place["at"] for place in file["provenance"]["resumed"]] == ["step 4 of epoch 1"]
+    seed = file["options"]["seed"]
+    assert equal(main_stage1.main([*arguments, "--seed", str(seed)]), report)
+
+
+def test_states_are_few_and_a_damaged_one_is_passed_over(workdir, interruptions, capsys) -> None:
+    arguments = [*DIGITS, "--epochs", "4", "--save_every", "1"]
+    report = main_stage1.main([*arguments, "--out", "whole"])
+    interruptions.at = {interruptions.count * 2 - 4}
+    with pytest.raises(SystemExit):
+        main_stage1.main(arguments)
+    folder = run_folder("output")
+    newest, _ = state_files(folder)
+    newest.write_bytes(newest.read_bytes()[:-1000])
+    assert equal(main_stage1.main([*arguments, "--resume", "auto"]), report)
+    assert f"{newest.name} cannot be read; the state before it is taken" in capsys.readouterr().out
+    assert equal(outcome("", folder), outcome("", run_folder("whole")))
+
+    with pytest.raises(SystemExit):
+        interruptions.at = {interruptions.count + 9}
+        main_stage1.main([*arguments, "--out", "third"])
+    for path in state_files(run_folder("third")):
+        path.write_bytes(b"damaged")
+    assert "cannot be read" in shown_error(capsys, main_stage1.main, "--resume", str(run_folder("third")))
+
+
+def test_other_images_are_not_gone_on_with(small_cifar10, interruptions, capsys) -> None:
+    arguments = f"--dataset cifar10 --data_dir {small_cifar10} --imb_ratio 2 --network resnet8 --epochs 2 --seed 0"
+    interruptions.at = {2}
+    with pytest.raises(SystemExit):
+        main_stage1.main(arguments.split())
+    for path in Path(small_cifar10).rglob("data_batch_1"):
+        content = path.read_bytes()
+        path.write_bytes(content[:5000] + bytes([content[5000] ^ 1]) + content[5001:])
+    assert "another training images" in shown_error(capsys, main_stage1.main, *arguments.split(), "--resume", "auto")

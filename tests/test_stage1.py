@@ -21,6 +21,7 @@ from models import build_model
 from recipe import COMPILE_PAYS, make_batches, make_settings, one_run, settle
 from utils import checkpoints, system
 from utils.options import UsageError
+from utils.resume import TrainState, state_files
 from utils.run import Run
 
 CPU = torch.device("cpu")
@@ -198,11 +199,11 @@ def test_an_interrupted_sweep_ends(workdir, monkeypatch, parallel: int) -> None:
     begun: list[int] = []
     epoch_of = Batches.epoch
 
-    def epoch(self, number=0):
+    def epoch(self, number=0, first=0):
         if self.augment and number == 1:
             begun.append(number)
             raise KeyboardInterrupt
-        return epoch_of(self, number)
+        return epoch_of(self, number, first)
 
     monkeypatch.setattr(Batches, "epoch", epoch)
     with pytest.raises(SystemExit) as stop:
@@ -300,11 +301,12 @@ def test_the_network_follows_from_the_seed_alone(workdir) -> None:
 def test_a_stopped_sweep_stops_within_an_epoch(workdir) -> None:
     run = Run(workdir)
     with run, run.child("one") as child:
-        steps = child.bar(iter(range(5)), 5, "")
-        assert next(steps) == 0
-        run.stopped.set()
-        with pytest.raises(KeyboardInterrupt):
-            next(steps)
+        state = TrainState(child, CPU, None, 1, {})
+        with pytest.raises(KeyboardInterrupt), state.training(""):
+            state.advance(torch.tensor(1.0))
+            run.stopped.set()
+            state.advance(torch.tensor(2.0))
+        assert [path.name for path in state_files(child.folder)] == ["state-000001.pt"]
 
 
 def test_values_that_are_nearly_equal_stay_apart(workdir, capsys) -> None:

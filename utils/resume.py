@@ -216,7 +216,7 @@ class TrainState:
             if state["inputs"].get(what) != value:
                 raise UsageError(
                     f"{self.run.folder} was begun with another {what}: {state['inputs'].get(what)}, now {value}",
-                    "what it was begun with, or a start without --resume",
+                    "the same, or a new run",
                 )
         now, before = machine(), state["machine"]
         changed = [
@@ -234,12 +234,10 @@ class TrainState:
         self.epoch, self.step, self._spent = state["epoch"], state["step"], own["spent"]
         self.measured = list(zip(*(column.to(self.device).unbind() for column in own["measured"])))
         set_random_states(own["random"], self.device)
-        where = f"step {self.step} of epoch {self.epoch + 1}" if self.step else f"epoch {self.epoch + 1}"
-        what = f" of {self.name}" if self.name else ""
-        self.run.resumed.append(
-            {"date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "at": where + what, **machine()}
-        )
-        self.run.say(f"resumed at {where}{what}")
+        where = f"step {self.step} of epoch {self.epoch + 1}" if self.step else f"epoch {self.epoch}"
+        date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        self.run.resumed.append({"date": date, "at": where, **machine()})
+        self.run.say(f"resumed after {where}")
 
 
 def state_files(folder: Path) -> list[Path]:
