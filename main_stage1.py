@@ -52,8 +52,10 @@ from stages import (
     fill_options,
     final_path,
     finish,
+    keep,
     load_data,
     open_checkpoint,
+    packed,
     published_start,
     require_val,
     stage_option,
@@ -69,7 +71,6 @@ from sweeps import (
     varying,
     write_sweep,
 )
-from utils import checkpoints
 from utils.checkpoints import Checkpoint
 from utils.distributed import by_first, joined, rank
 from utils.metrics import Report
@@ -138,9 +139,10 @@ class Options(TrainOptions):
 
 
 class Trained(Outcome):
-    """One run of a sweep, in a folder of its own."""
+    """One run of a sweep, in a folder of its own, which may have no room for its ``file``."""
 
     folder: Path
+    file: Checkpoint
 
 
 @command
@@ -173,7 +175,8 @@ def main(argv: Sequence[str]) -> Report:
             return by_first(lambda: conclude(results, options, run))
         one = one_run(options, settings[0])
         selection = train(one, data, device, run, start)
-        return by_first(lambda: finish(run, "stage1", one, data, selection, argv, device, start, head=one.head))
+        end = (run, "stage1", one, data, selection, argv, device, start)
+        return by_first(lambda: finish(run, packed(*end, head=one.head), selection))
 
 
 def train(one: Any, data: LongTailed, device: torch.device, run: Run, start: Checkpoint | None) -> Selection:
@@ -245,8 +248,9 @@ def train_many(
             with finishing:
                 finished.append(result)
                 if result.diverged is None:
-                    ending = (child, "stage1", one, mine, result.selection, argv, device, start)
-                    by_first(lambda: finish(*ending, head=one.head, is_final=False))
+                    end = (child, "stage1", one, mine, result.selection, argv, device, start)
+                    result.file = packed(*end, head=one.head)
+                    by_first(lambda: finish(child, result.file, result.selection, is_final=False))
         return result
 
     try:
@@ -260,14 +264,14 @@ def train_many(
 def conclude(results: Sequence[Trained], options: Any, run: Run) -> Report:
     """Shows the sorted table of a sweep and makes the best setting's first seed stage 1's result: its test report."""
     rows = rows_that_stand(results, run, "a lower --lr or --wd may help", "loss")
-    show_sweep(results, rows, run, "wd", f"{options.dataset}, ratio {options.imb_ratio}, {options.network}", "loss")
     chosen: Trained = rows[0].results[0]
-    file = checkpoints.read(chosen.folder / "checkpoint.pt")
     sweep = chosen_on(results)
-    file.metrics |= {"sweep": sweep} if sweep else {}
+    chosen.file.metrics |= {"sweep": sweep} if sweep else {}
+    ending = keep(chosen.file, run, final_path(options, "stage1"), chosen.folder / "checkpoint.pt")
+    show_sweep(results, rows, run, "wd", f"{options.dataset}, ratio {options.imb_ratio}, {options.network}", "loss")
     name = chosen.setting.describe(["seed", *varying([result.setting for result in results])])
     run.say(f"{choice_in_words(sweep)}; saved: {name}")
-    run.say(f"{checkpoints.publish(file, final_path(options, 'stage1'))}; all runs in {run.folder}")
+    run.say(f"{ending()}; all runs in {run.folder}")
     return chosen.selection.test
 
 

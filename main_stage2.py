@@ -42,6 +42,7 @@ from stages import (
     flags_of,
     load_data,
     open_checkpoint,
+    packed,
     restore,
     stage_option,
 )
@@ -325,12 +326,14 @@ def conclude(
 ) -> Report:
     """Shows the sorted table of a sweep and saves the best setting's classifier; returns its test report."""
     rows, data, settings = rows_that_stand(results, run, HINT), lab.data, [result.setting for result in results]
-    chosen, sweep = rows[0].results[0], {}
-    if len(results) > 1:
-        show_sweep(results, rows, run, "label_smooth", f"{data.spec.name}, ratio {options.imb_ratio}", "method")
-        sweep = chosen_on(results)
-        name = chosen.setting.describe(["seed", *varying(settings)])
-        run.say(f"{choice_in_words(sweep)}; saved: {name}")
+    chosen, sweep = rows[0].results[0], chosen_on(results)
+
+    def table() -> None:
+        if len(results) > 1:
+            show_sweep(results, rows, run, "label_smooth", f"{data.spec.name}, ratio {options.imb_ratio}", "method")
+            name = chosen.setting.describe(["seed", *varying(settings)])
+            run.say(f"{choice_in_words(sweep)}; saved: {name}")
+
     run.epochs = chosen.records
     chosen.selection.test = report(lab.logits_of(chosen, "test"), data.test.labels, data.class_counts)
     if data.val is not None:
@@ -339,7 +342,8 @@ def conclude(
     stored = dataclasses.asdict(options) | dict.fromkeys(TUNABLE) | dict(chosen.setting.values)
     stored["method"] = chosen.setting.method
     device, head = lab.source.device, head_name(chosen.classifier)
-    return finish(run, "stage2", options, data, chosen.selection, argv, device, parent, stored, head, sweep)
+    file = packed(run, "stage2", options, data, chosen.selection, argv, device, parent, stored, head, sweep)
+    return finish(run, file, chosen.selection, beside=table)
 
 
 def describe(settings: Sequence[Setting]) -> str:

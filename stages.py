@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,6 +28,7 @@ from utils.options import (
     Number,
     Resolved,
     Text,
+    Unsaved,
     UsageError,
     Vector,
     check,
@@ -38,7 +39,7 @@ from utils.options import (
     shown,
 )
 from utils.plots import learning_curves, per_class_accuracy
-from utils.run import Run, make_folder
+from utils.run import Run, make_folder, one_line
 from utils.system import draw_seed, provenance
 
 T = TypeVar("T", bound="DataOptions")
@@ -495,7 +496,7 @@ class Evaluator:
         meet()
 
 
-def finish(
+def packed(
     run: Run,
     stage: str,
     options: Any,
@@ -507,13 +508,11 @@ def finish(
     stored: Mapping[str, Any] | None = None,
     head: str = "linear",
     sweep: Mapping[str, Any] | None = None,
-    is_final: bool = True,
-) -> Report:
-    """Writes the checkpoint (run folder and final path), the plots and the per-class table; returns the test report.
+) -> Checkpoint:
+    """The checkpoint of a run that has ended.
 
     ``stored`` are the options to keep where the run had several values of one, ``head`` the kind of the classifier,
-    ``sweep`` how many settings it was chosen from and on what. A run that is not ``is_final``, one of several, leaves
-    the final path alone.
+    ``sweep`` how many settings it was chosen from and on what.
     """
     stem = pick_stem(options.network, data.train.side, options.stem)
     file = Checkpoint(
@@ -546,27 +545,78 @@ def finish(
     )
     if selection.val is not None:
         file.metrics["temperature"] = selection.val["temperature"]
-    file.save(run.folder / "checkpoint.pt")
-    rows = per_class_rows(selection.test, data.class_names, data.class_counts)
-    (run.folder / "per_class.csv").write_text(per_class_csv(rows))
+    return file
+
+
+def finish(
+    run: Run,
+    file: Checkpoint,
+    selection: Selection,
+    is_final: bool = True,
+    beside: Callable[[], None] | None = None,
+) -> Report:
+    """Writes the checkpoint (final path and run folder), then the plots and the per-class table; returns the report.
+
+    A run that is not ``is_final``, one of several, leaves the final path alone. ``beside`` shows what else there is,
+    once the weights are safe.
+
+    Raises:
+        Unsaved: the final path could not be written to; the run folder's copy then stands.
+    """
+    ending = keep(file, run, _own_name(file) if is_final else None)
+    if beside is not None:
+        beside()
+    rows = per_class_rows(selection.test, file.data["class_names"], file.data["class_counts"])
+    with run.side_output("per_class.csv") as path:
+        path.write_bytes(per_class_csv(rows).encode(errors="surrogateescape"))
     method = f" {file.options['method']}" if "method" in file.options else ""
-    title = f"{options.dataset}, ratio {options.imb_ratio}, {options.network}, {stage}{method}"
+    title = f"{file.data['dataset']}, ratio {file.data['imb_ratio']}, {file.network}, {file.stage}{method}"
     if run.epochs:  # some methods train nothing
-        learning_curves(run.epochs, title, run.folder / "curves.png")
-    per_class_accuracy(
-        selection.test, rows, f"{title}: {percent(selection.test['top1'])} %", run.folder / "per_class.png"
-    )
+        with run.side_output("curves.png") as path:
+            learning_curves(run.epochs, title, path)
+    with run.side_output("per_class.png") as path:
+        per_class_accuracy(selection.test, rows, f"{title}: {percent(selection.test['top1'])} %", path)
 
     test, (best_epoch, best) = selection.test, selection.oracle
     groups = ", ".join(f"{group} {percent(test['groups'][group]['accuracy'])}" for group in GROUPS)
     run.say(f"test top-1 {percent(test['top1'])} % ({groups}); {selection_words(file.metrics)}")
     for words in ancestors(file):
         run.say(words)
-    if selection.rule != "best_test" and not sweep:
+    if selection.rule != "best_test" and "sweep" not in file.metrics:
         run.say(f"best on the test set, not used: {percent(best['top1'])} % at epoch {best_epoch}")
-    told = checkpoints.publish(file, final_path(options, stage)) if is_final else f"saved {run.folder}/checkpoint.pt"
-    run.say(f"{told}; {run.seconds:.0f} s")
+    run.say(f"{ending()}; {run.seconds:.0f} s")
     return test
+
+
+def keep(file: Checkpoint, run: Run, final: Path | None, copy: Path | None = None) -> Callable[[], str]:
+    """Writes finished weights to their final path and to the run folder, where they do not lie already as ``copy``.
+
+    A disk that refuses one does not keep the other back. Returns what to call at the very end: it gives the line that
+    says where they are.
+
+    Raises:
+        Unsaved: what is returned, where the final path could not be written to; with where the weights are.
+    """
+    failed: Exception | None = None
+    told = ""
+    if final is not None:
+        try:
+            told = checkpoints.publish(file, final)
+        except (OSError, UsageError) as error:
+            failed = error
+    if copy is None:
+        copy = run.folder / "checkpoint.pt"
+        with run.side_output(copy.name) as path:
+            file.save(path)
+    told = told or (f"saved {copy}" if copy.is_file() else "trained")
+
+    def ending() -> str:
+        if failed is None:
+            return told
+        where = f"the weights are in {copy}" if copy.is_file() else "there is no copy of the weights"
+        raise Unsaved(f"{final} has not been written: {one_line(failed)}; {where}") from failed
+
+    return ending
 
 
 def selection_words(metrics: Mapping[str, Any]) -> str:

@@ -28,7 +28,7 @@ from datasets.files import EXTENSIONS, Listing, Manifest, read_image
 from datasets.listed import PHOTO_SIDE, photos_of
 from datasets.photos import Crops, Photos
 from datasets.spec import ImageSet, Recipe, Shown, Source
-from utils.files import atomic, require_writable
+from utils.files import require_writable, write_text
 from utils.options import UsageError
 from utils.system import available_cpus
 
@@ -281,8 +281,7 @@ def _with_statistics(source: Source, shown: Shown, kept: Path | None = None) -> 
             images = source.train.images
             own = statistics_of(_sample(images) if isinstance(images, Photos) else images)
             if kept is not None:
-                with atomic(kept) as path:
-                    path.write_text(json.dumps(own))
+                write_text(kept, json.dumps(own))
         mean, std = mean or tuple(own[0]), std or tuple(own[1])
     if len(mean) != source.train.channels or len(std) != source.train.channels:
         raise UsageError(f"--mean and --std of {len(mean)} and {len(std)} numbers", f"{source.train.channels} each")

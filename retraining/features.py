@@ -29,7 +29,7 @@ from datasets import SAMPLERS, Augment, Batches, ImageSet, LongTailed
 from datasets.batches import Batch, Draws, seeded
 from engine import for_evaluation, forward
 from models import Network
-from utils.files import atomic, require_writable
+from utils.files import atomic, require_writable, write_text
 from utils.metrics import LOGIT_BYTES, Logits
 from utils.options import UsageError
 from utils.system import free_memory
@@ -86,8 +86,7 @@ class FeatureCache:
         self.folder = Path(root, hashlib.sha256(text.encode()).hexdigest()[:16])
         if not (self.folder / "about.json").is_file():
             require_writable("--cache_dir", self.folder)
-            with atomic(self.folder / "about.json") as path:
-                path.write_text(text + "\n")
+            write_text(self.folder / "about.json", text + "\n")
         self.computed = self.reused = 0
         self.seconds = 0.0
         self._seen: set[str] = set()

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from utils.options import Diverged, UsageError
+from utils.options import Diverged, Unsaved, UsageError
 
 T = TypeVar("T")
 M = TypeVar("M", bound=nn.Module)
@@ -31,7 +31,7 @@ PATIENCE = timedelta(seconds=5)
 #: Seconds that the others wait at the end for the first one's message: torchrun ends all as soon as one has ended.
 GRACE = 0.5
 #: What ends a command with a message; other exceptions are defects, told by their traceback.
-EXPECTED = (UsageError, Diverged, OSError)
+EXPECTED = (UsageError, Diverged, Unsaved, OSError)
 
 
 def started() -> int:
