@@ -26,7 +26,7 @@ from datasets.batches import Augment
 from datasets.checked import check_all
 from datasets.files import EXTENSIONS, Listing, Manifest, read_image
 from datasets.listed import PHOTO_SIDE, photos_of
-from datasets.photos import Crops, Photos
+from datasets.photos import Crops, Photos, shortened
 from datasets.spec import ImageSet, Recipe, Shown, Source
 from utils.files import require_writable, write_text
 from utils.options import UsageError
@@ -311,7 +311,7 @@ def square(images: Tensor, side: int) -> Tensor:
     """Images (..., H, W) uint8 with the shorter side scaled to ``side``, and the centre of that: (..., side, side)."""
     if images.shape[-2:] == (side, side):
         return images
-    square: Tensor = F.center_crop(F.resize(images, [side], antialias=True), [side, side])
+    square: Tensor = F.center_crop(F.resize(shortened(images), [side], antialias=True), [side, side])
     return square
 
 

@@ -89,9 +89,10 @@ class Checkpoint:
     def save(self, path: str | Path) -> None:
         """Writes the file, whole or not at all."""
         with atomic(path) as temporary:
-            self._write(temporary)
+            self.write(temporary)
 
-    def _write(self, path: Path) -> None:
+    def write(self, path: Path) -> None:
+        """Writes the file as it goes."""
         content = {name: getattr(self, name) for name in _STORED}
         buffer = io.BytesIO()  # torch would write a path's name into the file, and hide why a disk refuses it
         torch.save({"format": FORMAT, **content}, buffer)
@@ -269,7 +270,7 @@ def publish(checkpoint: Checkpoint, path: Path) -> str:
         OSError: the disk refuses something.
     """
     with lock(path), atomic(path) as temporary:
-        checkpoint._write(temporary)
+        checkpoint.write(temporary)
         if not path.is_file() or _same_run(checkpoint, path):
             return f"saved {path}"
         names = [path.with_name(f"{path.name}.prev{number if number > 1 else ''}") for number in range(1, KEPT + 1)]
