@@ -49,6 +49,7 @@ from stages import (
 from sweeps import choice_in_words, chosen_on, rows_that_stand, short, show_sweep, varying
 from utils.checkpoints import IDENTITY, Checkpoint
 from utils.distributed import require_single
+from utils.files import require_room
 from utils.metrics import Report, report
 from utils.options import (
     Choice,
@@ -215,7 +216,10 @@ def retrain(settings: Sequence[Setting], lab: Lab, options: Any, run: Run) -> li
     """Makes every classifier: those that see the same batches side by side, on one pass over the backbone."""
     results: list[Result] = []
     run.is_sweep = len(settings) > 1
-    for stream, group in by_stream(settings).items():
+    groups = by_stream(settings)
+    cached = [s for s, group in groups.items() if s is not None and any(setting.scope == "fc" for setting in group)]
+    require_room({options.cache_dir: lab.source.missing(cached)}, f"--features {options.features}")
+    for stream, group in groups.items():
         if stream is None:
             results += post_hoc(group, lab, options.select)
             continue

@@ -19,7 +19,7 @@ from models.foreign import translate, translate_timm
 from utils import checkpoints
 from utils.checkpoints import IDENTITY, SELECT, STAGES, Checkpoint, NoCheckpoint
 from utils.distributed import by_first, in_turn, meet, processes, rank
-from utils.files import require_writable
+from utils.files import require_room, require_writable
 from utils.metrics import GROUPS, Logits, Report, fit_temperature, per_class_csv, per_class_rows, percent, report
 from utils.options import (
     Choice,
@@ -49,6 +49,8 @@ EVAL_BATCH = {"cpu": 50, "cuda": 500}
 SEED = Number(int, 0, 2**31 - 1, words=("None",))
 #: --pretrained_pth of stage 1 that is no file: torchvision's ImageNet weights, or random ones.
 START_WORDS = ("imagenet", "none")
+#: Checkpoints of a run that its folder needs room for: one, and another that replaces it.
+COPIES = 2
 HUGE = 1e30  # the largest learning rate or weight decay: beyond, float32 overflows
 
 
@@ -447,6 +449,10 @@ def begin(resolved: Resolved[Any], stage: str, data: LongTailed, device: torch.d
 
     def make() -> Path:
         require_writable("the folder", checkpoints.FOLDER)
+        size = 0 if stage == "compare" else weight_bytes(options, data)
+        require_room(
+            {options.out: COPIES * runs * size, checkpoints.FOLDER: size}, f"a checkpoint of {size / 1e6:,.0f} MB"
+        )
         return make_folder(options.out, final_path(options, stage).stem, label)
 
     folder = by_first(make)
@@ -458,6 +464,15 @@ def begin(resolved: Resolved[Any], stage: str, data: LongTailed, device: torch.d
     run.say(f"{data.describe()}\ndevice {where}, seed {shown(options.seed)}, run folder {run.folder}")
     run.write_json("options.json", {"options": dataclasses.asdict(options), "sources": dict(resolved.sources)})
     return run
+
+
+def weight_bytes(options: DataOptions, data: LongTailed) -> int:
+    """About how many bytes a checkpoint of the options' network takes."""
+    stem = pick_stem(options.network, data.train.side, options.stem)
+    device = "cpu" if options.network.startswith(TIMM) else "meta"  # some of timm's look at values while they are built
+    with torch.random.fork_rng(devices=[]), torch.device(device):
+        model = build_model(options.network, data.num_classes, data.channels, stem=stem)
+    return sum(value.numel() * value.element_size() for value in model.state_dict().values())
 
 
 def calibrated(logits: Logits, labels: Tensor, class_counts: list[int]) -> Report:

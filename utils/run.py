@@ -25,7 +25,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from utils.bar import bar
 from utils.files import atomic, naming, require_writable, sweep
 from utils.metrics import percent
-from utils.options import UsageError, disk_words
+from utils.options import Unsaved, UsageError, disk_words
 
 T = TypeVar("T")
 
@@ -198,6 +198,9 @@ class Run:
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
         with self._open:  # closes the files
             if value is not None and not isinstance(value, BrokenPipeError):
+                if isinstance(value, Unsaved):  # not early
+                    self.say(str(value))
+                    return
                 where = "" if self.is_sweep else f", in epoch {len(self.epochs) + 1}"
                 why = "interrupted" if isinstance(value, KeyboardInterrupt) else str(value) or repr(value)
                 self.say(f"ended early{where}: {' '.join(why.split())}")
