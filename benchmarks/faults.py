@@ -54,11 +54,11 @@ class Fault:
 
 @dataclass(frozen=True)
 class Ended:
-    """How a command ended: exit status (1 with a traceback, too), what it printed, how many operations there were."""
+    """How a command ended: exit status (1 with a traceback, too), what it printed, its operations one by one."""
 
     status: int
     said: str
-    operations: int
+    operations: tuple[str, ...]
 
 
 class _Disk:
@@ -67,13 +67,17 @@ class _Disk:
     def __init__(self, fault: Fault) -> None:
         self.code, self.refused, self.lasts = KINDS[fault.kind]
         self.number, self.folder, self.count = fault.number, os.path.realpath(fault.folder), 0
+        self.operations: list[str] = []
 
     def meet(self, operation: str, path: Any) -> None:
         """Counts an operation on a path or a descriptor; raises OSError where it is to fail."""
         if isinstance(path, int):
             path = os.readlink(f"/proc/self/fd/{path}")
         place = os.path.abspath(os.fsdecode(path))
-        if operation not in self.refused or not place.startswith(self.folder + os.sep):
+        if not place.startswith(self.folder + os.sep):
+            return
+        self.operations.append(operation)
+        if operation not in self.refused:
             return
         number, self.count = self.count, self.count + 1
         if self.number >= 0 and (number == self.number or (self.lasts and number > self.number)):
@@ -136,7 +140,7 @@ def _watched(module: str, argv: Sequence[str], fault: Fault, folder: str, said: 
         except BaseException:
             traceback.print_exc()
             status = 1
-    answer.send((status, disk.count))
+    answer.send((status, tuple(disk.operations)))
     sys.stdout.flush()
     os._exit(0)  # as a process that is killed: nothing is tidied up
 
@@ -151,17 +155,18 @@ def attempt(module: str, argv: Sequence[str], fault: Fault, folder: Path) -> End
     process = context.Process(target=_watched, args=(module, argv, fault, str(folder), str(said), theirs))
     process.start()
     theirs.close()
-    status, operations = ours.recv() if ours.poll(600) else (-1, 0)
+    status, operations = ours.recv() if ours.poll(600) else (-1, ())
     process.join()
     return Ended(status, said.read_text(errors="replace"), operations)
 
 
-def every(command: Stage | Prepare, kind: str, base: Path, folder: Path) -> list[Fault]:
-    """The faults of a kind at every operation of a command, which runs once without any, on a copy of ``base``."""
+def every(command: Stage | Prepare, base: Path, folder: Path) -> list[Fault]:
+    """The faults of all kinds at every operation of a command, which runs once without any, on a copy of ``base``."""
     shutil.copytree(base, folder, symlinks=True)
-    whole = attempt(command.module, command.argv, Fault(kind, -1), folder)
+    whole = attempt(command.module, command.argv, Fault("broken", -1), folder)
     assert whole.status == 0, whole.said
-    return [Fault(kind, number) for number in range(whole.operations)]
+    numbers = {kind: sum(name in refused for name in whole.operations) for kind, (_, refused, _) in KINDS.items()}
+    return [Fault(kind, number) for kind, most in numbers.items() for number in range(most)]
 
 
 def stored(folder: Path) -> dict[str, Checkpoint]:
