@@ -12,6 +12,7 @@ differ in BatchNorm and augmentation:
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import pickle
 import time
@@ -378,8 +379,10 @@ class Replay(FeatureSource):
             self.model.train()
             yield from self.passes(self.model, batches.cut(draws), len(batches), f"replay of epoch {epoch + 1}")
             self.model.eval()
-            with atomic(cache.tensors(f"batchnorm_{epoch}")) as path, open(path, "wb") as file:
-                torch.save(self._buffers(), file)
+            buffer = io.BytesIO()  # torch would hide why a disk refuses it
+            torch.save(self._buffers(), buffer)
+            with atomic(cache.tensors(f"batchnorm_{epoch}")) as path:
+                path.write_bytes(buffer.getbuffer())
 
         anew = not cache.tensors(f"batchnorm_{epoch}").is_file()
         features = resident(cache.array(f"epoch_{epoch}", len(draws.order), compute, anew), self.device)
