@@ -37,7 +37,7 @@ from retraining.methods import METHODS
 from retraining.settings import TUNABLE, Setting, make_settings
 from retraining.sweep import Lab, Result
 from stages import begin, find_run, load_data, say_complete
-from sweeps import MEASURES, Row, plus_minus, rows_that_stand, score_of, varying
+from sweeps import MEASURES, Row, plus_minus, rows_that_stand, score_of, varying, write_sweep
 from utils.distributed import require_single
 from utils.metrics import calibration_error, fit_temperature, logit_statistics, report, spread
 from utils.options import Choice, Flag, Many, UsageError, command, option, parse_typed, shown
@@ -90,6 +90,8 @@ def main(argv: Sequence[str]) -> list[dict[str, Any]]:
         results = retrain(settings, lab, options, run)
         run.say(lab.source.size)
         rows = rows_that_stand(results, run, HINT)
+        if len(results) > 1:
+            write_sweep(results, run)
         names = varying(settings) if options.tune else varying([row.setting for row in rows])
         rows = best_of_each(rows) if options.tune else rows
         rows.sort(key=lambda row: -(row.figures(MEASURES["all"]) or (0.0,))[0])
@@ -104,14 +106,17 @@ def main(argv: Sequence[str]) -> list[dict[str, Any]]:
         frame = pd.DataFrame(cells)
         run.say(f"\n{frame.to_string(index=False)}\n")
         numbers = [numeric(row, names, columns) for row in rows]
-        pd.DataFrame(numbers).convert_dtypes().to_csv(run.folder / "compare.csv", index=False)
-        (run.folder / "compare.md").write_text(markdown(cells))
+        with run.side_output("compare.csv") as path:
+            pd.DataFrame(numbers).convert_dtypes().to_csv(path, index=False)
+        with run.side_output("compare.md") as path:
+            path.write_text(markdown(cells))
         head = {
             "options": dataclasses.asdict(options),
             "provenance": provenance("compare.py", argv, device, run.seconds) | {"resumed": run.resumed},
         }
         lines = [head, *(raw(result, measured[id(result)]) for row in rows for result in row.results)]
-        (run.folder / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        with run.side_output("results.jsonl") as path:
+            path.write_text("".join(json.dumps(line) + "\n" for line in lines))
         profiles = {
             label(row.setting, names): measured[id(row.results[0])]
             for method in options.show
@@ -120,7 +125,8 @@ def main(argv: Sequence[str]) -> list[dict[str, Any]]:
         }
         if profiles:
             title = f"{data.spec.name}, ratio {options.imb_ratio}, {options.network}"
-            class_profiles(profiles, data.class_counts, title, run.folder / "class_profiles.png")
+            with run.side_output("class_profiles.png") as path:
+                class_profiles(profiles, data.class_counts, title, path)
         figure = ", class_profiles.png" if profiles else ""
         run.say(f"{how(options, typed, settings)}; sorted by test accuracy")
         run.say(f"compare.csv, compare.md, results.jsonl{figure}: {run.folder}")

@@ -35,7 +35,7 @@ from stages import (
 from utils import metrics
 from utils.checkpoints import IDENTITY, STAGES
 from utils.distributed import joined, rank
-from utils.files import atomic, require_target, sha256
+from utils.files import require_target, sha256, write_text
 from utils.metrics import (
     calibration_error,
     fit_temperature,
@@ -128,11 +128,9 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     if rank() > 0:
         return result
     if options.json is not None:
-        with atomic(options.json) as path:
-            path.write_text(json.dumps(result, indent=1) + "\n")
+        write_text(options.json, json.dumps(result, indent=1) + "\n")
     if options.csv is not None:
-        with atomic(options.csv) as path:
-            path.write_text(per_class_csv(rows))
+        write_text(options.csv, per_class_csv(rows))
 
     method = f" {file.options['method']}" if "method" in file.options else ""
     seed = file.options.get("seed", "unknown")

@@ -52,9 +52,11 @@ from stages import (
     final_path,
     find_run,
     finish,
+    keep,
     load_data,
     make_state,
     open_checkpoint,
+    packed,
     published_start,
     require_val,
     say_complete,
@@ -141,9 +143,10 @@ class Options(TrainOptions):
 
 
 class Trained(Outcome):
-    """One run of a sweep, in a folder of its own."""
+    """One run of a sweep, in a folder of its own, which may have no room for its ``file``."""
 
     folder: Path
+    file: Checkpoint
 
     def state_dict(self) -> dict[str, Any]:
         """What is to be known of a run that is complete, as JSON; its weights are in its folder."""
@@ -192,8 +195,8 @@ def main(argv: Sequence[str]) -> Report:
             return by_first(lambda: complete(run, conclude(results, options, run)))
         one = one_run(options, settings[0])
         selection = train(one, data, device, run, start)
-        ending = (run, "stage1", one, data, selection, argv, device, start)
-        return by_first(lambda: complete(run, finish(*ending, head=one.head)))
+        end = (run, "stage1", one, data, selection, argv, device, start)
+        return by_first(lambda: complete(run, finish(run, packed(*end, head=one.head), selection)))
 
 
 def open_start(typed: Mapping[str, Any]) -> Checkpoint | None:
@@ -276,6 +279,8 @@ def train_many(
         done = by_first(lambda: completed_run(result.folder))
         if done:
             result.load_state_dict(done["result"])
+            if result.diverged is None:
+                result.file = checkpoints.read(result.folder / "checkpoint.pt")
             finished.append(result)
             return result
         with run.child(folder, f"{label}  " if options.parallel > 1 else "") as child:
@@ -289,9 +294,11 @@ def train_many(
             with finishing:
                 finished.append(result)
                 if result.diverged is None:
-                    ending = (child, "stage1", one, mine, result.selection, argv, device, start)
-                    by_first(lambda: finish(*ending, head=one.head, is_final=False))
-                by_first(lambda: complete(child, result.state_dict()))
+                    end = (child, "stage1", one, mine, result.selection, argv, device, start)
+                    result.file = packed(*end, head=one.head)
+                    by_first(lambda: finish(child, result.file, result.selection, is_final=False))
+                if result.diverged is not None or (child.folder / "checkpoint.pt").is_file():
+                    by_first(lambda: complete(child, result.state_dict()))
         return result
 
     try:
@@ -305,14 +312,14 @@ def train_many(
 def conclude(results: Sequence[Trained], options: Any, run: Run) -> Report:
     """Shows the sorted table of a sweep and makes the best setting's first seed stage 1's result: its test report."""
     rows = rows_that_stand(results, run, "a lower --lr or --wd may help", "loss")
-    show_sweep(results, rows, run, "wd", f"{options.dataset}, ratio {options.imb_ratio}, {options.network}", "loss")
     chosen: Trained = rows[0].results[0]
-    file = checkpoints.read(chosen.folder / "checkpoint.pt")
     sweep = chosen_on(results)
-    file.metrics |= {"sweep": sweep} if sweep else {}
+    chosen.file.metrics |= {"sweep": sweep} if sweep else {}
+    ending = keep(chosen.file, run, final_path(options, "stage1"), chosen.folder / "checkpoint.pt")
+    show_sweep(results, rows, run, "wd", f"{options.dataset}, ratio {options.imb_ratio}, {options.network}", "loss")
     name = chosen.setting.describe(["seed", *varying([result.setting for result in results])])
     run.say(f"{choice_in_words(sweep)}; saved: {name}")
-    run.say(f"{checkpoints.publish(file, final_path(options, 'stage1'))}; all runs in {run.folder}")
+    run.say(f"{ending()}; all runs in {run.folder}")
     return chosen.selection.test
 
 

@@ -44,6 +44,7 @@ from stages import (
     load_data,
     make_state,
     open_checkpoint,
+    packed,
     restore,
     say_complete,
     stage_option,
@@ -51,6 +52,7 @@ from stages import (
 from sweeps import choice_in_words, chosen_on, rows_that_stand, short, show_sweep, varying
 from utils.checkpoints import IDENTITY, Checkpoint
 from utils.distributed import require_single
+from utils.files import require_room
 from utils.metrics import Report, report
 from utils.options import (
     Choice,
@@ -229,7 +231,10 @@ def retrain(settings: Sequence[Setting], lab: Lab, options: Any, run: Run) -> li
     run.is_sweep = len(settings) > 1
     finished = Finished(lab, options.select)
     state = make_state(run, options, lab.data, lab.source.device, finished=finished)
-    for stream, group in by_stream(settings).items():
+    groups = by_stream(settings)
+    cached = [s for s, group in groups.items() if s is not None and any(setting.scope == "fc" for setting in group)]
+    require_room({options.cache_dir: lab.source.missing(cached)}, f"--features {options.features}")
+    for stream, group in groups.items():
         if stream is None:
             results += post_hoc(group, lab, options.select)
             continue
@@ -364,12 +369,14 @@ def conclude(
 ) -> Report:
     """Shows the sorted table of a sweep and saves the best setting's classifier; returns its test report."""
     rows, data, settings = rows_that_stand(results, run, HINT), lab.data, [result.setting for result in results]
-    chosen, sweep = rows[0].results[0], {}
-    if len(results) > 1:
-        show_sweep(results, rows, run, "label_smooth", f"{data.spec.name}, ratio {options.imb_ratio}", "method")
-        sweep = chosen_on(results)
-        name = chosen.setting.describe(["seed", *varying(settings)])
-        run.say(f"{choice_in_words(sweep)}; saved: {name}")
+    chosen, sweep = rows[0].results[0], chosen_on(results)
+
+    def table() -> None:
+        if len(results) > 1:
+            show_sweep(results, rows, run, "label_smooth", f"{data.spec.name}, ratio {options.imb_ratio}", "method")
+            name = chosen.setting.describe(["seed", *varying(settings)])
+            run.say(f"{choice_in_words(sweep)}; saved: {name}")
+
     run.epochs = chosen.records
     chosen.selection.test = report(lab.logits_of(chosen, "test"), data.test.labels, data.class_counts)
     if data.val is not None:
@@ -378,7 +385,8 @@ def conclude(
     stored = dataclasses.asdict(options) | dict.fromkeys(TUNABLE) | dict(chosen.setting.values)
     stored["method"] = chosen.setting.method
     device, head = lab.source.device, head_name(chosen.classifier)
-    return finish(run, "stage2", options, data, chosen.selection, argv, device, parent, stored, head, sweep)
+    file = packed(run, "stage2", options, data, chosen.selection, argv, device, parent, stored, head, sweep)
+    return finish(run, file, chosen.selection, beside=table)
 
 
 def describe(settings: Sequence[Setting]) -> str:

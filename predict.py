@@ -31,7 +31,7 @@ from engine import for_evaluation
 from stages import DataOptions, built, open_latest
 from utils.checkpoints import Checkpoint
 from utils.distributed import require_single
-from utils.files import atomic, require_target
+from utils.files import atomic, require_target, write_text
 from utils.options import Choice, Flag, Number, Text, UsageError, command, option, parse_typed, shown
 from utils.plots import contact_sheet
 from utils.system import available_cpus, pick_device
@@ -192,8 +192,7 @@ def class_names(file: Checkpoint) -> list[str]:
 def write(found: Sequence[dict[str, Any]], sheet: Sequence[tuple[Tensor, str]], options: Options) -> None:
     """Writes what was asked for."""
     if options.json is not None:
-        with atomic(options.json) as path:
-            path.write_text(json.dumps(found, indent=1) + "\n")
+        write_text(options.json, json.dumps(found, indent=1) + "\n")
     if options.csv is not None:
         rows = [
             {"path": each["path"], "rank": rank, **top}
@@ -201,10 +200,10 @@ def write(found: Sequence[dict[str, Any]], sheet: Sequence[tuple[Tensor, str]], 
             for rank, top in enumerate(each["top"], start=1)
         ]
         table = pd.DataFrame(rows, columns=["path", "rank", "class", "name", "probability"])
-        with atomic(options.csv) as path:
-            path.write_text(str(table.to_csv(index=False)))
+        write_text(options.csv, str(table.to_csv(index=False)))
     if options.plot is not None:
-        contact_sheet(sheet, Path(options.plot))
+        with atomic(options.plot) as path:
+            contact_sheet(sheet, path)
 
 
 if __name__ == "__main__":

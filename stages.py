@@ -21,7 +21,7 @@ from models.foreign import translate, translate_timm
 from utils import checkpoints
 from utils.checkpoints import IDENTITY, SELECT, STAGES, Checkpoint, NoCheckpoint
 from utils.distributed import by_first, in_turn, launcher, meet, processes, rank
-from utils.files import require_writable
+from utils.files import require_room, require_writable
 from utils.metrics import GROUPS, Logits, Report, fit_temperature, per_class_csv, per_class_rows, percent, report
 from utils.options import (
     Choice,
@@ -30,6 +30,7 @@ from utils.options import (
     Number,
     Resolved,
     Text,
+    Unsaved,
     UsageError,
     Vector,
     check,
@@ -42,7 +43,7 @@ from utils.options import (
 )
 from utils.plots import learning_curves, per_class_accuracy
 from utils.resume import Stateful, TrainState, completed_run
-from utils.run import Run, make_folder
+from utils.run import Run, make_folder, one_line
 from utils.system import draw_seed, provenance
 
 T = TypeVar("T", bound="DataOptions")
@@ -56,6 +57,8 @@ START_WORDS = ("imagenet", "none")
 #: those that may change beside them when a run is resumed by its folder, since files may have been moved.
 INCIDENTAL = ("resume", "save_every", "keep_states", "out", "workers", "threads", "device", "gpu", "parallel")
 MAY_MOVE = (*INCIDENTAL, "data_dir", "cache_dir")
+#: Checkpoints of a run that its folder needs room for: one, and another that replaces it.
+COPIES = 2
 HUGE = 1e30  # the largest learning rate or weight decay: beyond, float32 overflows
 
 
@@ -560,6 +563,10 @@ def begin(
         if resumed:
             require_writable("--resume", resumed.folder)
             return resumed.folder
+        size = 0 if stage == "compare" else weight_bytes(options, data)
+        require_room(
+            {options.out: COPIES * runs * size, checkpoints.FOLDER: size}, f"a checkpoint of {size / 1e6:,.0f} MB"
+        )
         return make_folder(options.out, final_path(options, stage).stem, label)
 
     folder = by_first(make)
@@ -596,6 +603,15 @@ def make_state(run: Run, options: Any, data: LongTailed, device: torch.device, *
     """What is saved of a run while it trains, and taken up again by --resume."""
     inputs = {"training images": data.train.summary()}
     return TrainState(run, device, options.save_every, options.keep_states, inputs, **always)
+
+
+def weight_bytes(options: DataOptions, data: LongTailed) -> int:
+    """About how many bytes a checkpoint of the options' network takes."""
+    stem = pick_stem(options.network, data.train.side, options.stem)
+    device = "cpu" if options.network.startswith(TIMM) else "meta"  # some of timm's look at values while they are built
+    with torch.random.fork_rng(devices=[]), torch.device(device):
+        model = build_model(options.network, data.num_classes, data.channels, stem=stem)
+    return sum(value.numel() * value.element_size() for value in model.state_dict().values())
 
 
 def calibrated(logits: Logits, labels: Tensor, class_counts: list[int]) -> Report:
@@ -642,7 +658,7 @@ class Evaluator:
         meet()
 
 
-def finish(
+def packed(
     run: Run,
     stage: str,
     options: Any,
@@ -654,13 +670,11 @@ def finish(
     stored: Mapping[str, Any] | None = None,
     head: str = "linear",
     sweep: Mapping[str, Any] | None = None,
-    is_final: bool = True,
-) -> Report:
-    """Writes the checkpoint (run folder and final path), the plots and the per-class table; returns the test report.
+) -> Checkpoint:
+    """The checkpoint of a run that has ended.
 
     ``stored`` are the options to keep where the run had several values of one, ``head`` the kind of the classifier,
-    ``sweep`` how many settings it was chosen from and on what. A run that is not ``is_final``, one of several, leaves
-    the final path alone.
+    ``sweep`` how many settings it was chosen from and on what.
     """
     stem = pick_stem(options.network, data.train.side, options.stem)
     file = Checkpoint(
@@ -693,27 +707,78 @@ def finish(
     )
     if selection.val is not None:
         file.metrics["temperature"] = selection.val["temperature"]
-    file.save(run.folder / "checkpoint.pt")
-    rows = per_class_rows(selection.test, data.class_names, data.class_counts)
-    (run.folder / "per_class.csv").write_text(per_class_csv(rows))
+    return file
+
+
+def finish(
+    run: Run,
+    file: Checkpoint,
+    selection: Selection,
+    is_final: bool = True,
+    beside: Callable[[], None] | None = None,
+) -> Report:
+    """Writes the checkpoint (final path and run folder), then the plots and the per-class table; returns the report.
+
+    A run that is not ``is_final``, one of several, leaves the final path alone. ``beside`` shows what else there is,
+    once the weights are safe.
+
+    Raises:
+        Unsaved: the final path could not be written to; the run folder's copy then stands.
+    """
+    ending = keep(file, run, _own_name(file) if is_final else None)
+    if beside is not None:
+        beside()
+    rows = per_class_rows(selection.test, file.data["class_names"], file.data["class_counts"])
+    with run.side_output("per_class.csv") as path:
+        path.write_bytes(per_class_csv(rows).encode(errors="surrogateescape"))
     method = f" {file.options['method']}" if "method" in file.options else ""
-    title = f"{options.dataset}, ratio {options.imb_ratio}, {options.network}, {stage}{method}"
+    title = f"{file.data['dataset']}, ratio {file.data['imb_ratio']}, {file.network}, {file.stage}{method}"
     if run.epochs:  # some methods train nothing
-        learning_curves(run.epochs, title, run.folder / "curves.png")
-    per_class_accuracy(
-        selection.test, rows, f"{title}: {percent(selection.test['top1'])} %", run.folder / "per_class.png"
-    )
+        with run.side_output("curves.png") as path:
+            learning_curves(run.epochs, title, path)
+    with run.side_output("per_class.png") as path:
+        per_class_accuracy(selection.test, rows, f"{title}: {percent(selection.test['top1'])} %", path)
 
     test, (best_epoch, best) = selection.test, selection.oracle
     groups = ", ".join(f"{group} {percent(test['groups'][group]['accuracy'])}" for group in GROUPS)
     run.say(f"test top-1 {percent(test['top1'])} % ({groups}); {selection_words(file.metrics)}")
     for words in ancestors(file):
         run.say(words)
-    if selection.rule != "best_test" and not sweep:
+    if selection.rule != "best_test" and "sweep" not in file.metrics:
         run.say(f"best on the test set, not used: {percent(best['top1'])} % at epoch {best_epoch}")
-    told = checkpoints.publish(file, final_path(options, stage)) if is_final else f"saved {run.folder}/checkpoint.pt"
-    run.say(f"{told}; {run.seconds:.0f} s")
+    run.say(f"{ending()}; {run.seconds:.0f} s")
     return test
+
+
+def keep(file: Checkpoint, run: Run, final: Path | None, copy: Path | None = None) -> Callable[[], str]:
+    """Writes finished weights to their final path and to the run folder, where they do not lie already as ``copy``.
+
+    A disk that refuses one does not keep the other back. Returns what to call at the very end: it gives the line that
+    says where they are.
+
+    Raises:
+        Unsaved: what is returned, where the final path could not be written to; with where the weights are.
+    """
+    failed: Exception | None = None
+    told = ""
+    if final is not None:
+        try:
+            told = checkpoints.publish(file, final)
+        except (OSError, UsageError) as error:
+            failed = error
+    if copy is None:
+        copy = run.folder / "checkpoint.pt"
+        with run.side_output(copy.name) as path:
+            file.save(path)
+    told = told or (f"saved {copy}" if copy.is_file() else "trained")
+
+    def ending() -> str:
+        if failed is None:
+            return told
+        where = f"the weights are in {copy}" if copy.is_file() else "there is no copy of the weights"
+        raise Unsaved(f"{final} has not been written: {one_line(failed)}; {where}") from failed
+
+    return ending
 
 
 def selection_words(metrics: Mapping[str, Any]) -> str:

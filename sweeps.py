@@ -184,18 +184,18 @@ def plus_minus(pair: tuple[float, float] | None, seeds: int) -> str:
 
 
 def rows_that_stand(results: Sequence[Any], run: Run, hint: str, heading: str = "method") -> list[Row]:
-    """The sorted rows; of several runs it writes sweep.csv and says which diverged.
+    """The sorted rows; says which runs diverged.
 
     Raises:
-        Diverged: every setting has a run that diverged; with a hint.
+        Diverged: every setting has a run that diverged; with a hint. Of several runs sweep.csv has then been written.
     """
     names = ["seed", *varying([result.setting for result in results])]
-    if len(results) > 1:
-        write_sweep(results, run, heading)
     for result in results:
         if result.diverged is not None:
             run.say(f"diverged in epoch {result.diverged}: {result.setting.describe(names)}")
     rows = rows_of(results)
+    if not rows and len(results) > 1:
+        write_sweep(results, run, heading)
     if not rows:
         lost = sum(result.diverged is not None for result in results)
         where = f" in {lost} of {len(results)} runs, at least one of every setting" if len(results) > 1 else ""
@@ -210,16 +210,19 @@ def count(results: Sequence[Any]) -> int:
 
 def write_sweep(results: Sequence[Any], run: Run, heading: str = "method") -> None:
     """Writes sweep.csv, a row for every run."""
-    pd.DataFrame(raw_rows(results, heading)).convert_dtypes().to_csv(run.folder / "sweep.csv", index=False)
+    with run.side_output("sweep.csv") as path:
+        pd.DataFrame(raw_rows(results, heading)).convert_dtypes().to_csv(path, index=False)
 
 
 def show_sweep(results: Sequence[Any], rows: Sequence[Row], run: Run, option: str, title: str, heading: str) -> None:
-    """Prints the sorted table and, where ``option`` was swept, draws accuracy against it."""
+    """Writes sweep.csv, prints the sorted table and, where ``option`` was swept, draws accuracy against it."""
+    write_sweep(results, run, heading)
     names = varying([result.setting for result in results])
     run.say(f"\n{pd.DataFrame(table_cells(rows, names, heading)).to_string(index=False)}\n")
     curves = curves_over(option, rows)
     if curves:
-        option_curves(curves, option, title, run.folder / f"{option}.png")
+        with run.side_output(f"{option}.png") as path:
+            option_curves(curves, option, title, path)
 
 
 def choice_in_words(sweep: Mapping[str, Any]) -> str:

@@ -24,6 +24,7 @@ import torch
 import evaluate
 import main_stage1
 import main_stage2
+from utils.files import write_text
 from utils.metrics import scores
 
 SEEDS = (0, 1, 2)
@@ -48,7 +49,7 @@ def main() -> int:
         for stage, rows in results.items()
         for row in rows
     ]
-    (folder / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_text(folder / "results.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
     found = {stage: [scores(row) for row in rows] for stage, rows in results.items()}
 
     means = {

@@ -18,12 +18,13 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from utils.files import atomic
 from utils.options import UsageError
 
 #: File names that count as images.
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 MANIFEST_FORMAT = 1
+#: Pixels of one image, at most: PIL's own limit, beyond which a small file may ask for all memory there is.
+MOST_PIXELS = 178_956_970
 
 
 def read_image(path: str | Path) -> Tensor:
@@ -33,7 +34,8 @@ def read_image(path: str | Path) -> Tensor:
     animation the first frame is taken.
 
     Raises:
-        UsageError: the file is missing, no image, truncated, or of a kind without a range (32-bit, float).
+        UsageError: the file is missing, no image, truncated, of a kind without a range (32-bit, float), or of more
+            than ``MOST_PIXELS``.
     """
     try:
         content = Path(path).read_bytes()
@@ -41,15 +43,23 @@ def read_image(path: str | Path) -> Tensor:
         raise UsageError(f"image {path}: {error.strerror}", "all files of the data set, readable") from None
     if content.startswith(b"\xff\xd8"):  # JPEG, nearly all there is: half as long as with PIL, for the same pixels
         try:
+            _bounded(path, *simplejpeg.decode_jpeg_header(content, strict=True)[:2])
             return torch.from_numpy(simplejpeg.decode_jpeg(content, strict=True)).permute(2, 0, 1)
         except ValueError:  # a rare kind or a blemish, which PIL can take, or damage, which it will tell
             pass
     try:
         with Image.open(io.BytesIO(content)) as opened:
+            _bounded(path, opened.height, opened.width)
             return _from_pil(opened)
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
         reason = "no image that is known" if isinstance(error, UnidentifiedImageError) else " ".join(str(error).split())
         raise UsageError(f"image {path} cannot be read ({reason})", "an undamaged image of 8 or 16 bits") from None
+
+
+def _bounded(path: str | Path, height: int, width: int) -> None:
+    """Raises UsageError where an image has more pixels than are taken."""
+    if height * width > MOST_PIXELS:
+        raise UsageError(f"image {path} has {width:,} x {height:,} pixels", f"images of up to {MOST_PIXELS:,} pixels")
 
 
 def _from_pil(image: Image.Image) -> Tensor:
@@ -105,14 +115,14 @@ class Manifest:
     class_names: list[str]
     about: dict[str, Any]
 
-    def save(self, path: str | Path) -> None:
-        """Writes the file, whole or not at all."""
+    def write(self, path: str | Path) -> None:
+        """Writes the file as it goes."""
         head = {"format": MANIFEST_FORMAT, "name": self.name, "root": self.root, "class_names": self.class_names}
         arrays = {"head": _text(json.dumps(head | {"about": self.about}))}
         for name, split in self.splits.items():
             arrays[f"{name}_paths"] = _text("\n".join(split.paths))
             arrays[f"{name}_labels"], arrays[f"{name}_sizes"] = split.labels.numpy(), split.sizes.numpy()
-        with atomic(path) as temporary, open(temporary, "wb") as file:
+        with open(path, "wb") as file:
             np.savez(file, **arrays)  # type: ignore[arg-type]
 
     @classmethod

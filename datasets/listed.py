@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
+from datasets.checked import stores_of
 from datasets.files import Manifest
 from datasets.photos import Photos
-from datasets.scan import has_pixels
 from datasets.spec import ImageSet, Shown, Source
 from utils.options import UsageError
 
@@ -54,12 +54,8 @@ def photos_of(manifest: Manifest, shown: Shown, home: Path) -> Source:
 
 def _stores(manifest: Manifest, home: Path) -> dict[str, Path]:
     """The decoded pixels of every split, of the largest side that all have."""
-
-    def sides(split: str, number: int) -> set[int]:
-        found = {int(path.stem.rpartition("_")[2]): path for path in home.glob(f"{split}_*.npy")}
-        return {side for side, path in found.items() if has_pixels(path, number, side)}
-
-    common = set.intersection(*(sides(split, len(files.paths)) for split, files in manifest.splits.items()))
+    found = stores_of(manifest, home).values()
+    common = set.intersection(*({side for part, side in found if part == split} for split in manifest.splits))
     if not common:
         root = manifest.about.get("source", manifest.root)
         again = f"python -m datasets.prepare {manifest.name} --root {root} --cache 256"

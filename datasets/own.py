@@ -26,9 +26,9 @@ from datasets.batches import Augment
 from datasets.checked import check_all
 from datasets.files import EXTENSIONS, Listing, Manifest, read_image
 from datasets.listed import PHOTO_SIDE, photos_of
-from datasets.photos import Crops, Photos
+from datasets.photos import Crops, Photos, shortened
 from datasets.spec import ImageSet, Recipe, Shown, Source
-from utils.files import atomic, require_writable
+from utils.files import require_writable, write_text
 from utils.options import UsageError
 from utils.system import available_cpus
 
@@ -281,8 +281,7 @@ def _with_statistics(source: Source, shown: Shown, kept: Path | None = None) -> 
             images = source.train.images
             own = statistics_of(_sample(images) if isinstance(images, Photos) else images)
             if kept is not None:
-                with atomic(kept) as path:
-                    path.write_text(json.dumps(own))
+                write_text(kept, json.dumps(own))
         mean, std = mean or tuple(own[0]), std or tuple(own[1])
     if len(mean) != source.train.channels or len(std) != source.train.channels:
         raise UsageError(f"--mean and --std of {len(mean)} and {len(std)} numbers", f"{source.train.channels} each")
@@ -312,7 +311,7 @@ def square(images: Tensor, side: int) -> Tensor:
     """Images (..., H, W) uint8 with the shorter side scaled to ``side``, and the centre of that: (..., side, side)."""
     if images.shape[-2:] == (side, side):
         return images
-    square: Tensor = F.center_crop(F.resize(images, [side], antialias=True), [side, side])
+    square: Tensor = F.center_crop(F.resize(shortened(images), [side], antialias=True), [side, side])
     return square
 
 

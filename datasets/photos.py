@@ -27,6 +27,8 @@ from utils.options import UsageError
 from utils.system import available_cpus
 
 INPUTS = ("files", "cache", "nvjpeg")
+#: Lengths over widths beyond which the ends of an image are left away.
+LONGEST = 16
 #: Attempts at a random crop before the central one is taken, as in torchvision.
 ATTEMPTS = 10
 #: Red, green and blue in a grey value (ITU-R 601-2, as PIL and torchvision have it).
@@ -126,8 +128,21 @@ def resized(size: int) -> int:
 
 def centre(image: Tensor, size: int) -> Tensor:
     """A test image as networks see it: (3, H, W) uint8 -> (3, size, size)."""
-    view: Tensor = F.center_crop(_scaled(image, [resized(size)]), [size, size])
+    view: Tensor = F.center_crop(_scaled(shortened(image), [resized(size)]), [size, size])
     return view
+
+
+def shortened(images: Tensor) -> Tensor:
+    """Images (..., H, W) without what is far from their centre: at most ``LONGEST`` times as long as they are wide.
+
+    Scaled by its shorter side, a line of 65,500 pixels would take gigabytes, of which the centre alone is seen.
+    """
+    height, width = images.shape[-2:]
+    side = LONGEST * min(height, width)
+    if max(height, width) <= side:
+        return images
+    cut: Tensor = F.center_crop(images, [min(height, side), min(width, side)])
+    return cut
 
 
 def _scaled(image: Tensor, size: list[int]) -> Tensor:

@@ -18,7 +18,6 @@ from torchvision.transforms.v2.functional import resize
 
 from datasets.files import read_image
 from utils.bar import bar
-from utils.files import atomic
 from utils.options import UsageError
 
 R = TypeVar("R")
@@ -56,12 +55,19 @@ def check_files(root: str | Path, paths: Sequence[str], workers: int, origin: st
 
 
 def write_pixels(
-    root: str | Path, paths: Sequence[str], side: int, target: str | Path, workers: int, origin: str = "the data set"
+    root: str | Path,
+    paths: Sequence[str],
+    side: int,
+    target: str | Path,
+    workers: int,
+    origin: str = "the data set",
+    key: str = "",
 ) -> Tensor:
     """Decodes every image and writes their pixels; returns their sizes as :func:`check_files` does, and fails as it.
 
     ``target`` becomes a .npy of (N, side, side, 3) uint8, which NumPy can map into memory: each image as a whole,
-    squashed into a square by torchvision's antialiased bilinear resize. The file is whole or not there.
+    squashed into a square by torchvision's antialiased bilinear resize. The file is written as it goes, and ends in
+    the ``key`` of the list that it is of, which NumPy does not look at.
 
     Raises:
         OSError: the disk is full.
@@ -76,19 +82,24 @@ def write_pixels(
             file.write(pixels)  # not through a memory map, where a full disk kills the process
             yield size
 
-    with atomic(target) as temporary, open(temporary, "wb") as file:
+    with open(target, "wb") as file:
         header = {"descr": "|u1", "fortran_order": False, "shape": (len(paths), side, side, 3)}
         np.lib.format.write_array_header_1_0(file, header)
-        return _sizes(written())
+        sizes = _sizes(written())
+        file.write(key.encode())
+    return sizes
 
 
-def has_pixels(path: str | Path, n: int, side: int) -> bool:
-    """Whether ``path`` is a whole file that :func:`write_pixels` made of ``n`` images."""
+def has_pixels(path: str | Path, n: int, side: int, key: str = "") -> bool:
+    """Whether ``path`` is a whole file that :func:`write_pixels` made of ``n`` images, those of the list ``key``."""
     try:
         pixels = np.load(path, mmap_mode="r")
+        with open(path, "rb") as file:
+            file.seek(-len(key), os.SEEK_END)
+            is_of_list = file.read() == key.encode()
     except (OSError, ValueError, EOFError):
         return False
-    return bool(pixels.shape == (n, side, side, 3) and pixels.dtype == np.uint8)
+    return bool(is_of_list and pixels.shape == (n, side, side, 3) and pixels.dtype == np.uint8)
 
 
 def _each(

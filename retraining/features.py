@@ -12,6 +12,7 @@ differ in BatchNorm and augmentation:
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import pickle
 import time
@@ -29,7 +30,7 @@ from datasets import SAMPLERS, Augment, Batches, ImageSet, LongTailed
 from datasets.batches import Batch, Draws, seeded
 from engine import for_evaluation, forward
 from models import Network
-from utils.files import atomic, require_writable
+from utils.files import atomic, require_writable, sweep, write_text
 from utils.metrics import LOGIT_BYTES, Logits
 from utils.options import UsageError
 from utils.system import free_memory
@@ -83,11 +84,11 @@ class FeatureCache:
         if dtype != "float32":  # which older versions did not name
             about = about | {"dtype": dtype}
         text = json.dumps(about, sort_keys=True, indent=1)
+        sweep(root, deep=True)
         self.folder = Path(root, hashlib.sha256(text.encode()).hexdigest()[:16])
         if not (self.folder / "about.json").is_file():
             require_writable("--cache_dir", self.folder)
-            with atomic(self.folder / "about.json") as path:
-                path.write_text(text + "\n")
+            write_text(self.folder / "about.json", text + "\n")
         self.computed = self.reused = 0
         self.seconds = 0.0
         self._seen: set[str] = set()
@@ -121,14 +122,9 @@ class FeatureCache:
                 if self.dtype == torch.float16 and bool((stored.isinf() & piece.cpu().isfinite()).any()):
                     too_large = f"a feature of {float(piece.abs().max()):.3g} is too large"
                     raise UsageError(f"--feature_dtype float16: {too_large}", "bfloat16, float32")
-                try:
-                    if written == 0:
-                        np.lib.format.write_array_header_1_0(file, header)
-                    file.write(stored.contiguous().view(torch.uint8).numpy().tobytes())
-                except OSError as error:
-                    raise UsageError(
-                        f"--cache_dir {self.folder}: {error.strerror}", "a folder with more room"
-                    ) from None
+                if written == 0:
+                    np.lib.format.write_array_header_1_0(file, header)
+                file.write(stored.contiguous().view(torch.uint8).numpy().tobytes())
                 written += len(piece)
             assert written == rows
 
@@ -188,6 +184,19 @@ class FeatureSource:
     def epoch(self, stream: Stream, epoch: int) -> Iterator[Batch]:
         """The steps of an epoch (from 0): features (B, D) and labels (B,)."""
         raise NotImplementedError
+
+    def planned(self, stream: Stream) -> tuple[FeatureCache, int]:
+        """Where the arrays of a stream's training images go, and how many they are."""
+        raise NotImplementedError
+
+    def missing(self, streams: Iterable[Stream]) -> int:
+        """Bytes that the training images' arrays of these streams take on disk, less what is there already."""
+        wanted: dict[Path, int] = {}
+        for cache, number in map(self.planned, streams):
+            wanted[cache.folder] = max(number, wanted.get(cache.folder, 0))
+        size = len(self.labels) * self.model.fc.get_parameter("weight").shape[1] * DTYPES[self.dtype][0].itemsize
+        there = {folder: sum(path.stat().st_size for path in folder.glob("*.npy")) for folder in wanted}
+        return sum(max(0, number * size - there[folder]) for folder, number in wanted.items())
 
     def evaluated(self, part: str, stream: Stream | None = None, epoch: int = -1) -> list[Tensor]:
         """Features (N, D) of "test", "val" or "train" as they are, followed by their mirror images' where wanted.
@@ -300,12 +309,19 @@ class Views(_EvalMode):
         order = self.train_batches(stream).draws(epoch).order
         yield from gathered(features, self.labels, order, stream.batch_size)
 
+    def planned(self, stream: Stream) -> tuple[FeatureCache, int]:
+        if not self.num_views:
+            return self.cache("eval", "train", eval_batch=self.eval_batch), 1
+        return self._cache(), min(self.num_views, stream.epochs)
+
     def numbered(self, view: int) -> Tensor:
         """The features (N, D) of one view of all training images, in file order."""
-        augment = self.data.spec.augment
-        more = {"view_seed": self.view_seed, **asdict(augment), "eval_batch": self.eval_batch}
-        windows = augment.draw(len(self.labels), seeded(self.view_seed, VIEWS_STREAM, view))
-        return resident(self.view(self.cache("eval", "train", **more), f"view_{view}", *windows), self.device)
+        windows = self.data.spec.augment.draw(len(self.labels), seeded(self.view_seed, VIEWS_STREAM, view))
+        return resident(self.view(self._cache(), f"view_{view}", *windows), self.device)
+
+    def _cache(self) -> FeatureCache:
+        more = {"view_seed": self.view_seed, **asdict(self.data.spec.augment), "eval_batch": self.eval_batch}
+        return self.cache("eval", "train", **more)
 
 
 class Orbit(_EvalMode):
@@ -317,6 +333,12 @@ class Orbit(_EvalMode):
             raise UsageError(f"--features orbit on images of {side} pixels: too many crops to keep", "views, replay")
         super().__post_init__()
 
+    def planned(self, stream: Stream) -> tuple[FeatureCache, int]:
+        augment = self.data.spec.augment
+        assert isinstance(augment, Augment)
+        cache = self.cache("eval", "train", orbit=True, pad=augment.pad, eval_batch=self.eval_batch)
+        return cache, (2 * augment.pad + 1) ** 2 * (1 + augment.flip)
+
     def epoch(self, stream: Stream, epoch: int) -> Iterator[Batch]:
         augment = self.data.spec.augment
         assert isinstance(augment, Augment)
@@ -324,9 +346,9 @@ class Orbit(_EvalMode):
         draws = self.train_batches(stream).draws(epoch)
         assert isinstance(draws, Draws)
         wanted = (draws.top * offsets + draws.left) * sides + draws.flip
-        cache = self.cache("eval", "train", orbit=True, pad=augment.pad, eval_batch=self.eval_batch)
+        cache, views_in_all = self.planned(stream)
         views = []
-        for number in range(offsets * offsets * sides):
+        for number in range(views_in_all):
             top, left, flip = number // sides // offsets, number // sides % offsets, number % sides
             ones = torch.ones(len(self.labels), dtype=torch.int64)
             views.append(self.view(cache, f"orbit_{top}_{left}_{flip}", top * ones, left * ones, flip * ones > 0))
@@ -357,14 +379,19 @@ class Replay(FeatureSource):
             self.model.train()
             yield from self.passes(self.model, batches.cut(draws), len(batches), f"replay of epoch {epoch + 1}")
             self.model.eval()
-            with atomic(cache.tensors(f"batchnorm_{epoch}")) as path, open(path, "wb") as file:
-                torch.save(self._buffers(), file)
+            buffer = io.BytesIO()  # torch would hide why a disk refuses it
+            torch.save(self._buffers(), buffer)
+            with atomic(cache.tensors(f"batchnorm_{epoch}")) as path:
+                path.write_bytes(buffer.getbuffer())
 
         anew = not cache.tensors(f"batchnorm_{epoch}").is_file()
         features = resident(cache.array(f"epoch_{epoch}", len(draws.order), compute, anew), self.device)
         labels = self.labels[draws.order.to(self.device)]
         for rows, own in zip(features.split(stream.batch_size), labels.split(stream.batch_size)):
             yield rows.to(self.device).float(), own
+
+    def planned(self, stream: Stream) -> tuple[FeatureCache, int]:
+        return self._cache(stream, "train"), stream.epochs
 
     def evaluated(self, part: str, stream: Stream | None = None, epoch: int = -1) -> list[Tensor]:
         def network() -> Network:

@@ -14,10 +14,11 @@ from torchvision import transforms
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from datasets import Batches
+from datasets import Batches, files
 from datasets.batches import seeded
 from datasets.files import read_image
-from datasets.photos import ATTEMPTS, Crops, Photos, ResizedCrop, resample
+from datasets.own import square
+from datasets.photos import ATTEMPTS, LONGEST, Crops, Photos, ResizedCrop, centre, resample, shortened
 from datasets.scan import write_pixels
 from utils.options import UsageError
 
@@ -278,3 +279,40 @@ def test_pixels_without_a_range_are_refused(tmp_path: Path) -> None:
     Image.fromarray(np.ones((4, 4), dtype=np.float32)).save(tmp_path / "x.tif")
     with pytest.raises(UsageError, match="32 bits"):
         read_image(tmp_path / "x.tif")
+
+
+@pytest.mark.parametrize("shape", [(1, 65_500), (65_500, 1), (2, 400), (1, 17)])
+def test_a_line_is_shown_within_bounds(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    image = torch.arange(shape[0] * shape[1] * 3).reshape(3, *shape).remainder(251).byte()
+    largest: list[int] = []
+    scale = F.resize
+
+    def resize(images: torch.Tensor, size: list[int], antialias: bool) -> torch.Tensor:
+        scaled = scale(images, size, antialias=antialias)
+        largest.append(scaled.numel())
+        return scaled
+
+    monkeypatch.setattr(F, "resize", resize)
+    for view, side in ((centre(image, 224), 224), (square(image, 32), 32)):
+        assert view.shape == (3, side, side)
+    assert max(largest) <= 3 * 256 * 256 * LONGEST
+    middle = [slice(n // 2 - 4, n // 2 + 4) if n > 8 else slice(0, n) for n in shape]
+    assert int(view.min()) >= int(image[:, middle[0], middle[1]].min())  # it is the middle that is shown
+
+
+def test_images_that_are_not_longer_are_not_touched() -> None:
+    for shape in ((5, 80), (80, 5), (30, 40), (1, 16)):
+        image = torch.randint(0, 256, (3, *shape), dtype=torch.uint8)
+        assert shortened(image) is image
+        theirs = F.center_crop(F.resize(image, [32], antialias=True), [28, 28])
+        assert (centre(image, 28).int() - theirs.int()).abs().max() <= 1
+
+
+def test_an_image_of_too_many_pixels_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "MOST_PIXELS", 60 * 50)
+    for name, size in {"a.jpg": (60, 51), "b.png": (61, 50)}.items():
+        Image.new("RGB", size).save(tmp_path / name)
+        with pytest.raises(UsageError, match=rf"{name} has {size[0]} x {size[1]} pixels"):
+            read_image(tmp_path / name)
+    Image.new("RGB", (60, 50)).save(tmp_path / "c.jpg")
+    assert read_image(tmp_path / "c.jpg").shape == (3, 50, 60)

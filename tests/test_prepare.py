@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import lzma
+import os
 import re
 import runpy
 import shutil
@@ -20,8 +21,11 @@ from torchvision.transforms.v2.functional import resize
 
 from datasets import prepare, published, scan
 from datasets.files import Manifest, read_image
+from datasets.listed import read_listed
 from datasets.published import CLASS_COUNTS, PUBLISHED, class_folders, difference, digest, read_list
+from datasets.spec import Shown
 from utils.metrics import GROUPS, group_of
+from utils.options import UsageError
 
 COUNTS = json.loads(CLASS_COUNTS.read_text())
 needs_lists = pytest.mark.skipif(not (SHARED / "lists").is_dir(), reason="the published lists are not here")
@@ -241,6 +245,46 @@ def test_pixels_of_other_files_are_removed(workdir: Path) -> None:
     list_file.write_text("\n".join(lines[1:]))
     assert len(run("places_lt", root).splits["train"].paths) == len(lines) - 1
     assert [path.name for path in Path("data/places_lt").iterdir()] == ["manifest.npz"]
+
+
+def changed(workdir: Path) -> Path:
+    """A data set that was prepared with pixels; then the first two lines of its list change places."""
+    root = make_places_lt(workdir / "photos")
+    run("places_lt", root, "--cache", "16")
+    list_file = root / "Places_LT_train.txt"
+    first, second, *others = list_file.read_text().splitlines()
+    list_file.write_text("\n".join([second, first, *others]))
+    return root
+
+
+def test_a_damaged_image_costs_nothing_that_was_good(workdir: Path, capsys) -> None:
+    root = changed(workdir)
+    before = {path.name: path.read_bytes() for path in Path("data/places_lt").iterdir()}
+    (root / "val/zen_garden/Places365_val_00000011.jpg").write_bytes(b"damaged")
+    error = refused(capsys, "places_lt", "--root", str(root), "--any_counts", "--cache", "16")
+    assert "Places365_val_00000011.jpg" in error
+    assert {path.name: path.read_bytes() for path in Path("data/places_lt").iterdir()} == before
+
+
+def test_pixels_of_another_list_do_not_count_though_they_have_its_shape(workdir: Path, monkeypatch) -> None:
+    root = changed(workdir)
+    replace, shown = os.replace, Shown(image_size=16, how="cache")
+
+    def broken(source: Path, target: Path) -> None:
+        if target.name == "manifest.npz":  # when all pixels have been renamed
+            raise OSError(errno.EIO, "broken")
+        replace(source, target)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(os, "replace", broken)
+        run("places_lt", root, "--cache", "16")
+    assert len(list(Path("data/places_lt").iterdir())) == 4
+    with pytest.raises(UsageError, match="no whole decoded pixels"):
+        read_listed("places_lt", "data/", shown)
+    made = run("places_lt", root, "--cache", "16")
+    first = read_listed("places_lt", "data/", shown).train.images.store[0]
+    image = resize(read_image(root / made.splits["train"].paths[0]), [16, 16], antialias=True)
+    assert torch.equal(torch.tensor(np.array(first)), image.permute(1, 2, 0))
 
 
 def test_a_damaged_manifest_is_made_again(workdir: Path) -> None:

@@ -10,10 +10,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import io
+import os
 import pickle
 import re
 import shlex
-import shutil
 import warnings
 import zipfile
 from collections.abc import Mapping
@@ -24,13 +24,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from utils.files import atomic
+from utils.files import atomic, lock, second_name
 from utils.options import UsageError
 
 FORMAT = 3  # 1 had no head: it was linear; 1 and 2 had no stem: it was small
 FOLDER = Path("checkpoints")
 STAGES = ("stage1", "stage2")
 SELECT = ("last", "best_test", "best_val")
+#: Replaced files that are kept beside a final one.
+KEPT = 5
 IDENTITY = ("dataset", "imb_type", "imb_ratio", "subset", "subset_seed", "image_size", "network", "stem")
 #: Metrics that say how the stored weights were chosen.
 CHOSEN = ("epoch", "select", "flip_tta", "sweep")
@@ -89,11 +91,15 @@ class Checkpoint:
 
     def save(self, path: str | Path) -> None:
         """Writes the file, whole or not at all."""
+        with atomic(path) as temporary:
+            self.write(temporary)
+
+    def write(self, path: Path) -> None:
+        """Writes the file as it goes."""
         content = {name: getattr(self, name) for name in _STORED}
         buffer = io.BytesIO()  # torch would write a path's name into the file, and hide why a disk refuses it
         torch.save({"format": FORMAT, **content}, buffer)
-        with atomic(path) as temporary:
-            temporary.write_bytes(buffer.getbuffer())
+        path.write_bytes(buffer.getbuffer())
 
 
 _STORED = tuple(f.name for f in dataclasses.fields(Checkpoint) if f.name not in ("path", "sha256", "foreign"))
@@ -258,17 +264,26 @@ def read(path: str | Path) -> Checkpoint:
 def publish(checkpoint: Checkpoint, path: Path) -> str:
     """Puts a finished stage at its final path; a file there of other options or seed is kept beside it as .prev.
 
-    The new file is written first, so that a failure leaves the old one in its place. Returns the line that says so.
+    What was .prev becomes .prev2, and so on up to :data:`KEPT`; the oldest goes. So of runs that end at once, up to
+    that number after each other, all are in one of the files. The new file is written first, so that a failure leaves
+    the old one in its place. Returns the line that says so.
+
+    Raises:
+        UsageError: another process holds the path's lock for longer than a minute.
+        OSError: the disk refuses something.
     """
-    told = f"saved {path}"
-    with atomic(path) as temporary:
-        checkpoint.save(temporary)
-        if path.is_file() and not _same_run(checkpoint, path):
-            previous = path.with_name(f"{path.name}.prev")
-            with atomic(previous) as copy:
-                shutil.copy2(path, copy)
-            told += f" (it replaces a run of other options or seed, kept as {previous})"
-    return told
+    with lock(path), atomic(path) as temporary:
+        checkpoint.write(temporary)
+        if not path.is_file() or _same_run(checkpoint, path):
+            return f"saved {path}"
+        names = [path.with_name(f"{path.name}.prev{number if number > 1 else ''}") for number in range(1, KEPT + 1)]
+        if not (names[0].is_file() and path.samefile(names[0])):  # so it is where a run was killed right here
+            room = next((place for place, name in enumerate(names) if not name.exists()), KEPT - 1)
+            for place in range(room, 0, -1):
+                os.replace(names[place - 1], names[place])
+            second_name(path, names[0])
+        older = f", the one before as {names[1].name}" if names[1].exists() else ""
+        return f"saved {path} (it replaces a run of other options or seed, kept as {names[0]}{older})"
 
 
 def _same_run(checkpoint: Checkpoint, path: Path) -> bool:

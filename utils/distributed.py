@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from utils import signals
-from utils.options import Diverged, UsageError
+from utils.options import Diverged, Unsaved, UsageError
 from utils.signals import Interrupted
 
 T = TypeVar("T")
@@ -33,7 +33,7 @@ PATIENCE = timedelta(seconds=5)
 #: Seconds that the others wait at the end for the first one's message: torchrun ends all as soon as one has ended.
 GRACE = 0.5
 #: What ends a command with a message; other exceptions are defects, told by their traceback.
-EXPECTED = (UsageError, Diverged, OSError)
+EXPECTED = (UsageError, Diverged, Unsaved, OSError)
 
 
 def started() -> int:

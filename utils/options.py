@@ -15,11 +15,13 @@ import io
 import math
 import os
 import re
+import shutil
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import wraps
+from pathlib import Path
 from typing import Any, Generic, NoReturn, TypeVar
 
 from utils import signals
@@ -43,6 +45,31 @@ class Diverged(Exception):
     """Training cannot go on (a loss that is not finite). Shown without a traceback; exit status 1."""
 
 
+class Unsaved(Exception):
+    """Finished weights that could not be put where they belong. Shown without a traceback; exit status 1."""
+
+
+#: What a disk says that is full, over a quota or a limit, broken, gone or not to be written to.
+DISK = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENXIO, errno.ENODEV, errno.ESTALE),
+    *(errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTCONN, errno.ETIMEDOUT),
+)
+
+
+def disk_words(error: OSError) -> str:
+    """A disk's error in one line: what it is, the file, and how much is free on the disk of its folder."""
+    words = error.strerror or str(error)
+    if not error.filename:
+        return words
+    place = Path(os.fsdecode(error.filename)).absolute()
+    there = next(folder for folder in place.parents if folder.is_dir())
+    try:
+        free = f" ({shutil.disk_usage(there).free / 1e6:,.0f} MB free on the disk of {there})"
+    except OSError:
+        free = ""
+    return f"{words}: {os.fsdecode(error.filename)}{free}"
+
+
 def command(main: Callable[..., T]) -> Callable[..., T]:
     """Wraps a script's ``main(argv)``: a mistake of the user's ends in its message and an exit status, no traceback."""
 
@@ -56,7 +83,7 @@ def command(main: Callable[..., T]) -> Callable[..., T]:
                 return main(sys.argv[1:] if argv is None else list(argv))
         except UsageError as error:
             status, message = 2, str(error)
-        except Diverged as error:
+        except (Diverged, Unsaved) as error:
             status, message = 1, f"stopped: {error}"
         except KeyboardInterrupt as error:
             notes = "".join(f"\n{note}" for note in getattr(error, "__notes__", ()))
@@ -65,9 +92,9 @@ def command(main: Callable[..., T]) -> Callable[..., T]:
             sys.stdout = open(os.devnull, "w")
             status, message = 141, "stopped: standard output was closed"
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            if error.errno not in DISK:
                 raise
-            status, message = 1, f"stopped: {error.strerror}" + (f": {error.filename}" if error.filename else "")
+            status, message = 1, f"stopped: {disk_words(error)}"
         print(message, file=sys.stderr)
         raise SystemExit(status)
 

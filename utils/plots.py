@@ -32,6 +32,11 @@ def _figure(width: float, height: float) -> Figure:
     return figure
 
 
+def plain(text: str) -> str:
+    """A text that Matplotlib draws as it stands: between two dollar signs it would see a formula."""
+    return text.replace("$", r"\$")
+
+
 def learning_curves(epochs: Sequence[Mapping[str, Any]], title: str, path: Path) -> None:
     """Loss on the left, accuracy of train, test and the three groups on the right, against the epoch.
 
@@ -56,8 +61,8 @@ def learning_curves(epochs: Sequence[Mapping[str, Any]], title: str, path: Path)
     for each in (loss_axes, axes):
         each.grid(alpha=0.3)
         each.xaxis.get_major_locator().set_params(integer=True)
-    figure.suptitle(title)
-    figure.savefig(path)
+    figure.suptitle(plain(title))
+    figure.savefig(path, format="png")
 
 
 def per_class_accuracy(rep: Report, rows: Sequence[Mapping[str, Any]], title: str, path: Path) -> None:
@@ -83,13 +88,13 @@ def per_class_accuracy(rep: Report, rows: Sequence[Mapping[str, Any]], title: st
     axes.set(xlim=(-0.5, len(ordered) - 0.5), ylim=(0, 102), ylabel="top-1 accuracy (%)")
     axes.set_xlabel("classes, most training images first")
     if len(ordered) <= 20:
-        axes.set_xticks(places, [row["name"] for row in ordered])
+        axes.set_xticks(places, [plain(row["name"]) for row in ordered])
     counts = axes.twinx()
     counts.plot(places, [row["train_images"] for row in ordered], color="black", lw=1, label="training images")
     counts.set(yscale="log", ylabel="training images")
-    axes.set_title(title)
+    axes.set_title(plain(title))
     figure.legend(loc="outside lower center", ncols=4, fontsize="small")
-    figure.savefig(path)
+    figure.savefig(path, format="png")
 
 
 def option_curves(curves: Mapping[str, Sequence[tuple[float, Any]]], option: str, title: str, path: Path) -> None:
@@ -120,14 +125,14 @@ def option_curves(curves: Mapping[str, Sequence[tuple[float, Any]]], option: str
                     ms=3,
                     capsize=2,
                 )
-        axes.set(title=method, xlabel=f"{option} (evenly spaced)")
+        axes.set(title=plain(method), xlabel=f"{option} (evenly spaced)")
         axes.set_xticks(places, [f"{value:.4g}" for value, _ in points], rotation=60 if len(points) > 6 else 0)
         axes.grid(alpha=0.3)
     low, high = panels[0].get_ylim()  # error bars may reach beyond what an accuracy can be
     panels[0].set(ylabel="test top-1 accuracy (%)", ylim=(max(low, -2), min(high, 102)))
     panels[0].legend(fontsize="small", ncols=2)
-    figure.suptitle(title)
-    figure.savefig(path)
+    figure.suptitle(plain(title))
+    figure.savefig(path, format="png")
 
 
 def class_profiles(
@@ -159,14 +164,14 @@ def class_profiles(
             ends = range(window, len(found) + 1)
             xs = [math.exp(sum(math.log(x) for x, _ in found[e - window : e]) / window) for e in ends]
             ys = [scale * sum(values[e - window : e]) / window for e in ends]
-            axes.plot(xs, ys, color=colour, label=method)
+            axes.plot(xs, ys, color=colour, label=plain(method))
     for axes, heading in zip(panels, ("top-1 accuracy (%)", "Logits Magnitude / mean", "weight norm / mean")):
         axes.set(xscale="log", xlabel="training images of the class", ylabel=heading)
         axes.grid(alpha=0.3)
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(len(profiles), 6), fontsize="small")
-    figure.suptitle(title)
-    figure.savefig(path)
+    figure.suptitle(plain(title))
+    figure.savefig(path, format="png")
 
 
 def contact_sheet(images: Sequence[tuple[Tensor, str]], path: Path) -> None:
@@ -183,5 +188,6 @@ def contact_sheet(images: Sequence[tuple[Tensor, str]], path: Path) -> None:
         axes.axis("off")
     for axes, (image, words) in zip(figure.axes, images):
         axes.imshow(image.permute(1, 2, 0).expand(-1, -1, 3).numpy())
-        axes.set_title("\n".join(textwrap.shorten(line, 22, placeholder="…") for line in words.split("\n")), fontsize=7)
-    figure.savefig(path)
+        lines = [textwrap.shorten(line, 22, placeholder="…") for line in words.split("\n")]
+        axes.set_title(plain("\n".join(lines)), fontsize=7)
+    figure.savefig(path, format="png")

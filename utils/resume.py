@@ -26,7 +26,7 @@ from torch import Tensor
 from utils import signals
 from utils.distributed import broadcast_bytes, gather_bytes, largest, rank
 from utils.files import atomic
-from utils.options import UsageError
+from utils.options import UsageError, disk_words
 from utils.run import Run
 from utils.system import machine
 
@@ -177,7 +177,7 @@ class TrainState:
             with atomic(self.run.folder / f"state-{self._number + 1:06d}.pt") as path, open(path, "wb") as file:
                 torch.save(content, file)
         except OSError as error:
-            self.run.say(f"note: the state of epoch {self.epoch + 1}, step {self.step} was not saved: {error}")
+            self.run.say(f"note: step {self.step} of epoch {self.epoch + 1} was not saved: {disk_words(error)}")
             return
         self._number += 1
         for path in state_files(self.run.folder)[self.keep :]:
@@ -247,8 +247,7 @@ def state_files(folder: Path) -> list[Path]:
 
 def complete(run: Run, result: R) -> R:
     """Marks a run as complete, with what its command returns (JSON), and removes its states; returns the result."""
-    with atomic(run.folder / FINISHED) as path:
-        path.write_text(json.dumps({"result": result}) + "\n")
+    run.write_json(FINISHED, {"result": result})
     for state in state_files(run.folder):
         state.unlink(missing_ok=True)
     return result

@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import datetime
+import io
 import json
 import os
+import socket
+import sys
 import textwrap
 import threading
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import count
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
-from torch.utils.tensorboard import SummaryWriter
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 from utils.bar import bar
 from utils.distributed import interruptible
-from utils.files import require_writable
+from utils.files import atomic, naming, require_writable, sweep
 from utils.metrics import percent
+from utils.options import Unsaved, UsageError, disk_words
 
 T = TypeVar("T")
 
@@ -54,11 +60,19 @@ def table_row(record: dict[str, Any] | None, columns: Iterable[tuple[str, str, s
     return "  ".join(cells)
 
 
+def one_line(error: Exception) -> str:
+    """An error in one line, of a disk with what is free there."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return disk_words(error)
+    return " ".join(str(error.args[0] if isinstance(error, UsageError) else error).split()) or repr(error)
+
+
 def make_folder(out: str, name: str, label: str) -> Path:
     """A new folder for a run, out/<name>/<date>-<time>_<label>; UsageError where it cannot be made."""
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     parent = Path(out, name)
     require_writable("--out", parent)
+    sweep(parent, deep=True)
     for attempt in count(1):  # two runs may start in the same second
         folder = parent / (f"{stamp}_{label}" + (f"_{attempt}" if attempt > 1 else ""))
         try:
@@ -69,8 +83,83 @@ def make_folder(out: str, name: str, label: str) -> Path:
     return folder
 
 
+class _Added:
+    """A file that a run adds to as it goes. A disk that refuses costs what is added meanwhile, not the run.
+
+    Args:
+        path: the file; what it holds already stays.
+        warn: is told of every such loss.
+    """
+
+    def __init__(self, path: Path, warn: Callable[[str], None]) -> None:
+        self.path, self.warn = path, warn
+        self._file = open(path, "ab", buffering=0)  # nothing stays behind that would be written later, or fail then
+
+    def empty(self) -> None:
+        with suppress(OSError):
+            os.ftruncate(self._file.fileno(), 0)
+
+    def write(self, content: bytes) -> None:
+        try:
+            with naming(self.path):
+                end = os.fstat(self._file.fileno()).st_size
+                try:
+                    left = memoryview(content)
+                    while left:
+                        left = left[self._file.write(left) :]
+                except OSError:
+                    with suppress(OSError):
+                        os.ftruncate(self._file.fileno(), end)  # no half line for the next one to follow
+                    raise
+        except OSError as error:
+            self.warn(f"note: {disk_words(error)}; the run goes on without what belongs there")
+
+    def close(self) -> None:
+        with suppress(OSError):
+            self._file.close()
+
+
+class _Board:
+    """TensorBoard's file of scalars. Its own writer has a thread, which prints a traceback where the disk is full."""
+
+    def __init__(self, folder: Path, warn: Callable[[str], None]) -> None:
+        place = f"{time.time():.0f}.{socket.gethostname()}.{os.getpid()}"
+        self._added = _Added(folder / f"events.out.tfevents.{place}", warn)
+        self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))
+
+    def add(self, step: int, scalars: dict[str, float]) -> None:
+        values = [Summary.Value(tag=tag, simple_value=float(value)) for tag, value in scalars.items()]
+        self._write(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
+
+    def forget(self, step: int) -> None:
+        """What was added from this step on counts no longer."""
+        restart = SessionLog(status=SessionLog.START)
+        self._write(Event(wall_time=time.time(), step=step, session_log=restart))
+
+    def _write(self, event: Any) -> None:
+        record = io.BytesIO()
+        RecordWriter(record).write(event.SerializeToString())
+        self._added.write(record.getvalue())
+
+    def close(self) -> None:
+        self._added.close()
+
+
+def show(text: str) -> None:
+    """Prints a text; without standard output, as after "| head" or on a full disk, the run goes on."""
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        sys.stdout = open(os.devnull, "w")
+        if not isinstance(error, BrokenPipeError):
+            with suppress(OSError):
+                print(f"note: standard output: {disk_words(error)}; the run goes on without", file=sys.stderr)
+
+
 class Run:
     """What a run prints, measures and draws, in a folder of its own.
+
+    No disk ends a run that is training: what cannot be written is said once, and left out.
 
     Args:
         folder: exists, see :func:`make_folder`; None for a run that is recorded by another process, where nothing is
@@ -94,18 +183,28 @@ class Run:
         self.stopped = threading.Event()
         self.started = time.perf_counter()
         self._open = ExitStack()
-        log, metrics = (folder / name if folder else os.devnull for name in ("log.txt", "metrics.jsonl"))
-        self._log = self._open.enter_context(open(log, "a", buffering=1, encoding="utf-8"))
-        self._metrics = self._open.enter_context(open(metrics, "w", buffering=1))
+        self._is_warned = False
         self._lines: list[str] = []
-        self._board = self._open.enter_context(SummaryWriter(str(folder))) if folder else None
+        self._log = self._metrics = self._board = None
+        if folder:
+            self._log, self._metrics = (_Added(folder / name, self._warn) for name in ("log.txt", "metrics.jsonl"))
+            self._metrics.empty()  # what a run that is resumed had measured comes with its state
+            self._board = _Board(folder, self._warn)
+            for each in (self._log, self._metrics, self._board):
+                self._open.callback(each.close)
 
     def child(self, name: str, prefix: str = "") -> Run:
         """One run of a sweep, in a folder inside this one's."""
-        folder = self.folder / name
+        folder, run = self.folder / name, None
         if self.writes:
-            folder.mkdir(exist_ok=True)  # the names differ, since the settings do; it exists where a sweep is resumed
-        run = Run(folder if self.writes else None, prefix)
+            try:
+                folder.mkdir(exist_ok=True)  # the names differ, since the settings do; a resumed sweep has it
+                run = Run(folder, prefix)
+            except OSError as error:
+                self.say(f"note: {disk_words(error)}; the run goes on without a folder")
+        if run is None:
+            run = Run(None, prefix)
+            run.folder = folder
         run.stopped = self.stopped
         return run
 
@@ -115,12 +214,16 @@ class Run:
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
         with self._open:  # closes the files
             if value is not None and not isinstance(value, BrokenPipeError):
+                if isinstance(value, Unsaved):  # not early
+                    self.say(str(value))
+                    return
                 where = "" if self.is_sweep else f", in epoch {len(self.epochs) + 1}"
                 why = str(value) or repr(value)
                 self.say(f"ended early{where}: {' '.join(why.split())}")
                 if self.resume_by and isinstance(value, KeyboardInterrupt):
                     value.add_note(f"to continue: {self.resume_by}")
-                    self._log.write(f"to continue: {self.resume_by}\n")
+                    if self._log:
+                        self._log.write(f"to continue: {self.resume_by}\n".encode(errors="surrogateescape"))
 
     def state_dict(self) -> dict[str, Any]:
         """The records so far, see :class:`utils.resume.TrainState`."""
@@ -130,20 +233,11 @@ class Run:
         """Goes on after these records; what was written after them is forgotten."""
         self.started = time.perf_counter() - state["seconds"]
         self.epochs, self.resumed = state["epochs"], state["resumed"]
-        if self.writes:
-            self._metrics.seek(0)
-            self._metrics.truncate()
-        self._lines = []
-        for line in state["lines"]:
-            self._record(line)
-        if self._board:
-            last = max((record["epoch"] for record in self.epochs), default=0)
-            self._board.close()
-            self._board = self._open.enter_context(SummaryWriter(str(self.folder), purge_step=last + 1))
-
-    def _record(self, line: str) -> None:
-        self._lines.append(line)
-        self._metrics.write(line + "\n")
+        self._lines = state["lines"]
+        if self._metrics and self._board:
+            self._metrics.empty()
+            self._metrics.write("".join(f"{line}\n" for line in self._lines).encode())
+            self._board.forget(1 + max((record["epoch"] for record in self.epochs), default=0))
 
     @property
     def seconds(self) -> float:
@@ -152,13 +246,33 @@ class Run:
 
     def say(self, text: str) -> None:
         """Keeps a text in log.txt and prints it."""
-        self._log.write(text + "\n")
-        print(textwrap.indent(text, self.prefix), flush=True)
+        if self._log:
+            self._log.write(f"{text}\n".encode(errors="surrogateescape"))
+        show(textwrap.indent(text, self.prefix))
+
+    def _warn(self, text: str) -> None:
+        """Says the first time that something has no room in the folder."""
+        if not self._is_warned:
+            self._is_warned = True
+            self.say(text)
+
+    @contextmanager
+    def side_output(self, name: str) -> Iterator[Path]:
+        """A path to write what lies beside the weights to, the folder's file ``name``: whole or not there.
+
+        Whatever goes wrong in the block is one line, and the run goes on.
+        """
+        try:
+            with atomic(self.folder / name) as path:
+                yield path
+        except Exception as error:  # a disk, or a library that a name or a number does not suit
+            self.say(f"note: no {name}: {one_line(error)}")
 
     def write_json(self, name: str, content: Any) -> None:
         """Writes a small JSON file into the folder."""
         if self.writes:
-            (self.folder / name).write_text(json.dumps(content, indent=1) + "\n")
+            with self.side_output(name) as path:
+                path.write_text(json.dumps(content, indent=1) + "\n")
 
     def bar(self, steps: Iterable[T], total: int, label: str) -> Iterator[T]:
         """Passes ``steps`` through with a progress bar, see :func:`utils.bar.bar`."""
@@ -171,10 +285,15 @@ class Run:
             self.say(table_row(None))
         self.epochs.append(record)
         self.say(table_row(record))
-        self._record(json.dumps(record))
-        for key, value in record.items():
-            if self._board and key != "epoch" and value is not None:
-                self._board.add_scalar(key.replace("_", "/", 1), value, record["epoch"])
+        self._measured(record)
+        if self._board:
+            known = {key: value for key, value in record.items() if key != "epoch" and value is not None}
+            self._board.add(record["epoch"], {key.replace("_", "/", 1): value for key, value in known.items()})
+
+    def _measured(self, record: dict[str, Any]) -> None:
+        self._lines.append(json.dumps(record))
+        if self._metrics:
+            self._metrics.write(f"{self._lines[-1]}\n".encode())
 
     def log_many(self, records: dict[str, dict[str, Any]], heading: str) -> None:
         """One epoch of some classifiers, {setting: record}: as :meth:`log` does, or in a sweep as one line for all."""
@@ -183,7 +302,7 @@ class Run:
                 self.log(record)
             return
         for name, record in records.items():
-            self._record(json.dumps({"setting": name, **record}))
+            self._measured({"setting": name, **record})
         measured = [record["test_top1"] for record in records.values() if "test_top1" in record]
         if measured:
             last = next(reversed(records.values()))
