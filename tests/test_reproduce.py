@@ -449,5 +449,5 @@ def test_a_real_run_goes_on_where_it_was_interrupted(lab: Lab) -> None:
     assert lab.wait(queue, 300) == 143
     printed = lab.wait(lab.start("--only", "first"), 300), (lab.state / "first" / "output.txt").read_text()
     assert printed[0] == 0, printed[1]
-    assert len(list(lab.state.glob("first/out/*/*/"))) == 1 and "resumed at" in printed[1]
+    assert len(list(lab.state.glob("first/out/*/*/"))) == 1 and "\nresumed " in printed[1]
     assert lab.run("--collect")[0] == 0 and (lab.results / "first.pt").is_file()
