@@ -2,7 +2,7 @@
 PYTHON ?= python3
 RUN := $(CURDIR)/.venv/bin
 
-.PHONY: demo test gpu lint smoke check clean
+.PHONY: demo test gpu torture lint smoke check clean
 
 demo: .venv/installed            ## both stages and the evaluation on digits, three seeds, under a minute
 	$(RUN)/python -m benchmarks.demo
@@ -12,6 +12,9 @@ test: .venv/tools                ## the tests
 
 gpu: .venv/tools                 ## once, where there is a GPU: tests, speed, reproduction; again until all is done
 	$(RUN)/python -m benchmarks.gpu
+
+torture: .venv/tools             ## an hour of killed runs and failing disks
+	$(RUN)/python -m benchmarks.torture
 
 lint: .venv/tools                ## style and types
 	$(RUN)/ruff check .

@@ -59,6 +59,8 @@ INCIDENTAL = ("resume", "save_every", "keep_states", "out", "workers", "threads"
 MAY_MOVE = (*INCIDENTAL, "data_dir", "cache_dir")
 #: Checkpoints of a run that its folder needs room for: one, and another that replaces it.
 COPIES = 2
+#: What a state takes beside a checkpoint: weights, momentum, averaged weights, and those selected so far.
+STATE = 4
 HUGE = 1e30  # the largest learning rate or weight decay: beyond, float32 overflows
 
 
@@ -564,13 +566,15 @@ def begin(
             require_writable("--resume", resumed.folder)
             return resumed.folder
         size = 0 if stage == "compare" else weight_bytes(options, data)
+        states = STATE * size * (options.keep_states + 1) if stage == "stage1" else 0
         require_room(
-            {options.out: COPIES * runs * size, checkpoints.FOLDER: size}, f"a checkpoint of {size / 1e6:,.0f} MB"
+            {options.out: COPIES * runs * size + states, checkpoints.FOLDER: size},
+            f"a run with checkpoints of {size / 1e6:,.0f} MB",
         )
         return make_folder(options.out, final_path(options, stage).stem, label)
 
     folder = by_first(make)
-    run = Run(folder if rank() == 0 else None)
+    run = Run(folder if rank() == 0 else None, is_locked=True)
     run.say(resolved.describe())
     where = f"{device}, {torch.get_num_threads()} threads" if device.type == "cpu" else str(device)
     if processes() > 1:

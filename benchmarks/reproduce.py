@@ -22,7 +22,6 @@ import contextlib
 import ctypes
 import dataclasses
 import datetime
-import fcntl
 import io
 import itertools
 import json
@@ -36,7 +35,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -55,7 +54,7 @@ from losses import make_loss
 from recipe import make_batches, make_network, make_settings, one_run, settle
 from stages import fill_options, load_data
 from utils import checkpoints
-from utils.files import atomic, sha256
+from utils.files import atomic, lock, sha256
 from utils.metrics import percent, scores
 from utils.options import UsageError, command, parse_typed
 from utils.system import AMP, ROOT, cpu_has_bf16, pick_amp, pick_device, provenance
@@ -139,21 +138,6 @@ class Progress:
     def epoch(self) -> int:
         """The last whole epoch."""
         return int(self.records[-1]["epoch"]) if self.records else 0
-
-
-@contextlib.contextmanager
-def held(folder: Path) -> Iterator[None]:
-    """The right to run the queue of a folder; UsageError, naming the holder, while another process has it."""
-    with open(folder / "lock", "a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise UsageError(f"{folder}: its queue runs already, {file.read()}", "one queue a folder") from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()} since {now()}")
-        file.flush()
-        yield
 
 
 def now() -> str:
@@ -240,7 +224,7 @@ class Queue:
 
     def run(self, rows: Sequence[Row]) -> int:
         """Trains what is missing; the exit status."""
-        with held(self.state):
+        with lock(self.state / "queue", wait=0, doing="worked on"):
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, lambda received, _: self.signals.append(received))
             failed = [row.name for row in rows if not self.signals and not self.train(row)]
@@ -377,7 +361,7 @@ class Queue:
     def show(self, rows: Sequence[Row]) -> None:
         """Prints the state of every row."""
         try:
-            with held(self.state):
+            with lock(self.state / "queue", wait=0, doing="worked on"):
                 print(f"{self.state}: no queue runs")
         except UsageError as error:
             print(error.args[0])

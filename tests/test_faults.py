@@ -78,7 +78,7 @@ def test_without_room_for_the_run_folder_the_weights_are_published(bases, tmp_pa
     assert ended.status == 0 and stored(run)[STAGE1.final].sha256 != before[STAGE1.final].sha256, ended.said
     assert set(stored(run)) == {STAGE1.final, f"{STAGE1.final}.prev"} and not list(run.rglob("*.png"))
     notes = [line for line in ended.said.splitlines() if line.startswith("note: ")]
-    lost = ("checkpoint.pt", "per_class.csv", "curves.png", "per_class.png")
+    lost = ("checkpoint.pt", "per_class.csv", "curves.png", "per_class.png", "finished.json")
     assert [re.search(r"no (\S+): No space left", line)[1] for line in notes[1:]] == list(lost)
     assert "the run goes on" in notes[0] and all("MB free on the disk of" in line for line in notes)
     assert f"saved {STAGE1.final}" in ended.said and not litter(run)

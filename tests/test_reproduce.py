@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import multiprocessing
 import os
@@ -430,13 +429,6 @@ def test_an_older_run_lacks_options_that_stand_at_their_default(lab: Lab, traine
 def test_the_state_may_not_lie_in_the_repository() -> None:
     with pytest.raises(UsageError, match="inside the repository"):
         reproduce.queue(["--list", "--state", str(ROOT / "output" / "reproduce")])
-
-
-def test_the_lock_goes_with_its_process(tmp_path: Path) -> None:
-    with reproduce.held(tmp_path), open(tmp_path / "lock") as file, pytest.raises(BlockingIOError):
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    with reproduce.held(tmp_path):
-        pass
 
 
 @pytest.mark.skipif("resume" not in {f.name for f in fields(main_stage1.Options)}, reason="stage 1 has no --resume")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import signal
 from pathlib import Path
 
@@ -12,41 +13,14 @@ import torch
 import compare
 import main_stage1
 import main_stage2
+from benchmarks.torture import COMMANDS, equal, outcome, tortured
 from utils import signals
+from utils.files import lock
 from utils.resume import TrainState, state_files
 
 DIGITS = ["--dataset", "digits", "--seed", "0"]
 STAGE1, STAGE2 = (Path(f"checkpoints/digits_exp100_resnet8_{stage}.pt") for stage in ("stage1", "stage2"))
 MAINS = {"main_stage1.py": main_stage1.main, "main_stage2.py": main_stage2.main, "compare.py": compare.main}
-
-
-def equal(one, other) -> bool:
-    """The same tensors, to the bit, and the same values, whatever holds them; times apart."""
-    if isinstance(one, torch.Tensor):
-        return one.dtype == other.dtype and torch.equal(one, other)
-    if isinstance(one, dict):
-        names = [name for name in one if not name.startswith("seconds")]
-        return one.keys() == other.keys() and all(equal(one[name], other[name]) for name in names)
-    if isinstance(one, list | tuple):
-        return len(one) == len(other) and all(map(equal, one, other))
-    return one == other or (one != one and other != other)
-
-
-def outcome(script: str, folder: Path) -> list:
-    """Everything that a finished run leaves, but provenance and options."""
-    found = []
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder).as_posix()
-        if path.suffix == ".pt":
-            file = torch.load(path, weights_only=True)
-            parent = {key: value for key, value in (file["parent"] or {}).items() if key in ("sha256", "seed")}
-            found.append((name, file["model"], file["metrics"], file["data"], parent, file["head"], file["stem"]))
-        if path.name == "metrics.jsonl":
-            found.append((name, [json.loads(line) for line in path.read_text().splitlines()]))
-        if path.name == "finished.json":
-            found.append((name, json.loads(path.read_text())["result"]))
-    assert found
-    return found
 
 
 class Interruptions:
@@ -97,7 +71,7 @@ def cut_off_and_resumed(script: str, arguments: list[str], interruptions: Interr
             assert state_files(run_folder("cut")) or any(map(state_files, run_folder("cut").glob("*/")))
     assert status == [143] * len(interruptions.at)
     assert equal(resumed, result)
-    assert equal(outcome(script, run_folder("cut")), outcome(script, run_folder("whole")))
+    assert equal(outcome(Path("cut")), outcome(Path("whole")))
     assert not list(Path("cut").rglob("state-*")) and not list(Path().rglob("*.tmp"))
 
 
@@ -223,7 +197,7 @@ def test_states_are_few_and_a_damaged_one_is_passed_over(workdir, interruptions,
     newest.write_bytes(newest.read_bytes()[:-1000])
     assert equal(main_stage1.main([*arguments, "--resume", "auto"]), report)
     assert f"{newest.name} cannot be read; the state before it is taken" in capsys.readouterr().out
-    assert equal(outcome("", folder), outcome("", run_folder("whole")))
+    assert equal(outcome(Path("output")), outcome(Path("whole")))
 
     with pytest.raises(SystemExit):
         interruptions.at = {interruptions.count + 9}
@@ -242,3 +216,23 @@ def test_other_images_are_not_gone_on_with(small_cifar10, interruptions, capsys)
         content = path.read_bytes()
         path.write_bytes(content[:5000] + bytes([content[5000] ^ 1]) + content[5001:])
     assert "another training images" in shown_error(capsys, main_stage1.main, *arguments.split(), "--resume", "auto")
+
+
+def test_a_run_folder_is_one_process_s_at_a_time(workdir, interruptions, capsys) -> None:
+    interruptions.at = {9}
+    with pytest.raises(SystemExit):
+        main_stage1.main([*DIGITS, "--epochs", "3"])
+    folder = run_folder("output")
+    records = (folder / "metrics.jsonl").read_text()
+    with lock(folder):
+        error = shown_error(capsys, main_stage1.main, *DIGITS, "--epochs", "3", "--resume", "auto")
+    assert f"{folder} is being run by process" in error and (folder / "metrics.jsonl").read_text() == records
+    main_stage1.main([*DIGITS, "--epochs", "3", "--resume", "auto"])
+
+
+@pytest.mark.parametrize(
+    "name, number", [*((name, signal.SIGKILL) for name in COMMANDS), ("stage 1", signal.SIGTERM)], ids=str
+)
+def test_killed_at_any_moment_it_ends_in_the_same_bits(tmp_path, name: str, number: signal.Signals) -> None:
+    """A few; benchmarks/torture.py kills many."""
+    assert tortured(COMMANDS[name], tmp_path, 2, number, random.Random(f"{name} {number}"))["kills"] >= 2

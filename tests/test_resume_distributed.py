@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from test_resume import equal, outcome, run_folder
+from test_resume import run_folder
 
+from benchmarks.torture import equal, outcome
 from utils.resume import state_files
 
 ARGUMENTS = "main_stage1.py --dataset digits --epochs 3 --seed 0 --device cpu"
@@ -41,7 +42,7 @@ def test_two_processes_end_in_the_same_bits(workdir, options: str) -> None:
         assert cut.stderr.count("Traceback") == 1  # torchrun's own: a process of it has failed
     last = torchrun(f"{ARGUMENTS} {options} --out cut --resume auto")
     assert last.returncode == 0 and last.stdout.count("resumed after step") == 1, last.stdout + last.stderr
-    assert equal(outcome("", run_folder("cut")), outcome("", run_folder("whole")))
+    assert equal(outcome(Path("cut")), outcome(Path("whole")))
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])

@@ -24,7 +24,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 
 from utils.bar import bar
 from utils.distributed import interruptible
-from utils.files import atomic, naming, require_writable, sweep
+from utils.files import atomic, lock, naming, require_writable, sweep
 from utils.metrics import percent
 from utils.options import Unsaved, UsageError, disk_words
 
@@ -165,6 +165,10 @@ class Run:
         folder: exists, see :func:`make_folder`; None for a run that is recorded by another process, where nothing is
             written.
         prefix: begins every printed line, so that lines of runs side by side can be told apart.
+        is_locked: no other process may open the folder meanwhile.
+
+    Raises:
+        UsageError: another process has the folder.
 
     Attributes:
         epochs: the records passed to :meth:`log` so far.
@@ -174,7 +178,7 @@ class Run:
         resume_by: the command that goes on where this run is cut off; "" for a part of another run.
     """
 
-    def __init__(self, folder: Path | None, prefix: str = "") -> None:
+    def __init__(self, folder: Path | None, prefix: str = "", is_locked: bool = False) -> None:
         self.folder, self.prefix, self.writes = folder or Path(os.devnull), prefix, folder is not None
         self.epochs: list[dict[str, Any]] = []
         self.resumed: list[dict[str, Any]] = []
@@ -186,6 +190,8 @@ class Run:
         self._is_warned = False
         self._lines: list[str] = []
         self._log = self._metrics = self._board = None
+        if folder and is_locked:
+            self._open.enter_context(lock(folder, wait=0, doing="run"))
         if folder:
             self._log, self._metrics = (_Added(folder / name, self._warn) for name in ("log.txt", "metrics.jsonl"))
             self._metrics.empty()  # what a run that is resumed had measured comes with its state
