@@ -63,7 +63,7 @@ from utils.options import (
     shown,
 )
 from utils.run import Run
-from utils.system import pick_device
+from utils.system import DEVICE_OPTIONS, pick_device
 
 SCOPES = ("fc", "last_block", "all")
 
@@ -117,7 +117,7 @@ def main(argv: Sequence[str]) -> Report:
     typed = parse_typed(Options, argv, "main_stage2.py", __doc__)
     parent, resolved = continue_stage1(typed, Options)
     options: Any = resolved.options
-    device = pick_device(options.device, options.gpu, options.threads)
+    device = pick_device(*(getattr(options, name) for name in DEVICE_OPTIONS))
     data = load_data(options, val_indices=parent.data.get("val_indices", []))
     require_held_out(parent, options, data)
     wanted = {name: getattr(options, name) for name in TUNABLE}
@@ -261,7 +261,7 @@ def train_heads(stream: Stream, settings: Sequence[Setting], lab: Lab, options: 
     """Trains classifiers on a frozen backbone, all on the same batches."""
     results = [Result(setting, options.select) for setting in settings]
     trainees = [lab.trainee(setting) for setting in settings]
-    solver = Solver(trainees, options.momentum, options.nesterov)
+    solver = Solver(trainees, options.momentum, options.nesterov, graphed=options.graph, say=run.say)
 
     for epoch in range(stream.epochs):
         began, rate = time.perf_counter(), cosine(epoch, stream.epochs)

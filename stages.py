@@ -39,7 +39,7 @@ from utils.options import (
 )
 from utils.plots import learning_curves, per_class_accuracy
 from utils.run import Run, make_folder
-from utils.system import draw_seed, provenance
+from utils.system import deterministic_words, draw_seed, pick_graph, provenance
 
 T = TypeVar("T", bound="DataOptions")
 
@@ -121,6 +121,10 @@ class TrainOptions(DataOptions):
     eval_every: int = option(10, Number(int, 1), "epochs between evaluations; the last five always", published=1)
     seed: Any = option(None, Many(SEED), "of everything random; without it one is drawn and printed")
     out: str = option("output", Text("a folder"), "where run folders are made")
+    graph: str = option(
+        "auto", Choice(("auto", "on", "off")), "steps as CUDA graphs; auto: on a GPU, where they prove themselves"
+    )
+    deterministic: bool = option(False, Flag(), "the same bits run after run on one machine; slower on a GPU")
     la_tau: Any = option(None, Many(Number(float, -10, 10)), "logit adjustment: factor of the log prior")
     focal_gamma: Any = option(None, Many(Number(float, 0, 20)), "focal: power of 1 - p")
     cb_beta: Any = option(None, Many(Number(float, 0, 1 - 1e-9)), "class-balanced weights: beta")
@@ -440,6 +444,7 @@ def final_path(options: DataOptions, stage: str) -> Path:
 def begin(resolved: Resolved[Any], stage: str, data: LongTailed, device: torch.device, runs: int = 1) -> Run:
     """Opens the folder of a run, or of so many, and says what will run; fails now what would fail later."""
     options = resolved.options
+    pick_graph(options.graph, device)
     seeds = options.seed if isinstance(options.seed, tuple) else (options.seed,)
     label = f"seed{seeds[0]}" if len(seeds) == 1 else f"{len(seeds)}seeds"
     label = f"{runs}runs" if runs > 1 else label
@@ -455,6 +460,8 @@ def begin(resolved: Resolved[Any], stage: str, data: LongTailed, device: torch.d
     if processes() > 1:
         where = f"{where.replace(':0', '')} in each of {processes()} processes"
     run.say(f"{data.describe()}\ndevice {where}, seed {shown(options.seed)}, run folder {run.folder}")
+    if options.deterministic:
+        run.say(deterministic_words(device))
     run.write_json("options.json", {"options": dataclasses.asdict(options), "sources": dict(resolved.sources)})
     return run
 
