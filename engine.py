@@ -25,7 +25,7 @@ from utils.distributed import as_in_first, in_order, processes, total
 from utils.graphs import Graphed
 from utils.metrics import Report, report
 from utils.options import Diverged, UsageError
-from utils.proof import Proven, bound
+from utils.proof import Proven, bound, compiled
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -90,8 +90,8 @@ class TrainStep:
         ema: decay of the averaged copy of the model, which is updated after every step; 0 for none.
         project: puts weights back where they must be, after every step.
         accum: in how many parts one process's images go through the network; BatchNorm in train mode sees them apart.
-        compiled: run the model through torch.compile, once per batch shape: off, auto or on.
-        graphed: run the step as a CUDA graph: off, auto or on. Both prove themselves (:class:`utils.proof.Proven`);
+        compile: run the model through torch.compile, once per batch shape: off, auto or on.
+        graph: run the step as a CUDA graph: off, auto or on. Both prove themselves (:class:`utils.proof.Proven`);
             what does not is left out where it is auto, and an error where it is on.
         say: gets the line that says so.
 
@@ -109,8 +109,8 @@ class TrainStep:
         ema: float = 0.0,
         project: Callable[[], None] | None = None,
         accum: int = 1,
-        compiled: str = "off",
-        graphed: str = "off",
+        compile: str = "off",
+        graph: str = "off",
         say: Callable[[str], None] = print,
     ) -> None:
         self.model, self.criterion, self.optimizer = model, criterion, optimizer
@@ -122,9 +122,9 @@ class TrainStep:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp == torch.float16)
         self.scaler.scale(torch.zeros((), device=self.device))  # makes the tensors of its state
         self.averaged = copy.deepcopy(model).requires_grad_(False) if ema else model
-        near, self.faster = bound(amp, self.device), torch.compile(model, dynamic=False) if compiled != "off" else None
-        self.compiling = Proven("--compile", compiled == "on", near, same_draws=False, say=say)
-        self.graph = Graphed(must=graphed == "on", bound=near, say=say) if graphed != "off" else None
+        near, self.faster = bound(amp, self.device), None if compile == "off" else compiled(model)
+        self.compiling = Proven("--compile", compile == "on", near, same_draws=False, say=say)
+        self.graph = None if graph == "off" else Graphed(must=graph == "on", bound=near, say=say)
 
     def __call__(self, *batch: Tensor) -> tuple[Tensor, ...]:
         return self.graph(self._ungraphed, self.changing, *batch) if self.graph else self._ungraphed(*batch)

@@ -189,8 +189,8 @@ def train(one: Any, data: LongTailed, device: torch.device, run: Run, start: Che
         ema=one.ema,
         project=constraint(model.fc, one.constraint, one.constraint_radius),
         accum=one.accum,
-        compiled=one.compile,
-        graphed=one.graph,
+        compile=one.compile,
+        graph=one.graph,
         say=run.say,
     )
     evaluator = Evaluator(run, data, device, one, one.epochs)

@@ -261,7 +261,7 @@ def train_heads(stream: Stream, settings: Sequence[Setting], lab: Lab, options: 
     """Trains classifiers on a frozen backbone, all on the same batches."""
     results = [Result(setting, options.select) for setting in settings]
     trainees = [lab.trainee(setting) for setting in settings]
-    solver = Solver(trainees, options.momentum, options.nesterov, graphed=options.graph, say=run.say)
+    solver = Solver(trainees, options.momentum, options.nesterov, graph=options.graph, say=run.say)
 
     for epoch in range(stream.epochs):
         began, rate = time.perf_counter(), cosine(epoch, stream.epochs)

@@ -76,14 +76,7 @@ class _Part(Protocol):
 class _LinearChunk:
     """Linear heads with losses of the softmax family: weight and momentum (S C, D + 1), the last column the bias."""
 
-    def __init__(
-        self,
-        places: list[int],
-        trainees: Sequence[Trainee],
-        momentum: float,
-        nesterov: bool,
-        graph: Graphed | None = None,
-    ) -> None:
+    def __init__(self, places: list[int], trainees: Sequence[Trainee], momentum: float, nesterov: bool) -> None:
         self.places, self.trainees = places, trainees
         first: nn.Linear = trainees[0].head  # type: ignore[assignment]
         self.heads, self.classes = len(trainees), first.out_features
@@ -103,7 +96,7 @@ class _LinearChunk:
         self.lr, self.wd = lr.reshape(-1, 1), wd.reshape(-1, 1)
         self.decays = bool((self.wd != 0).any())
         self.rate = torch.zeros_like(self.lr)
-        self.graph = graph
+        self.graph: Graphed | None = None
         self.tables = {name: self.weight.new_zeros(self.heads, self.classes) for name in TABLES}
         self.offset, self.margin, self.smooth, self.class_weight = self.tables.values()
         self.is_plain = self.is_unweighted = False
@@ -213,7 +206,7 @@ class Solver:
     """Trains classifiers side by side with SGD; ``momentum`` and ``nesterov`` are shared, as in ``torch.optim.SGD``.
 
     ``chunk`` is the number of linear heads per matrix product; None for up to 8 on a CPU, by their size, and all of
-    them elsewhere. On a GPU ``graphed`` is auto, on or off: their steps are CUDA graphs that prove themselves, see
+    them elsewhere. On a GPU ``graph`` is auto, on or off: their steps are CUDA graphs that prove themselves, see
     :class:`utils.proof.Proven`, whose line ``say`` gets.
 
     Attributes:
@@ -226,7 +219,7 @@ class Solver:
         momentum: float = 0.9,
         nesterov: bool = False,
         chunk: int | None = None,
-        graphed: str = "auto",
+        graph: str = "auto",
         say: Callable[[str], None] = print,
     ) -> None:
         together = [i for i, trainee in enumerate(trainees) if _is_linear(trainee)]
@@ -237,9 +230,10 @@ class Solver:
             chunk = chunk or (cpu_chunk(*shape) if self.device.type == "cpu" else len(together))
             for first in range(0, len(together), chunk):
                 places = together[first : first + chunk]
-                has_graph = graphed != "off" and self.device.type == "cuda"
-                graph = Graphed(must=graphed == "on", say=say) if has_graph else None
-                self.parts.append(_LinearChunk(places, [trainees[i] for i in places], momentum, nesterov, graph))
+                has_graph = graph != "off" and self.device.type == "cuda"
+                part = _LinearChunk(places, [trainees[i] for i in places], momentum, nesterov)
+                part.graph = Graphed(must=graph == "on", say=say) if has_graph else None
+                self.parts.append(part)
         alone = [i for i in range(len(trainees)) if i not in together]
         self.parts += [_Alone(i, trainees[i], momentum, nesterov) for i in alone]
         self.seconds = [0.0] * len(trainees)

@@ -170,22 +170,22 @@ def test_a_graph_goes_with_its_step(monkeypatch) -> None:
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-@pytest.mark.parametrize("way", [{"compiled": "on"}, {"amp": torch.float16}, {"amp": torch.bfloat16, "compiled": "on"}])
+@pytest.mark.parametrize("way", [{"compile": "on"}, {"amp": torch.float16}, {"amp": torch.bfloat16, "compile": "on"}])
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 def test_other_ways_in_a_graph(way: dict) -> None:
     models = [some_model(torch.device("cuda")) for _ in range(2)]
     for model, graphed in zip(models, ("off", "on")):
-        step = some_step(torch.device("cuda"), model, lr=0.02, graphed=graphed, **way)
+        step = some_step(torch.device("cuda"), model, lr=0.02, graph=graphed, **way)
         for epoch in range(3):
             train_epoch(step, some_batches(torch.device("cuda")).epoch(), epoch, 0.02)
-    assert distance(*models) < (1e-3 if way == {"compiled": "on"} else 2e-2)
+    assert distance(*models) < (1e-3 if way == {"compile": "on"} else 2e-2)
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's own, while it compiles
 def test_a_compiled_step_equals_the_plain_one(device: torch.device) -> None:
     models = [some_model(device).to(memory_format=torch.channels_last) for _ in range(2)]
     for model, compiled in zip(models, ("off", "on")):
-        step = some_step(device, model, compiled=compiled)
+        step = some_step(device, model, compile=compiled)
         for epoch in range(2):
             train_epoch(step, some_batches(device).epoch(), epoch, 0.1)
     assert 0 < distance(*models) < (1e-3 if device.type == "cuda" else 1e-4)

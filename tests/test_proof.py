@@ -292,11 +292,11 @@ def test_a_compiler_that_fails_or_errs_is_left_out() -> None:
     for wrong, words in ((broken, "it raises RuntimeError: no compiler"), (None, "its loss is")):
         models, lines = [some_model() for _ in range(2)], []
         plain = some_step(model=models[0])
-        step = some_step(model=models[1], compiled="auto", say=lines.append)
+        step = some_step(model=models[1], compile="auto", say=lines.append)
         step.faster = wrong or (lambda images, model=models[1]: 1.3 * model(images))
         assert run_of(plain) == run_of(step) and distance(*models) == 0
         assert len(lines) == 1 and lines[0].startswith("--compile auto: not used, ") and words in lines[0]
-        step = some_step(compiled="on")
+        step = some_step(compile="on")
         step.faster = wrong or (lambda images, model=step.model: 1.3 * model(images))
         with pytest.raises(UsageError, match="--compile on: it"):
             run_of(step)
@@ -309,7 +309,7 @@ def test_the_check_of_a_compiler_changes_no_bit_and_takes_few_steps() -> None:
     alone = some_step(model=models[0])
     alone.network = torch.compile(models[0], dynamic=False)
     steps = []
-    step = some_step(model=models[1], compiled="on")
+    step = some_step(model=models[1], compile="on")
     plain = step.plain
     step.plain = lambda *batch: steps.append(len(batch[1])) or plain(*batch)
     assert run_of(alone) == run_of(step) and distance(*models) == 0

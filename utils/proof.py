@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+import os
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from utils.options import UsageError
 
@@ -146,6 +149,17 @@ class Proven:
         unit = max(SMALL * max(sizes), 1e-30)
         apart = math.sqrt(sum((error / max(size, unit)) ** 2 for error, size in zip(errors, sizes)) / len(sizes))
         return "" if apart <= self.bound else f"its {kind} differ by {apart:.2g} of a step, more than {self.bound}"
+
+
+def compiled(model: nn.Module) -> Callable[[Tensor], Tensor]:
+    """torch.compile, once for every input shape, with kernels cached apart for every instruction set of a CPU.
+
+    PyTorch's cache takes kernels written for AVX2 (ATEN_CPU_CAPABILITY) as AVX-512's, which write beyond their arrays.
+    """
+    folder = f"torchinductor_{os.getuid()}_{torch.backends.cpu.get_cpu_capability()}"
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir(), folder)))
+    network: Callable[[Tensor], Tensor] = torch.compile(model, dynamic=False)
+    return network
 
 
 @contextmanager
