@@ -54,9 +54,9 @@ def make_sgd(parameters: Iterable[Parameter], lr: float, momentum: float, wd: fl
     finds both where it recorded them. Set it by :func:`set_lr`.
     """
     parameters = list(parameters)
-    on_gpu = parameters[0].is_cuda
-    rate = torch.tensor(lr, device=parameters[0].device) if on_gpu else lr
-    optimizer = SGD(parameters, rate, momentum=momentum, weight_decay=wd, nesterov=nesterov, fused=True)
+    optimizer = SGD(parameters, lr, momentum=momentum, weight_decay=wd, nesterov=nesterov, fused=True)
+    if parameters[0].is_cuda:
+        optimizer.param_groups[0]["lr"] = torch.tensor(lr, device=parameters[0].device)
     for parameter in parameters if momentum else ():
         optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer

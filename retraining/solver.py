@@ -94,7 +94,7 @@ class _LinearChunk:
             for name in ("lr", "wd")
         )
         self.lr, self.wd = lr.reshape(-1, 1), wd.reshape(-1, 1)
-        self.decays = bool((self.wd != 0).any())
+        self.decays = any(t.wd != 0 for t in trainees)
         self.rate = torch.zeros_like(self.lr)
         self.graph: Graphed | None = None
         self.tables = {name: self.weight.new_zeros(self.heads, self.classes) for name in TABLES}
@@ -103,12 +103,13 @@ class _LinearChunk:
 
     def begin(self, progress: float, rate: float) -> None:
         losses: list[SoftmaxLoss] = [t.loss(progress) for t in self.trainees]  # type: ignore[misc]
-        for name, table in self.tables.items():  # in place, where a CUDA graph reads them
-            table.copy_(torch.stack([getattr(loss, name) for loss in losses]))
+        tables = {name: torch.stack([getattr(loss, name) for loss in losses]) for name in TABLES}
+        for name, table in tables.items():
+            self.tables[name].copy_(table)  # in place, where a CUDA graph reads them
         # A step skips what no loss of the chunk has.
         before = self.is_plain, self.is_unweighted
-        self.is_plain = not self.offset.any() and not self.margin.any()
-        self.is_unweighted = bool((self.class_weight == 1).all())
+        self.is_plain = not tables["offset"].any() and not tables["margin"].any()
+        self.is_unweighted = bool((tables["weight"] == 1).all())
         if self.graph and (self.is_plain, self.is_unweighted) != before:
             self.graph.forget()
         self.rate.copy_(-rate * self.lr)
