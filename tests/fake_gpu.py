@@ -44,9 +44,8 @@ class FakeGPU(FakeTensorMode):
         name = func._schema.name
         on_gpu = [tensor for tensor in tensors if tensor.device.type == "cuda"]
         if on_gpu and name in COPIES:
-            to_cpu = (
-                args[0].device.type == "cpu" if name == "aten::copy_" else "device" in kwargs and target.type == "cpu"
-            )
+            target = args[0].device if name == "aten::copy_" else kwargs.get("device") or GPU
+            to_cpu = torch.device(target).type == "cpu"
             self.fetched += to_cpu
             if to_cpu and not self.may_fetch:
                 raise Wrong(f"{name} waits for the GPU and fetches a tensor")
