@@ -124,7 +124,7 @@ class TrainOptions(DataOptions):
     graph: str = option(
         "auto", Choice(("auto", "on", "off")), "steps as CUDA graphs; auto: on a GPU, where they prove themselves"
     )
-    deterministic: bool = option(False, Flag(), "the same bits run after run on one machine; slower on a GPU")
+    deterministic: bool = option(False, Flag(), "the same bits run after run on one machine; slower")
     la_tau: Any = option(None, Many(Number(float, -10, 10)), "logit adjustment: factor of the log prior")
     focal_gamma: Any = option(None, Many(Number(float, 0, 20)), "focal: power of 1 - p")
     cb_beta: Any = option(None, Many(Number(float, 0, 1 - 1e-9)), "class-balanced weights: beta")

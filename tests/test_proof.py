@@ -1,6 +1,7 @@
 """A fast way of stepping that fails, or computes something else, is found and left out; a right one changes nothing."""
 
 import copy
+import os
 import shutil
 
 import pytest
@@ -18,7 +19,7 @@ from models import build_model
 from retraining.solver import Solver, Trainee
 from utils.graphs import Graphed
 from utils.options import UsageError
-from utils.proof import BOUNDS, STEPS, Proven, bound
+from utils.proof import BOUNDS, STEPS, Proven, _turned, bound, compiled
 
 AUTO = {"bound": BOUNDS["float32"]}
 
@@ -152,7 +153,7 @@ def test_a_right_graph_is_used_and_every_bit_stays(name: str) -> None:
     assert distance(plain.averaged, step.averaged) == 0
     assert [tuple(images.shape) for images, _ in recorded] == [(8, 1, 8, 8), (4, 1, 8, 8)]
     batch = next(iter(some_batches(CPU, augment=Augment(1, False)).epoch()))
-    assert recorded[0][0].stride() == batch[0].stride()  # the memory format is not lost
+    assert recorded[0][0].stride() == _turned(batch[0], 1).stride() == batch[0].stride()  # channels last
 
 
 def test_steps_that_draw_are_compared_on_the_same_draws() -> None:
@@ -304,13 +305,15 @@ def test_a_compiler_that_fails_or_errs_is_left_out() -> None:
 
 @pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="no compiler")
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's own, while it compiles
-def test_the_check_of_a_compiler_changes_no_bit_and_takes_few_steps() -> None:
+def test_the_check_of_a_compiler_changes_no_bit_and_takes_few_steps(monkeypatch) -> None:
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
     models = [some_model().to(memory_format=torch.channels_last) for _ in range(2)]
     alone = some_step(model=models[0])
-    alone.network = torch.compile(models[0], dynamic=False)
+    alone.network = compiled(models[0])
     steps = []
     step = some_step(model=models[1], compile="on")
     plain = step.plain
     step.plain = lambda *batch: steps.append(len(batch[1])) or plain(*batch)
     assert run_of(alone) == run_of(step) and distance(*models) == 0
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"].endswith(torch.backends.cpu.get_cpu_capability())
     assert steps.count(8) == 2 * 2 + 2 * STEPS and steps.count(4) == 2 + 2 * STEPS

@@ -147,7 +147,7 @@ def deterministic_words(device: torch.device) -> str:
     """One line: what --deterministic costs on a device, and what it does not promise."""
     costs = {
         "cuda": "slower by an amount not measured here (PyTorch: often slower; 24 MB for cuBLAS)",
-        "cpu": "steps take as long as without",
+        "cpu": "steps about 7 % slower (ResNet-20, one thread: new memory is filled)",
     }[device.type]
     limits = "another machine, number of threads or PyTorch may round otherwise"
     return f"deterministic: the same bits run after run, {costs}; {limits}"
