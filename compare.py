@@ -43,7 +43,7 @@ from utils.metrics import calibration_error, fit_temperature, logit_statistics, 
 from utils.options import Choice, Flag, Many, UsageError, command, option, parse_typed, shown
 from utils.plots import class_profiles
 from utils.resume import complete
-from utils.system import pick_device, provenance
+from utils.system import DEVICE_OPTIONS, pick_device, provenance
 
 #: The method that is also trained together with the backbone, which is the Decoupling paper's question.
 SCOPE_METHOD = "crt"
@@ -79,7 +79,7 @@ def main(argv: Sequence[str]) -> list[dict[str, Any]]:
     refuse_head(parent, options.method)
     if "show" in typed and not set(options.show) <= set(options.method):
         raise UsageError(f"--show {shown(options.show)}", f"methods that are compared: {shown(options.method)}")
-    device = pick_device(options.device, options.gpu, options.threads)
+    device = pick_device(*(getattr(options, name) for name in DEVICE_OPTIONS))
     data = load_data(options, val_indices=parent.data.get("val_indices", []))
     require_held_out(parent, options, data, "--tune" if options.tune else None)
     settings = choose_settings(options, typed, data.num_classes)

@@ -25,6 +25,7 @@ from utils.distributed import as_in_first, in_order, interruptible, processes, t
 from utils.graphs import Graphed
 from utils.metrics import Report, report
 from utils.options import Diverged, UsageError
+from utils.proof import Proven, bound, compiled
 from utils.resume import TrainState
 
 M = TypeVar("M", bound=nn.Module)
@@ -54,9 +55,9 @@ def make_sgd(parameters: Iterable[Parameter], lr: float, momentum: float, wd: fl
     finds both where it recorded them. Set it by :func:`set_lr`.
     """
     parameters = list(parameters)
-    on_gpu = parameters[0].is_cuda
-    rate = torch.tensor(lr, device=parameters[0].device) if on_gpu else lr
-    optimizer = SGD(parameters, rate, momentum=momentum, weight_decay=wd, nesterov=nesterov, fused=True)
+    optimizer = SGD(parameters, lr, momentum=momentum, weight_decay=wd, nesterov=nesterov, fused=True)
+    if parameters[0].is_cuda:
+        optimizer.param_groups[0]["lr"] = torch.tensor(lr, device=parameters[0].device)
     for parameter in parameters if momentum else ():
         optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
@@ -90,8 +91,10 @@ class TrainStep:
         ema: decay of the averaged copy of the model, which is updated after every step; 0 for none.
         project: puts weights back where they must be, after every step.
         accum: in how many parts one process's images go through the network; BatchNorm in train mode sees them apart.
-        compiled: run the model through torch.compile, once per batch shape.
-        graphed: run the step as a CUDA graph.
+        compile: run the model through torch.compile, once per batch shape: off, auto or on.
+        graph: run the step as a CUDA graph: off, auto or on. Both prove themselves (:class:`utils.proof.Proven`);
+            what does not is left out where it is auto, and an error where it is on.
+        say: gets the line that says so.
 
     Attributes:
         averaged: what to evaluate: the exponential moving average of weights and BatchNorm statistics, or the model.
@@ -107,21 +110,38 @@ class TrainStep:
         ema: float = 0.0,
         project: Callable[[], None] | None = None,
         accum: int = 1,
-        compiled: bool = False,
-        graphed: bool = False,
+        compile: str = "off",
+        graph: str = "off",
+        say: Callable[[str], None] = print,
     ) -> None:
         self.model, self.criterion, self.optimizer = model, criterion, optimizer
         self.device = next(model.parameters()).device
-        self.network: Callable[[Tensor], Tensor] = torch.compile(model, dynamic=False) if compiled else model
+        self.network: Callable[[Tensor], Tensor] = model
         if processes() > 1:  # static_graph cannot be had with no_sync
             self.network = DistributedDataParallel(model, static_graph=accum == 1, gradient_as_bucket_view=True)
         self.amp, self.ema, self.project, self.accum = amp, ema, project, accum
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp == torch.float16)
+        self.scaler.scale(torch.zeros((), device=self.device))  # makes the tensors of its state
         self.averaged = copy.deepcopy(model).requires_grad_(False) if ema else model
-        self.graph = Graphed() if graphed else None
+        near, self.faster = bound(amp, self.device), None if compile == "off" else compiled(model)
+        self.compiling = Proven("--compile", compile == "on", near, same_draws=False, say=say)
+        self.graph = None if graph == "off" else Graphed(must=graph == "on", bound=near, say=say)
 
     def __call__(self, *batch: Tensor) -> tuple[Tensor, ...]:
-        return self.graph(self.plain, self.changing, *batch) if self.graph else self.plain(*batch)
+        return self.graph(self._ungraphed, self.changing, *batch) if self.graph else self._ungraphed(*batch)
+
+    def _ungraphed(self, *batch: Tensor) -> tuple[Tensor, ...]:
+        if self.faster is None:
+            return self.plain(*batch)
+        return self.compiling(self._compiled, self.plain, self.changing, *batch)
+
+    def _compiled(self, *batch: Tensor) -> tuple[Tensor, ...]:
+        assert self.faster is not None
+        plain, self.network = self.network, self.faster
+        try:
+            return self.plain(*batch)
+        finally:
+            self.network = plain
 
     def plain(
         self, images: Tensor, labels: Tensor, partners: Tensor | None = None, share: Tensor | None = None
@@ -206,13 +226,18 @@ class TrainStep:
     def _momentum(self) -> list[Tensor]:
         return [v for state in self.optimizer.state.values() for v in state.values() if isinstance(v, Tensor)]
 
-    def changing(self) -> list[Tensor]:
-        """Every tensor that a step changes and the next one depends on: weights, statistics, momentum, averages.
-
-        float16's loss scale is not among them, since it cancels out.
-        """
-        modules = [self.model] if self.averaged is self.model else [self.model, self.averaged]
-        return [*(v for module in modules for v in module.state_dict().values()), *self._momentum()]
+    def changing(self) -> dict[str, list[Tensor]]:
+        """Every tensor that a step changes and the next one depends on, by kind."""
+        averaged = [] if self.averaged is self.model else [self.averaged]
+        scale = [self.scaler._scale, self.scaler._growth_tracker] if self.scaler.is_enabled() else []
+        return {
+            "weights": list(self.model.parameters()),
+            "statistics": list(self.model.buffers()),
+            "momentum": self._momentum(),
+            "averages": [v for model in averaged for v in model.parameters()],
+            "averaged statistics": [v for model in averaged for v in model.buffers()],
+            "loss scale": [v for v in scale if v is not None],
+        }
 
     @torch.no_grad()
     def _average(self) -> None:

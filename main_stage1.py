@@ -80,7 +80,7 @@ from utils.metrics import Report
 from utils.options import Choice, Diverged, Flag, Many, Number, Resolved, Text, UsageError, command, option, parse_typed
 from utils.resume import complete, completed_run
 from utils.run import Run
-from utils.system import AMP, pick_device, side_by_side
+from utils.system import AMP, DEVICE_OPTIONS, pick_device, side_by_side
 
 
 @dataclass(frozen=True)
@@ -119,9 +119,8 @@ class Options(TrainOptions):
     amp: str = option(
         "auto", Choice(("auto", *AMP)), "mixed precision; auto: bf16 on a GPU, off on a CPU", published="off"
     )
-    graph: str = option("auto", Choice(("auto", "on", "off")), "steps as CUDA graphs; auto: on a GPU")
     compile: str = option(
-        "auto", Choice(("auto", "on", "off")), "torch.compile; auto: long runs of narrow networks on a CPU"
+        "auto", Choice(("auto", "on", "off")), "torch.compile; auto: long runs of narrow networks on a CPU, checked"
     )
     parallel: int | None = option(
         None, Number(int, 1, 64), "runs of a sweep at a time; if not given, up to 4 on a GPU and 1 on a CPU"
@@ -175,7 +174,7 @@ def main(argv: Sequence[str]) -> Report:
     resolved = fill_options(Options, typed, "stage1", file=start)
     settings = make_settings(resolved.options, typed)
     seed = settings[0].values["seed"]
-    device = pick_device(resolved.options.device, resolved.options.gpu, resolved.options.threads)
+    device = pick_device(*(getattr(resolved.options, name) for name in DEVICE_OPTIONS))
     data = load_data(resolved.options, val_fraction=resolved.options.val_split, val_seed=seed)
     options: Any = settle(resolved.options, device, len(data.train), len(settings), data.train.is_photos)
     require_val(data, options)
@@ -188,7 +187,7 @@ def main(argv: Sequence[str]) -> Report:
         run.is_sweep = len(settings) > 1
         if start and start.num_classes != data.num_classes:
             run.say(f"from {start.path}, of {start.num_classes} classes: the classifier begins anew")
-        if options.compile == "on":
+        if options.compile != "off":
             run.say("torch.compile: the first steps take up to a minute")
         if len(settings) > 1:
             results = train_many(settings, options, data, device, run, start, argv)
@@ -226,8 +225,9 @@ def train(one: Any, data: LongTailed, device: torch.device, run: Run, start: Che
         ema=one.ema,
         project=constraint(model.fc, one.constraint, one.constraint_radius),
         accum=one.accum,
-        compiled=one.compile == "on",
-        graphed=one.graph == "on",
+        compile=one.compile,
+        graph=one.graph,
+        say=run.say,
     )
     evaluator = Evaluator(run, data, device, one, one.epochs)
     state = make_state(run, one, data, device)

@@ -69,7 +69,7 @@ from utils.options import (
 )
 from utils.resume import TrainState, complete
 from utils.run import Run
-from utils.system import pick_device
+from utils.system import DEVICE_OPTIONS, pick_device
 
 SCOPES = ("fc", "last_block", "all")
 
@@ -127,7 +127,7 @@ def main(argv: Sequence[str]) -> Report:
         return report_then
     parent, resolved = continue_stage1(typed, Options)
     options: Any = resolved.options
-    device = pick_device(options.device, options.gpu, options.threads)
+    device = pick_device(*(getattr(options, name) for name in DEVICE_OPTIONS))
     data = load_data(options, val_indices=parent.data.get("val_indices", []))
     require_held_out(parent, options, data)
     wanted = {name: getattr(options, name) for name in TUNABLE}
@@ -293,7 +293,7 @@ def train_heads(
     """Trains classifiers on a frozen backbone, all on the same batches."""
     results = [Result(setting, options.select) for setting in settings]
     trainees = [lab.trainee(setting) for setting in settings]
-    solver = Solver(trainees, options.momentum, options.nesterov)
+    solver = Solver(trainees, options.momentum, options.nesterov, graph=options.graph, say=run.say)
 
     with state.training(name_of(settings[0]), solver=solver, results=Results(results, lab)):
         for epoch in range(state.epoch, stream.epochs):

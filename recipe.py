@@ -22,7 +22,7 @@ from models.heads import project_rows
 from sweeps import Setting, distinct
 from utils.distributed import processes, rank
 from utils.options import Many, UsageError, shown
-from utils.system import pick_amp
+from utils.system import pick_amp, pick_graph
 
 #: Options of the table of losses, with their defaults; a run has a value for those that :func:`taken_by` names.
 LOSS_OPTIONS = {
@@ -110,6 +110,7 @@ def takes_weights(name: str) -> bool:
 def settle(options: Any, device: torch.device, images: int, runs: int, photos: bool = False) -> Any:
     """The options with ``auto`` replaced by what suits the device, a training set of so many images and so many runs.
 
+    Graphs and compiling stay ``auto`` where they suit, since they have yet to prove themselves (:mod:`utils.proof`).
     Runs on ``photos`` fill a GPU, and the CPUs that decode for it, alone.
 
     Raises:
@@ -125,8 +126,6 @@ def settle(options: Any, device: torch.device, images: int, runs: int, photos: b
             raise UsageError(f"--{name} on with {processes()} processes", "auto, off")
     if (options.parallel or 1) > 1 and not alone:
         raise UsageError(f"--parallel {options.parallel} with {processes()} processes, which share a run", "1")
-    if options.graph == "on" and not on_gpu:
-        raise UsageError("--graph on: CUDA graphs need a GPU", "auto, off")
     has_compiler = on_gpu or any(shutil.which(name) for name in ("c++", "g++", "clang++"))
     if options.compile == "on" and not has_compiler:
         raise UsageError("--compile on: there is no C++ compiler", "auto, off, or install g++")
@@ -145,8 +144,8 @@ def settle(options: Any, device: torch.device, images: int, runs: int, photos: b
     return dataclasses.replace(
         options,
         amp=pick_amp(options.amp, device),
-        graph="on" if on_gpu and alone and options.graph == "auto" else options.graph.replace("auto", "off"),
-        compile=options.compile.replace("auto", "on" if pays and has_compiler else "off"),
+        graph=pick_graph(options.graph, device),
+        compile="off" if options.compile == "auto" and not (pays and has_compiler) else options.compile,
         parallel=options.parallel or (min(runs, 4) if shares else 1),
     )
 

@@ -44,7 +44,7 @@ from utils.options import (
 from utils.plots import learning_curves, per_class_accuracy
 from utils.resume import Stateful, TrainState, completed_run
 from utils.run import Run, make_folder, one_line
-from utils.system import draw_seed, provenance
+from utils.system import deterministic_words, draw_seed, pick_graph, provenance
 
 T = TypeVar("T", bound="DataOptions")
 
@@ -144,6 +144,10 @@ class TrainOptions(DataOptions):
         None, Number(int, 1), "epochs between saves of what --resume needs; if not given, every ten minutes"
     )
     keep_states: int = option(2, Number(int, 1, 1000), "how many of those saves are kept")
+    graph: str = option(
+        "auto", Choice(("auto", "on", "off")), "steps as CUDA graphs; auto: on a GPU, where they prove themselves"
+    )
+    deterministic: bool = option(False, Flag(), "the same bits run after run on one machine; slower")
     la_tau: Any = option(None, Many(Number(float, -10, 10)), "logit adjustment: factor of the log prior")
     focal_gamma: Any = option(None, Many(Number(float, 0, 20)), "focal: power of 1 - p")
     cb_beta: Any = option(None, Many(Number(float, 0, 1 - 1e-9)), "class-balanced weights: beta")
@@ -556,6 +560,7 @@ def begin(
     ``typed`` are the flags that --resume, beside the seeds, begins with again; ``start`` is the file it begins from.
     """
     options = resolved.options
+    pick_graph(options.graph, device)
     seeds = options.seed if isinstance(options.seed, tuple) else (options.seed,)
     label = f"seed{seeds[0]}" if len(seeds) == 1 else f"{len(seeds)}seeds"
     label = f"{runs}runs" if runs > 1 else label
@@ -580,6 +585,8 @@ def begin(
     if processes() > 1:
         where = f"{where.replace(':0', '')} in each of {processes()} processes"
     run.say(f"{data.describe()}\ndevice {where}, seed {shown(options.seed)}, run folder {run.folder}")
+    if options.deterministic:
+        run.say(deterministic_words(device))
     script = "compare.py" if stage == "compare" else f"main_{stage}.py"
     run.resume_by = shlex.join([*launcher(), script, "--resume", str(run.folder)])
     if not resumed:

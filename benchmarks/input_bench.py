@@ -149,7 +149,7 @@ def on_gpu(folder: Path, size: int, workers: int, device: torch.device, path: Pa
         counts = torch.bincount(labels, minlength=1000).tolist()
         model = build_model("resnet50", 1000, stem="imagenet").to(device).to(memory_format=torch.channels_last).train()
         optimizer = make_sgd(model.parameters(), 0.1, 0.9, 5e-4, nesterov=False)
-        step = TrainStep(model, make_loss("ce", counts, {}).to(device), optimizer, amp=torch.bfloat16, graphed=True)
+        step = TrainStep(model, make_loss("ce", counts, {}).to(device), optimizer, amp=torch.bfloat16, graph="on")
         for how in ("step alone", "cache", "files", "nvjpeg"):
             source = photos["cache" if how == "step alone" else how]
             batches = Batches(source, labels, size, SPEC.mean, SPEC.std, device, ResizedCrop())

@@ -113,7 +113,7 @@ def our_parts(network: str) -> dict[str, tuple[Part, int]]:
     data, device = make_data(100, test=100), torch.device("cpu")
     batches = make_batches(data, device)
     batch = next(iter(batches.epoch()))
-    ways: dict[str, dict[str, Any]] = {"step": {}, "step, compiled": {"compiled": True}}
+    ways: dict[str, dict[str, Any]] = {"step": {}, "step, compiled": {"compile": "on"}}
     if cpu_has_bf16():
         ways["step, bf16"] = {"amp": torch.bfloat16}
     parts: dict[str, tuple[Part, int]] = {"input": (lambda: [None for _ in batches.epoch()], len(data.train))}
@@ -186,12 +186,12 @@ def on_cpu(network: str, arguments: argparse.Namespace, device: torch.device) ->
 
 WAYS: dict[str, dict[str, Any]] = {
     "published": {},
-    "graph, bf16": {"amp": torch.bfloat16, "graphed": True},
-    "graph, bf16, compile": {"amp": torch.bfloat16, "graphed": True, "compiled": True},
+    "graph, bf16": {"amp": torch.bfloat16, "graph": "on"},
+    "graph, bf16, compile": {"amp": torch.bfloat16, "graph": "on", "compile": "on"},
     "eager, bf16": {"amp": torch.bfloat16},
     "eager, float32": {},
-    "graph, float32": {"graphed": True},
-    "4 at once, graph, bf16": {"amp": torch.bfloat16, "graphed": True},
+    "graph, float32": {"graph": "on"},
+    "4 at once, graph, bf16": {"amp": torch.bfloat16, "graph": "on"},
 }
 
 

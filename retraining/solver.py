@@ -97,30 +97,36 @@ class _LinearChunk:
             for name in ("lr", "wd")
         )
         self.lr, self.wd = lr.reshape(-1, 1), wd.reshape(-1, 1)
-        self.decays = bool((self.wd != 0).any())
+        self.decays = any(t.wd != 0 for t in trainees)
         self.rate = torch.zeros_like(self.lr)
-        self.graphed = Graphed()
+        self.graph: Graphed | None = None
         self.tables = {name: self.weight.new_zeros(self.heads, self.classes) for name in TABLES}
         self.offset, self.margin, self.smooth, self.class_weight = self.tables.values()
         self.is_plain = self.is_unweighted = False
 
     def begin(self, progress: float, rate: float) -> None:
         losses: list[SoftmaxLoss] = [t.loss(progress) for t in self.trainees]  # type: ignore[misc]
-        for name, table in self.tables.items():  # in place, where a CUDA graph reads them
-            table.copy_(torch.stack([getattr(loss, name) for loss in losses]))
+        tables = {name: torch.stack([getattr(loss, name) for loss in losses]) for name in TABLES}
+        for name, table in tables.items():
+            self.tables[name].copy_(table)  # in place, where a CUDA graph reads them
         # A step skips what no loss of the chunk has.
         before = self.is_plain, self.is_unweighted
-        self.is_plain = not self.offset.any() and not self.margin.any()
-        self.is_unweighted = bool((self.class_weight == 1).all())
-        if (self.is_plain, self.is_unweighted) != before:
-            self.graphed.forget()
+        self.is_plain = not tables["offset"].any() and not tables["margin"].any()
+        self.is_unweighted = bool((tables["weight"] == 1).all())
+        if self.graph and (self.is_plain, self.is_unweighted) != before:
+            self.graph.forget()
         self.rate.copy_(-rate * self.lr)
 
     def step(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        if not features.is_cuda:
+        if not self.graph:
             return self._step(features, labels)
-        loss, hits = self.graphed(self._step, lambda: (self.weight, self.velocity), features, labels)
+        loss, hits = self.graph(self._step, self.changing, features, labels)
         return loss, hits
+
+    def changing(self) -> dict[str, list[Tensor]]:
+        """What a step changes: weight and momentum (S C, D + 1), apart for every head."""
+        velocity = self.velocity.view(self.rows.shape)
+        return {"weights": list(self.rows), "momentum": list(velocity)}
 
     @torch.no_grad()
     def _step(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -223,14 +229,21 @@ class Solver:
     """Trains classifiers side by side with SGD; ``momentum`` and ``nesterov`` are shared, as in ``torch.optim.SGD``.
 
     ``chunk`` is the number of linear heads per matrix product; None for up to 8 on a CPU, by their size, and all of
-    them elsewhere.
+    them elsewhere. On a GPU ``graph`` is auto, on or off: their steps are CUDA graphs that prove themselves, see
+    :class:`utils.proof.Proven`, whose line ``say`` gets.
 
     Attributes:
         seconds: (S,) time in each head's steps so far; heads that are stepped together share theirs evenly.
     """
 
     def __init__(
-        self, trainees: Sequence[Trainee], momentum: float = 0.9, nesterov: bool = False, chunk: int | None = None
+        self,
+        trainees: Sequence[Trainee],
+        momentum: float = 0.9,
+        nesterov: bool = False,
+        chunk: int | None = None,
+        graph: str = "auto",
+        say: Callable[[str], None] = print,
     ) -> None:
         together = [i for i, trainee in enumerate(trainees) if _is_linear(trainee)]
         self.device = next(trainees[0].head.parameters()).device
@@ -240,7 +253,10 @@ class Solver:
             chunk = chunk or (cpu_chunk(*shape) if self.device.type == "cpu" else len(together))
             for first in range(0, len(together), chunk):
                 places = together[first : first + chunk]
-                self.parts.append(_LinearChunk(places, [trainees[i] for i in places], momentum, nesterov))
+                has_graph = graph != "off" and self.device.type == "cuda"
+                part = _LinearChunk(places, [trainees[i] for i in places], momentum, nesterov)
+                part.graph = Graphed(must=graph == "on", say=say) if has_graph else None
+                self.parts.append(part)
         alone = [i for i in range(len(trainees)) if i not in together]
         self.parts += [_Alone(i, trainees[i], momentum, nesterov) for i in alone]
         self.seconds = [0.0] * len(trainees)
@@ -333,8 +349,9 @@ def heads_that_fit(heads: int, classes: int, features: int, batch: int, device: 
         if device.type == "cpu":
             step = min(number, active) * (4 * matrix + 6 * logits)
             return {cpu: heads * matrix + number * 3 * matrix + step + window}
-        # A CUDA graph copies weight and momentum when it is recorded, and keeps a step's memory for each batch size.
-        return {cpu: heads * matrix, device: number * (5 * matrix + 8 * logits) + window}
+        # A CUDA graph keeps a step's memory for each batch size; while it proves itself, weight and momentum are there
+        # four times more.
+        return {cpu: heads * matrix, device: number * (11 * matrix + 8 * logits) + window}
 
     free = {place: int(SHARE * free_memory(place)) for place in needed(1)}
     for number in range(heads, 0, -1):

@@ -18,6 +18,7 @@ from engine import Selection, TrainStep, cosine, is_due, make_sgd, predict, set_
 from losses import SoftmaxLoss, class_balanced_weights, reweighted
 from models import build_model
 from recipe import constraint
+from utils import proof
 from utils.graphs import Graphed
 from utils.options import Diverged
 from utils.system import cpu_has_bf16
@@ -164,7 +165,8 @@ def test_a_graph_equals_the_plain_step(device: torch.device, near: float, name: 
     assert all(torch.allclose(a, b, atol=near) for a, b in zip(*momenta))
 
 
-def test_a_graph_goes_with_its_step() -> None:
+def test_a_graph_goes_with_its_step(monkeypatch) -> None:
+    monkeypatch.setattr(proof, "STEPS", 0)  # this one replays nothing
     step = some_step()
     step.graph = Graphed(lambda function: (lambda: None, function()))
     step(*next(iter(some_batches().epoch())))
@@ -179,22 +181,22 @@ def test_a_graph_goes_with_its_step() -> None:
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-@pytest.mark.parametrize("way", [{"compiled": True}, {"amp": torch.float16}, {"amp": torch.bfloat16, "compiled": True}])
+@pytest.mark.parametrize("way", [{"compile": "on"}, {"amp": torch.float16}, {"amp": torch.bfloat16, "compile": "on"}])
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 def test_other_ways_in_a_graph(way: dict) -> None:
     models = [some_model(torch.device("cuda")) for _ in range(2)]
-    for model, graphed in zip(models, (False, True)):
-        step = some_step(torch.device("cuda"), model, lr=0.02, graphed=graphed, **way)
+    for model, graphed in zip(models, ("off", "on")):
+        step = some_step(torch.device("cuda"), model, lr=0.02, graph=graphed, **way)
         for epoch in range(3):
             train_epoch(step, some_batches(torch.device("cuda")).epoch(), epoch, 0.02)
-    assert distance(*models) < (1e-3 if way == {"compiled": True} else 2e-2)
+    assert distance(*models) < (1e-3 if way == {"compile": "on"} else 2e-2)
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's own, while it compiles
 def test_a_compiled_step_equals_the_plain_one(device: torch.device, near: float) -> None:
     models = [some_model(device).to(memory_format=torch.channels_last) for _ in range(2)]
-    for model, compiled in zip(models, (False, True)):
-        step = some_step(device, model, compiled=compiled)
+    for model, compiled in zip(models, ("off", "on")):
+        step = some_step(device, model, compile=compiled)
         for epoch in range(2):
             train_epoch(step, some_batches(device).epoch(), epoch, 0.1)
     assert 0 < distance(*models) < near
@@ -207,7 +209,7 @@ def test_bf16_follows_float32_with_weights_and_loss_in_float32(device: torch.dev
     for model, amp in zip(models, (None, torch.bfloat16)):
         step = some_step(device, model, lr=0.002, amp=amp)
         stats += [train_epoch(step, some_batches(device).epoch(), epoch, 0.1) for epoch in range(2)]
-        assert {tensor.dtype for tensor in step.changing()} == {torch.float32, torch.int64}
+        assert {tensor.dtype for kind in step.changing().values() for tensor in kind} == {torch.float32, torch.int64}
     assert 1e-6 < distance(*models) < 2e-2
     assert stats[2].loss == pytest.approx(stats[0].loss, rel=0.02) and stats[3].loss != stats[1].loss
     seen = []

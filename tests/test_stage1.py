@@ -80,7 +80,7 @@ def test_auto_is_settled_by_device_and_length(monkeypatch) -> None:
 
     assert on_cpu() == ("off", "off", "off", 1)
     monkeypatch.setattr("recipe.shutil.which", lambda name: "/usr/bin/g++")
-    assert on_cpu(COMPILE_PAYS, network="resnet32", epochs=1) == ("off", "off", "on", 1)
+    assert on_cpu(COMPILE_PAYS, network="resnet32", epochs=1) == ("off", "off", "auto", 1)
     assert on_cpu(COMPILE_PAYS, network="resnet34", epochs=1) == ("off", "off", "off", 1)
     assert on_cpu(COMPILE_PAYS - 1, network="resnet32", epochs=1)[2] == "off"
     assert on_cpu(COMPILE_PAYS, network="resnet32", compile="off")[2] == "off"
@@ -97,7 +97,7 @@ def test_auto_is_settled_by_device_and_length(monkeypatch) -> None:
         on_cpu(amp="bf16")
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation: True)
     on_gpu = settle(Options(), torch.device("cuda"), 10**9, 6)
-    assert (on_gpu.amp, on_gpu.graph, on_gpu.compile, on_gpu.parallel) == ("bf16", "on", "off", 4)
+    assert (on_gpu.amp, on_gpu.graph, on_gpu.compile, on_gpu.parallel) == ("bf16", "auto", "off", 4)
 
 
 def test_threads_are_those_that_the_process_may_use(monkeypatch) -> None:

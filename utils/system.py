@@ -31,6 +31,12 @@ CGROUPS = {
     "": ("memory.max", "memory.current", ("inactive_file", "active_file")),
     "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", ("total_inactive_file", "total_active_file")),
 }
+#: Environment variables that choose kernels, and with them the last bits of a result.
+KERNEL_VARIABLES = (
+    *("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ONEDNN_DEFAULT_FPMATH_MODE", "MKL_CBWR"),
+    *("MKL_ENABLE_INSTRUCTIONS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUBLAS_WORKSPACE_CONFIG"),
+    *("NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "TORCH_COMPILE_DISABLE"),
+)
 T = TypeVar("T")
 R = TypeVar("R")
 ROOT = Path(__file__).resolve().parent.parent
@@ -82,7 +88,13 @@ def left_in_cgroups(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc
     return found
 
 
-def pick_device(device: str = "auto", gpu: int | None = None, threads: int | None = None) -> torch.device:
+#: The options of a training command that :func:`pick_device` takes, in its order.
+DEVICE_OPTIONS = ("device", "gpu", "threads", "deterministic")
+
+
+def pick_device(
+    device: str = "auto", gpu: int | None = None, threads: int | None = None, deterministic: bool = False
+) -> torch.device:
     """auto: a GPU where there is one, of several processes each its own. ``gpu`` picks it by number and implies cuda.
 
     Also sets the number of CPU threads: ``threads``, or what PyTorch takes up to :func:`available_cpus`, since more
@@ -92,6 +104,7 @@ def pick_device(device: str = "auto", gpu: int | None = None, threads: int | Non
         UsageError: a GPU asked for that is not there, or beside --device cpu or several processes; more threads than
             CPUs.
     """
+    make_deterministic(deterministic)
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     mine, here = local()
     if device == "cpu" and gpu is not None:
@@ -115,6 +128,29 @@ def pick_device(device: str = "auto", gpu: int | None = None, threads: int | Non
     number = mine if gpu is None else gpu
     torch.cuda.set_device(number)
     return torch.device("cuda", number)
+
+
+def make_deterministic(is_on: bool) -> None:
+    """Has PyTorch take kernels alone that give the same bits run after run, or any; before CUDA starts.
+
+    An operation without such a kernel raises RuntimeError from then on.
+    """
+    if is_on:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(is_on)
+    torch.backends.cudnn.deterministic = is_on
+    torch.utils.deterministic.fill_uninitialized_memory = is_on  # type: ignore[attr-defined]
+
+
+def deterministic_words(device: torch.device) -> str:
+    """One line: what --deterministic costs on a device, and what it does not promise."""
+    costs = {
+        "cuda": "slower by an amount not measured here (PyTorch: often slower; 24 MB for cuBLAS)",
+        "cpu": "steps about 7 % slower (ResNet-20, one thread: new memory is filled)",
+    }[device.type]
+    limits = "another machine, number of threads or PyTorch may round otherwise"
+    return f"deterministic: the same bits run after run, {costs}; {limits}"
 
 
 def keep_freed_memory() -> None:
@@ -181,6 +217,17 @@ def pick_amp(amp: str, device: torch.device) -> str:
     return "off" if amp == "auto" else amp
 
 
+def pick_graph(graph: str, device: torch.device) -> str:
+    """Whether steps are CUDA graphs: off, auto (where they prove themselves) or on.
+
+    Raises:
+        UsageError: on, where there is no GPU.
+    """
+    if graph == "on" and device.type != "cuda":
+        raise UsageError("--graph on: CUDA graphs need a GPU", "auto, off")
+    return graph if device.type == "cuda" and processes() == 1 else "off"
+
+
 def cpu_has_bf16() -> bool:
     """Whether the CPU multiplies bfloat16 (AVX512_BF16 or AMX); others emulate it at half of float32's speed."""
     return any(getattr(torch.cpu, name, bool)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
@@ -211,8 +258,8 @@ def machine() -> dict[str, Any]:
 
 
 def provenance(script: str, argv: Sequence[str], device: torch.device, seconds: float) -> dict[str, Any]:
-    """What made a result: command, commit (and whether files differ from it), versions, device, seconds, date."""
-    changed = _git("status", "--porcelain", "--untracked-files=no")
+    """What made a result: command, commit (and whether files differ from it), versions, machine, seconds, date."""
+    changed, on_gpu = _git("status", "--porcelain", "--untracked-files=no"), device.type == "cuda"
     return {
         "command": shlex.join([*launcher(), *script.split(), *argv]),
         "commit": _git("rev-parse", "HEAD"),
@@ -222,11 +269,25 @@ def provenance(script: str, argv: Sequence[str], device: torch.device, seconds: 
             "torch": str(torch.__version__),  # a str subclass, which weights_only refuses
             "torchvision": str(torchvision.__version__),
             "numpy": str(numpy.__version__),
+            "cuda": torch.version.cuda if on_gpu else None,
+            "cudnn": torch.backends.cudnn.version() if on_gpu else None,
         },
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})",
+        "device": torch.cuda.get_device_name(device) if on_gpu else f"cpu ({platform.machine()})",
+        "cpu": {"model": cpu_model(), "capability": torch.backends.cpu.get_cpu_capability()},
         "processes": processes(),
         "threads": torch.get_num_threads(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "environment": {name: os.environ[name] for name in KERNEL_VARIABLES if name in os.environ},
         "platform": sys.platform,
         "seconds": round(seconds, 1),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
+
+
+def cpu_model() -> str | None:
+    """The CPU's name; None where the system does not tell (other than Linux)."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), None)
