@@ -279,7 +279,7 @@ def train_many(
         done = by_first(lambda: completed_run(result.folder))
         if done:
             result.load_state_dict(done["result"])
-            if result.diverged is None:
+            if result.diverged is None and run.writes:
                 result.file = checkpoints.read(result.folder / "checkpoint.pt")
             finished.append(result)
             return result
@@ -293,13 +293,16 @@ def train_many(
             result.seconds = child.seconds
             with finishing:
                 finished.append(result)
-                if result.diverged is None:
-                    end = (child, "stage1", one, mine, result.selection, argv, device, start)
-                    result.file = packed(*end, head=one.head)
-                    by_first(lambda: finish(child, result.file, result.selection, is_final=False))
-                if result.diverged is not None or (child.folder / "checkpoint.pt").is_file():
-                    by_first(lambda: complete(child, result.state_dict()))
+                by_first(lambda: end(child, one, mine, result))
         return result
+
+    def end(child: Run, one: Any, mine: LongTailed, result: Trained) -> None:
+        if result.diverged is None:
+            what = (child, "stage1", one, mine, result.selection, argv, device, start)
+            result.file = packed(*what, head=one.head)
+            finish(child, result.file, result.selection, is_final=False)
+        if result.diverged is not None or (child.folder / "checkpoint.pt").is_file():
+            complete(child, result.state_dict())
 
     try:
         return side_by_side(task, settings, options.parallel, device, run.stopped)

@@ -272,8 +272,8 @@ def test_parts_add_up_to_the_step_of_one_process(two, three, case: str) -> None:
     ]
     for others, words in alike:
         for name, value in weights.items():
-            assert (value.double() - others[name].double()).abs().max() < 1e-7, name  # the masses are float32
-        assert words == pytest.approx(told, abs=1e-7) and words[1::2] == told[1::2]
+            assert (value.double() - others[name].double()).abs().max() < 1e-6, name  # the masses are float32
+        assert words == pytest.approx(told, abs=1e-6) and words[1::2] == told[1::2]
     assert (weights["fc.weight"] - CASES[case][0]().fc.weight).abs().max() > 0.01
 
 
