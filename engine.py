@@ -269,15 +269,15 @@ def train_epoch(
     """
     measured = state.measured if state else []
     for batch in batches:
-        found = *step(*batch), torch.tensor(len(batch[1]))
+        found = step(*batch)
+        found += (torch.full((), len(batch[1]), device=found[0].device),)  # filled there: a copy would wait
         if state:
             state.advance(*found)
         else:
             measured.append(found)
-    *values, counts = (torch.stack(column) for column in zip(*measured))
-    losses, hits = (total(value.double()).tolist() for value in values)
+    columns = (torch.stack(column) for column in zip(*measured))
+    losses, hits, sizes = (total(column.double()).tolist() for column in columns)
     losses = [value / processes() for value in losses]
-    sizes = total(counts).tolist()
     for number, value in enumerate(losses, start=1):
         if not math.isfinite(value):
             before = losses[number - 2] if number > 1 else "none"

@@ -333,7 +333,7 @@ def train_network(
 
     with state.training(name_of(setting), step=step, result=Results([result], lab)):
         for epoch in range(state.epoch, stream.epochs):
-            rate, is_over = cosine(epoch, stream.epochs), state.step == len(batches)
+            rate = cosine(epoch, stream.epochs)
             model.train(options.features == "replay")
             trained.train()
             set_lr(optimizer, lr * rate)
@@ -342,8 +342,9 @@ def train_network(
             bar = run.bar(steps, len(batches) - state.step, f"epoch {epoch + 1}/{stream.epochs}")
             try:
                 stats = train_epoch(step, bar, epoch, lr * rate, state)
-                if not is_over:
+                if not state.is_trained:
                     method.project(model.fc, lab.start, values)
+                    state.is_trained = True
                 seconds, logits = state.seconds, None
                 if is_due(epoch, stream.epochs, options.eval_every):
                     val = lab.network_logits(model, "val") if lab.data.val else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import shlex
 from collections.abc import Callable, Mapping, Sequence
@@ -56,7 +57,7 @@ START_WORDS = ("imagenet", "none")
 #: Options that do not make a run another one, since they change nothing that it computes but perhaps its rounding; and
 #: those that may change beside them when a run is resumed by its folder, since files may have been moved.
 INCIDENTAL = ("resume", "save_every", "keep_states", "out", "workers", "threads", "device", "gpu", "parallel")
-MAY_MOVE = (*INCIDENTAL, "data_dir", "cache_dir")
+MAY_MOVE = (*INCIDENTAL, "data_dir", "cache_dir", "pretrained_pth")
 #: Checkpoints of a run that its folder needs room for: one, and another that replaces it.
 COPIES = 2
 #: What a state takes beside a checkpoint: weights, momentum, averaged weights, and those selected so far.
@@ -192,8 +193,9 @@ def find_run(
         out = Path(str(typed.get("out", cls.out)))
         for path in sorted(out.glob("*/*/options.json"), key=lambda path: path.parent.name, reverse=True):
             begun = read_json(path)
-            is_same = begun.get("script") == script and begun.get("typed") == as_json(comparable(typed))
-            if is_same and begun["start"] == start_of(typed):
+            stored = begun.get("typed")
+            is_same = isinstance(stored, dict) and comparable(stored) == as_json(comparable(typed))
+            if is_same and begun["script"] == script and begun["start"] == start_of(typed):
                 return find_run(cls, typed | {"resume": str(path.parent)}, script, start_of)
         print(f"--resume auto: no earlier run of this command in {out}; a new one begins")
         return typed, None
@@ -594,7 +596,7 @@ def begin(
             "options.json",
             {
                 "script": script,
-                "typed": comparable(typed),
+                "typed": {name: value for name, value in typed.items() if name != "resume"},
                 "seed": seeds,
                 "start": None if start is None else start.sha256,
                 "options": dataclasses.asdict(options),
@@ -605,14 +607,23 @@ def begin(
 
 
 def say_complete(resumed: Resumed) -> Any:
-    """Says that a run is complete; returns what its command returned."""
+    """Says that a run is complete, and publishes it where another has been since; returns what its command returned."""
     print(f"{resumed.folder} is complete: nothing to resume. Without --resume it is made anew.")
+    weights = resumed.folder / "checkpoint.pt"
+    if weights.is_file():  # of a sweep they are in the folder of one of its runs
+        file = checkpoints.read(weights)
+        if not checkpoints.same_run(file, _own_name(file)):
+            print(checkpoints.publish(file, _own_name(file)))
     return resumed.result
 
 
 def make_state(run: Run, options: Any, data: LongTailed, device: torch.device, **always: Stateful) -> TrainState:
     """What is saved of a run while it trains, and taken up again by --resume."""
-    inputs = {"training images": data.train.summary()}
+    parts = {"training": data.train, "test": data.test, "held-out": data.val}
+    inputs: dict[str, Any] = {"number of processes": processes()}
+    for name, part in parts.items():
+        inputs[f"set of {name} images"] = part and part.summary()
+        inputs[f"set of {name} labels"] = part and hashlib.sha256(part.labels.numpy().tobytes()).hexdigest()
     return TrainState(run, device, options.save_every, options.keep_states, inputs, **always)
 
 

@@ -264,7 +264,7 @@ class Solver:
 
     def _begin_epoch(self) -> None:
         """``sums`` is what an epoch has measured so far, losses and hits (2, S) of every part, over ``images``."""
-        self.images, self.is_over = 0, False
+        self.images = 0
         self.sums: list[Tensor | float] = [0.0] * len(self.parts)
 
     def train_epoch(
@@ -279,7 +279,7 @@ class Solver:
         done = state.step if state else 0
         if done == 0:
             self._begin_epoch()
-        if not self.is_over:
+        if not (state and state.is_trained):
             for part in self.parts:
                 part.begin(progress, rate)
             with self._workers() as apply:
@@ -291,7 +291,8 @@ class Solver:
                         state.advance(steps=len(window))
             for part in self.parts:
                 part.end()
-            self.is_over = True
+            if state:
+                state.is_trained = True
         results = [(0.0, 0.0)] * len(self.seconds)
         for part, sums in zip(self.parts, self.sums):
             assert isinstance(sums, Tensor)
@@ -301,12 +302,12 @@ class Solver:
 
     def state_dict(self) -> dict[str, Any]:
         """Weights and momentum of every head, and what the epoch has measured so far."""
-        own = {"images": self.images, "is_over": self.is_over, "sums": self.sums, "seconds": self.seconds}
+        own = {"images": self.images, "sums": self.sums, "seconds": self.seconds}
         return {**own, "parts": [part.state_dict() for part in self.parts]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on from a state."""
-        self.images, self.is_over, self.seconds = state["images"], state["is_over"], state["seconds"]
+        self.images, self.seconds = state["images"], state["seconds"]
         self.sums = [value.to(self.device) if isinstance(value, Tensor) else value for value in state["sums"]]
         for part, stored in zip(self.parts, state["parts"]):
             part.load_state_dict(stored)

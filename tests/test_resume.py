@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -17,6 +19,7 @@ from benchmarks.torture import COMMANDS, equal, outcome, tortured
 from utils import signals
 from utils.files import lock
 from utils.resume import TrainState, state_files
+from utils.run import Run
 
 DIGITS = ["--dataset", "digits", "--seed", "0"]
 STAGE1, STAGE2 = (Path(f"checkpoints/digits_exp100_resnet8_{stage}.pt") for stage in ("stage1", "stage2"))
@@ -110,6 +113,7 @@ CLASSIFIERS = {
     "published": "--protocol published --method maxnorm lade --maxnorm_every epoch step",
     "held out": "--method los crt --select best_val --eval_every 1 --batch_size 16 32",
     "scope": "--method crt --finetune_scope fc last_block all --eval_every 1 --select best_val",
+    "scope, projected": "--method maxnorm --finetune_scope all --eval_every 1",
     "scope, replay": "--method crt --finetune_scope all fc --features replay",
 }
 
@@ -130,6 +134,61 @@ def test_stage2_ends_in_the_same_bits(stage1, interruptions, name: str) -> None:
 def test_compare_ends_in_the_same_bits(stage1, interruptions, options: str) -> None:
     arguments = [*DIGITS, "--finetune_epoch", "2", "--seed", "0", "1", *options.split()]
     cut_off_and_resumed("compare.py", arguments, interruptions, [9, 40, 77])
+
+
+@pytest.mark.parametrize("name", ["scope, projected", "published"])
+def test_stage2_goes_on_after_every_step(stage1, interruptions, name: str) -> None:
+    arguments = [*DIGITS, "--finetune_epoch", "2", *CLASSIFIERS[name].split()]
+    cut_off_and_resumed("main_stage2.py", arguments, interruptions, [*range(0, 100, 3)])
+
+
+def test_random_numbers_go_on(workdir) -> None:
+    """Those of the global generators, which dropout draws from; they and the scale of float16 are part of a state."""
+    found = []
+    for attempt in range(2):
+        with Run(workdir) as run:
+            state = TrainState(run, torch.device("cpu"), None, 1, {})
+            with state.training(""):
+                found.append((random.random(), np.random.rand(), torch.rand(3).tolist()))
+                if attempt == 0:
+                    state.save()
+                    found.append((random.random(), np.random.rand(), torch.rand(3).tolist()))
+    assert found[2] == found[1] != found[0]
+
+
+def test_a_refused_start_leaves_the_run_as_it_was(workdir, interruptions, capsys) -> None:
+    arguments = [*DIGITS, "--epochs", "3", "--save_every", "1"]
+    interruptions.at = {15}
+    with pytest.raises(SystemExit):
+        main_stage1.main(arguments)
+    folder = run_folder("output")
+    records, states = (folder / "metrics.jsonl").read_bytes(), [path.read_bytes() for path in state_files(folder)]
+    for path in state_files(folder):
+        path.write_bytes(b"damaged")
+    assert "cannot be read" in shown_error(capsys, main_stage1.main, "--resume", str(folder))
+    assert records and (folder / "metrics.jsonl").read_bytes() == records
+    for path, content in zip(state_files(folder), states):
+        path.write_bytes(content)
+    (folder / "finished.json").mkdir()
+    main_stage1.main(["--resume", str(folder)])
+    assert state_files(folder), "the run is not marked as complete, and its state is gone"
+
+
+def test_a_complete_run_is_published_again(workdir) -> None:
+    first, second = ([*DIGITS, "--epochs", "1", "--wd", wd, "--resume", "auto"] for wd in ("0", "0.1"))
+    for arguments in (first, second, first):
+        main_stage1.main(arguments)
+    assert torch.load(STAGE1, weights_only=True)["options"]["wd"] == 0
+
+
+def test_open_files_stay_the_same(workdir, interruptions) -> None:
+    main_stage1.main([*DIGITS, "--epochs", "1"])
+    before = len(os.listdir("/proc/self/fd"))
+    interruptions.at = {interruptions.count + 9}
+    with pytest.raises(SystemExit):
+        main_stage1.main([*DIGITS, "--epochs", "3", "--wd", "0", "0.1"])
+    main_stage1.main([*DIGITS, "--epochs", "3", "--wd", "0", "0.1", "--resume", "auto"])
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 def shown_error(capsys, main, *arguments: str) -> str:
@@ -215,7 +274,9 @@ def test_other_images_are_not_gone_on_with(small_cifar10, interruptions, capsys)
     for path in Path(small_cifar10).rglob("data_batch_1"):
         content = path.read_bytes()
         path.write_bytes(content[:5000] + bytes([content[5000] ^ 1]) + content[5001:])
-    assert "another training images" in shown_error(capsys, main_stage1.main, *arguments.split(), "--resume", "auto")
+    assert "another set of training images" in shown_error(
+        capsys, main_stage1.main, *arguments.split(), "--resume", "auto"
+    )
 
 
 def test_a_run_folder_is_one_process_s_at_a_time(workdir, interruptions, capsys) -> None:

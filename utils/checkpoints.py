@@ -274,7 +274,7 @@ def publish(checkpoint: Checkpoint, path: Path) -> str:
     """
     with lock(path), atomic(path) as temporary:
         checkpoint.write(temporary)
-        if not path.is_file() or _same_run(checkpoint, path):
+        if not path.is_file() or same_run(checkpoint, path):
             return f"saved {path}"
         names = [path.with_name(f"{path.name}.prev{number if number > 1 else ''}") for number in range(1, KEPT + 1)]
         if not (names[0].is_file() and path.samefile(names[0])):  # so it is where a run was killed right here
@@ -286,7 +286,8 @@ def publish(checkpoint: Checkpoint, path: Path) -> str:
         return f"saved {path} (it replaces a run of other options or seed, kept as {names[0]}{older})"
 
 
-def _same_run(checkpoint: Checkpoint, path: Path) -> bool:
+def same_run(checkpoint: Checkpoint, path: Path) -> bool:
+    """Whether the file at a path, if there is one, is of the same options, seed and data."""
     try:
         old = read(path)
     except UsageError:

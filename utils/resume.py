@@ -15,7 +15,7 @@ import re
 import time
 import zipfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from utils import signals
-from utils.distributed import broadcast_bytes, gather_bytes, largest, rank
+from utils.distributed import broadcast_bytes, gather_bytes, largest, processes, rank
 from utils.files import atomic
 from utils.options import UsageError, disk_words
 from utils.run import Run
@@ -73,6 +73,7 @@ class TrainState:
     Attributes:
         epoch: epochs that are over.
         step: steps of the next epoch that are done.
+        is_trained: what follows an epoch's steps, before its evaluation, is done too; to be set by who does it.
         measured: what each of those measured, as tensors.
 
     Raises:
@@ -96,13 +97,15 @@ class TrainState:
         self._last_save = time.monotonic()
         self._begin_epoch(0)
         self._waiting = self._read()
-        if self._waiting:
-            self._require_same(self._waiting)
-            for name, part in self.always.items():
-                part.load_state_dict(self._waiting["always"][name])
+        if self._waiting is None:
+            run.forget()  # what it had recorded before it was cut off
+            return
+        self._require_same(self._waiting)
+        for name, part in self.always.items():
+            part.load_state_dict(self._waiting["always"][name])
 
     def _begin_epoch(self, epoch: int) -> None:
-        self.epoch, self.step = epoch, 0
+        self.epoch, self.step, self.is_trained = epoch, 0, False
         self.measured: list[tuple[Tensor, ...]] = []
         self._spent, self._since = 0.0, time.perf_counter()
 
@@ -152,7 +155,7 @@ class TrainState:
         if stop:
             raise signals.Interrupted(stop, between_steps=True)
         if self.run.stopped.is_set():
-            raise signals.Interrupted(signals.HANDLED[0], between_steps=True)
+            raise signals.Interrupted(signals.HANDLED[0], between_steps=True, why="another run of the sweep has failed")
         if due:
             self.save()
 
@@ -167,8 +170,9 @@ class TrainState:
             "name": self.name,
             "epoch": self.epoch,
             "step": self.step,
+            "is_trained": self.is_trained,
             "inputs": self.inputs,
-            "machine": machine(),
+            "machine": machine(self.device),
             "always": {name: part.state_dict() for name, part in self.always.items()},
             "parts": {name: part.state_dict() for name, part in self.parts.items()},
             "own": [_load(blob) for blob in own],
@@ -194,31 +198,34 @@ class TrainState:
 
     def _read(self) -> dict[str, Any] | None:
         """The newest state that is whole; None where there is none."""
-        blob, damaged = b"", []
+        blob, content, damaged = b"", None, []
         for path in state_files(self.run.folder) if self.run.writes else []:
             self._number = max(self._number, int(path.stem.removeprefix("state-")))
             try:
                 blob = path.read_bytes()
-                _load(blob)
+                content = _load(blob)
                 break
             except (OSError, ValueError):
                 blob = b""
-                damaged.append(path.name)
+                damaged.append(path)
+        names = ", ".join(path.name for path in damaged)
         if damaged and not blob:
-            raise UsageError(f"{self.run.folder}: {', '.join(damaged)} cannot be read", "a start without --resume")
+            raise UsageError(f"{self.run.folder}: {names} cannot be read", "a start without --resume")
         if damaged:
-            self.run.say(f"note: {', '.join(damaged)} cannot be read; the state before it is taken")
-        blob = broadcast_bytes(blob)
-        return _load(blob) if blob else None
+            self.run.say(f"note: {names} cannot be read; the state before it is taken")
+        for path in damaged:  # so that it does not count among those that are kept
+            with suppress(OSError):
+                path.unlink()
+        if processes() > 1:
+            blob = broadcast_bytes(blob)
+            content = _load(blob) if blob else None
+        return content
 
     def _require_same(self, state: Mapping[str, Any]) -> None:
         for what, value in self.inputs.items():
             if state["inputs"].get(what) != value:
-                raise UsageError(
-                    f"{self.run.folder} was begun with another {what}: {state['inputs'].get(what)}, now {value}",
-                    "the same, or a new run",
-                )
-        now, before = machine(), state["machine"]
+                raise UsageError(f"{self.run.folder} was begun with another {what}", "the same, or a new run")
+        now, before = machine(self.device), state["machine"]
         changed = [
             f"{name} {before.get(name)}, now {value}" for name, value in now.items() if before.get(name) != value
         ]
@@ -232,33 +239,36 @@ class TrainState:
         for name, value in own["parts"].items():
             self.parts[name].load_own_state(value)  # type: ignore[attr-defined]
         self.epoch, self.step, self._spent = state["epoch"], state["step"], own["spent"]
+        self.is_trained = state["is_trained"]
         self.measured = list(zip(*(column.to(self.device).unbind() for column in own["measured"])))
         set_random_states(own["random"], self.device)
         where = f"step {self.step} of epoch {self.epoch + 1}" if self.step else f"epoch {self.epoch}"
         date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        self.run.resumed.append({"date": date, "at": where, **machine()})
+        self.run.resumed.append({"date": date, "at": where, **machine(self.device)})
         self.run.say(f"resumed after {where}")
 
 
 def state_files(folder: Path) -> list[Path]:
     """The states of a run folder, newest first."""
-    return sorted((path for path in folder.iterdir() if NAME.fullmatch(path.name)), reverse=True)
+    found = folder.iterdir() if folder.is_dir() else ()
+    return sorted((path for path in found if NAME.fullmatch(path.name)), reverse=True)
 
 
 def complete(run: Run, result: R) -> R:
     """Marks a run as complete, with what its command returns (JSON), and removes its states; returns the result."""
     run.write_json(FINISHED, {"result": result})
-    for state in state_files(run.folder):
+    for state in state_files(run.folder) if completed_run(run.folder) else []:
         state.unlink(missing_ok=True)
     return result
 
 
-def completed_run(folder: Path) -> Any:
+def completed_run(folder: Path) -> dict[str, Any] | None:
     """What :func:`complete` noted in a run folder, {"result": ...}; None where the run is not complete."""
     try:
-        return json.loads((folder / FINISHED).read_text())
+        noted = json.loads((folder / FINISHED).read_text())
     except (OSError, ValueError):
         return None
+    return noted if isinstance(noted, dict) and "result" in noted else None
 
 
 def random_states(device: torch.device) -> dict[str, Any]:

@@ -95,9 +95,13 @@ class _Added:
         self.path, self.warn = path, warn
         self._file = open(path, "ab", buffering=0)  # nothing stays behind that would be written later, or fail then
 
-    def empty(self) -> None:
+    def empty(self) -> bool:
+        """Removes what it holds; whether that was nothing."""
         with suppress(OSError):
+            size = os.fstat(self._file.fileno()).st_size
             os.ftruncate(self._file.fileno(), 0)
+            return size == 0
+        return True
 
     def write(self, content: bytes) -> None:
         try:
@@ -194,7 +198,6 @@ class Run:
             self._open.enter_context(lock(folder, wait=0, doing="run"))
         if folder:
             self._log, self._metrics = (_Added(folder / name, self._warn) for name in ("log.txt", "metrics.jsonl"))
-            self._metrics.empty()  # what a run that is resumed had measured comes with its state
             self._board = _Board(folder, self._warn)
             for each in (self._log, self._metrics, self._board):
                 self._open.callback(each.close)
@@ -239,11 +242,18 @@ class Run:
         """Goes on after these records; what was written after them is forgotten."""
         self.started = time.perf_counter() - state["seconds"]
         self.epochs, self.resumed = state["epochs"], state["resumed"]
+        self.forget(1 + max((record["epoch"] for record in self.epochs), default=0))
         self._lines = state["lines"]
-        if self._metrics and self._board:
-            self._metrics.empty()
+        if self._metrics:
             self._metrics.write("".join(f"{line}\n" for line in self._lines).encode())
-            self._board.forget(1 + max((record["epoch"] for record in self.epochs), default=0))
+
+    def forget(self, epoch: int = 1) -> None:
+        """Removes all records; TensorBoard shows none from ``epoch`` on."""
+        self._lines = []
+        if self._metrics and self._board:
+            is_new = self._metrics.empty()
+            if not is_new:
+                self._board.forget(epoch)
 
     @property
     def seconds(self) -> float:

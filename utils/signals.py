@@ -19,12 +19,12 @@ class Interrupted(KeyboardInterrupt):
     """A signal ends the process.
 
     Attributes:
-        between_steps: it was raised by :func:`check`, so that everything is in a state that can be saved.
+        between_steps: it was raised where everything is in a state that can be saved, not by the signal itself.
         status: the exit status that shells give to the signal: 130 or 143.
     """
 
-    def __init__(self, number: int, between_steps: bool = False) -> None:
-        super().__init__(signal.Signals(number).name)
+    def __init__(self, number: int, between_steps: bool = False, why: str = "") -> None:
+        super().__init__(why or signal.Signals(number).name)
         self.between_steps, self.status = between_steps, 128 + number
 
 
@@ -33,6 +33,7 @@ class _Requests:
 
     def __init__(self) -> None:
         self.number: int | None = None
+        self.process = os.getpid()
         self.came = 0.0
         self.looking = 0
         self.lock = threading.Lock()
@@ -46,7 +47,7 @@ class _Requests:
             self.number = number
             raise Interrupted(number)
         self.number, self.came = number, time.monotonic()
-        if int(os.environ.get("RANK", 0)) == 0:
+        if int(os.environ.get("RANK", 0)) == 0 and os.getpid() == self.process:  # not in its workers
             name = signal.Signals(number).name
             # print() is not re-entrant, and the signal may have come in the middle of one
             os.write(2, f"\n{name}: finishing the step and saving; once more ends at once\n".encode())
@@ -61,7 +62,7 @@ def handled() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    _requests.number = None
+    _requests.number, _requests.process = None, os.getpid()
     before = {number: signal.signal(number, _requests.handle) for number in HANDLED}
     try:
         yield

@@ -246,14 +246,13 @@ def _git(*arguments: str) -> str | None:
     return done.stdout.strip()
 
 
-def machine() -> dict[str, Any]:
-    """What rounding depends on, beside the device that a run was told to use."""
+def machine(device: torch.device) -> dict[str, Any]:
+    """What the rounding of a run on a device depends on."""
     return {
         "torch": str(torch.__version__),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
-        "processes": processes(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
 
 
