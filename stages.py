@@ -45,7 +45,7 @@ from utils.options import (
 from utils.plots import learning_curves, per_class_accuracy
 from utils.resume import Stateful, TrainState, completed_run
 from utils.run import Run, make_folder, one_line
-from utils.system import deterministic_words, draw_seed, pick_graph, provenance
+from utils.system import ROOT, deterministic_words, draw_seed, pick_graph, provenance
 
 T = TypeVar("T", bound="DataOptions")
 
@@ -192,16 +192,15 @@ def find_run(
     if wanted == "auto":
         out = Path(str(typed.get("out", cls.out)))
         for path in sorted(out.glob("*/*/options.json"), key=lambda path: path.parent.name, reverse=True):
-            begun = read_json(path)
-            stored = begun.get("typed")
-            is_same = isinstance(stored, dict) and comparable(stored) == as_json(comparable(typed))
-            if is_same and begun["script"] == script and begun["start"] == start_of(typed):
+            begun = read_begun(path)
+            is_same = begun and begun["script"] == script and comparable(begun["typed"]) == as_json(comparable(typed))
+            if begun and is_same and begun["start"] == start_of(typed):
                 return find_run(cls, typed | {"resume": str(path.parent)}, script, start_of)
         print(f"--resume auto: no earlier run of this command in {out}; a new one begins")
         return typed, None
     folder = Path(wanted)
-    begun = read_json(folder / "options.json")
-    if not isinstance(begun.get("typed"), dict):
+    begun = read_begun(folder / "options.json")
+    if begun is None:
         raise UsageError(f"--resume {wanted}: no run that can be resumed", "auto, or the folder of a run")
     if begun["script"] != script:
         other = begun["script"]
@@ -239,13 +238,15 @@ def typed_again(cls: type[TrainOptions], stored: Mapping[str, Any], place: Path)
     return {name: convert(fields[name], value) for name, value in stored.items()}
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a small JSON file; {} where there is none."""
+def read_begun(path: Path) -> dict[str, Any] | None:
+    """What :func:`begin` wrote into a run's options.json; None where it has not."""
+    kinds: dict[str, Any] = {"script": str, "typed": dict, "seed": list, "start": (str, type(None)), "options": dict}
     try:
         content = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
+    except (OSError, ValueError, RecursionError):
+        return None
+    is_whole = isinstance(content, dict) and all(isinstance(content.get(k, 0), kind) for k, kind in kinds.items())
+    return content if is_whole else None
 
 
 def fill_options(cls: type[T], typed: Mapping[str, Any], stage: str, file: Checkpoint | None = None) -> Resolved[T]:
@@ -590,7 +591,8 @@ def begin(
     if options.deterministic:
         run.say(deterministic_words(device))
     script = "compare.py" if stage == "compare" else f"main_{stage}.py"
-    run.resume_by = shlex.join([*launcher(), script, "--resume", str(run.folder)])
+    here = script if Path(script).is_file() else str(ROOT / script)
+    run.resume_by = shlex.join([*launcher(), here, f"--resume={run.folder}"])
     if not resumed:
         run.write_json(
             "options.json",
@@ -621,6 +623,7 @@ def make_state(run: Run, options: Any, data: LongTailed, device: torch.device, *
     """What is saved of a run while it trains, and taken up again by --resume."""
     parts = {"training": data.train, "test": data.test, "held-out": data.val}
     inputs: dict[str, Any] = {"number of processes": processes()}
+    inputs["set of options"] = as_json({name: v for name, v in vars(options).items() if name not in MAY_MOVE})
     for name, part in parts.items():
         inputs[f"set of {name} images"] = part and part.summary()
         inputs[f"set of {name} labels"] = part and hashlib.sha256(part.labels.numpy().tobytes()).hexdigest()

@@ -100,7 +100,7 @@ def outcome(out: Path) -> list[Any]:
     found: list[Any] = []
     for path in sorted(options.parent.rglob("*")):
         name = path.relative_to(options.parent).as_posix()
-        if path.suffix == ".pt":
+        if path.name == "checkpoint.pt":
             file = torch.load(path, weights_only=True)
             found.append((name, {key: file[key] for key in ("model", "metrics", "data", "head", "stem")}))
             found.append((name, (file["parent"] or {}).get("sha256")))
@@ -183,7 +183,7 @@ def tortured(part: Command, folder: Path, kills: int, number: int, draw: random.
             seen["inside_a_write"] += any(name.endswith(".tmp") for name in litter(run))
             assert lives < 200, said
         assert equal(outcome(run / "output"), expected), f"{run} has not ended as {folder / 'whole'}"
-        left = [name for name in litter(run) if name.endswith(".tmp")]
+        left = [*litter(run), *(str(path) for path in (run / "output").rglob("state-*"))]
         assert not left, left
         seen["runs"] += 1
         seen["kills"] += lives

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 
 import compare
 import main_stage1
@@ -158,7 +159,7 @@ def test_random_numbers_go_on(workdir) -> None:
 
 def test_a_refused_start_leaves_the_run_as_it_was(workdir, interruptions, capsys) -> None:
     arguments = [*DIGITS, "--epochs", "3", "--save_every", "1"]
-    interruptions.at = {15}
+    interruptions.at = {27}
     with pytest.raises(SystemExit):
         main_stage1.main(arguments)
     folder = run_folder("output")
@@ -172,6 +173,39 @@ def test_a_refused_start_leaves_the_run_as_it_was(workdir, interruptions, capsys
     (folder / "finished.json").mkdir()
     main_stage1.main(["--resume", str(folder)])
     assert state_files(folder), "the run is not marked as complete, and its state is gone"
+
+
+def test_a_state_of_another_run_is_refused(workdir, interruptions, capsys) -> None:
+    folders = []
+    for wd in ("0", "0.1"):
+        interruptions.at = {interruptions.count + 9}
+        with pytest.raises(SystemExit):
+            main_stage1.main([*DIGITS, "--epochs", "3", "--wd", wd, "--out", wd])
+        folders.append(run_folder(wd))
+    (mine,), (theirs,) = map(state_files, folders)
+    mine.write_bytes(theirs.read_bytes())
+    assert "another set of options" in shown_error(capsys, main_stage1.main, "--resume", str(folders[0]))
+    content = torch.load(theirs, weights_only=True)
+    torch.save(content | {"format": 99}, theirs)
+    assert "a state of format 99" in shown_error(capsys, main_stage1.main, "--resume", str(folders[1]))
+    for text in (
+        "[]",
+        "{}",
+        "[" * 10**5,
+        '{"script": "main_stage1.py", "typed": {}, "seed": 5, "start": null, "options": {}}',
+    ):
+        (folders[0] / "options.json").write_text(text)
+        assert "no run that can be resumed" in shown_error(capsys, main_stage1.main, "--resume", str(folders[0]))
+        main_stage1.main([*DIGITS, "--epochs", "1", "--wd", "0", "--out", "0", "--resume", "auto"])
+
+
+def test_flags_that_are_no_part_of_the_run_are_kept(workdir, interruptions) -> None:
+    interruptions.at = {27}
+    with pytest.raises(SystemExit):
+        main_stage1.main([*DIGITS, "--epochs", "3", "--save_every", "1", "--keep_states", "1", "--threads", "1"])
+    main_stage1.main(["--resume", str(run_folder("output")), "--keep_states", "3"])
+    options = torch.load(STAGE1, weights_only=True)["options"]
+    assert (options["save_every"], options["keep_states"], options["threads"]) == (1, 3, 1)
 
 
 def test_a_complete_run_is_published_again(workdir) -> None:
@@ -231,8 +265,8 @@ def test_a_run_is_resumed_by_its_folder_alone(workdir, interruptions, capsys) ->
         main_stage1.main(arguments)
     folder = next(Path("output").glob("*/*"))
     told = capsys.readouterr().err
-    assert "ended by SIGTERM" in told and f"to continue: python main_stage1.py --resume {folder}" in told
-    assert f"to continue: python main_stage1.py --resume {folder}" in (folder / "log.txt").read_text()
+    assert "ended by SIGTERM" in told and f"to continue: python {ROOT}/main_stage1.py --resume={folder}\n" in told
+    assert f"main_stage1.py --resume={folder}\n" in (folder / "log.txt").read_text()
     folder = folder.rename("moved")
     for wrong in (["--wd", "0.1"], ["--lr", "0.05"], ["--seed", "3"]):
         assert "was begun with" in shown_error(capsys, main_stage1.main, "--resume", "moved", *wrong)

@@ -38,7 +38,7 @@ def test_two_processes_end_in_the_same_bits(workdir, options: str) -> None:
         cut = torchrun(f"{ARGUMENTS} {options} --out cut --resume auto", interrupted)
         assert cut.returncode == 1 and time.monotonic() - began < 60
         assert cut.stderr.count(f"ended by {interrupted.split()[2]}") == 1, cut.stderr
-        assert "to continue: torchrun --nproc-per-node=2 main_stage1.py --resume cut/" in cut.stderr
+        assert f"to continue: torchrun --nproc-per-node=2 {ROOT}/main_stage1.py --resume=cut/" in cut.stderr
         assert cut.stderr.count("Traceback") == 1  # torchrun's own: a process of it has failed
     last = torchrun(f"{ARGUMENTS} {options} --out cut --resume auto")
     assert last.returncode == 0 and last.stdout.count("resumed after step") == 1, last.stdout + last.stderr

@@ -17,7 +17,7 @@ import shutil
 import socket
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from functools import cache
@@ -92,17 +92,32 @@ def _temporary(target: Path) -> Path:
 
 
 def sweep(folder: str | Path, deep: bool = False) -> None:
-    """Removes the temporary files that processes left in a folder which have ended; ``deep``, below it too.
+    """Removes the temporary and lock files that ended processes left in a folder; ``deep``, below it too.
 
     What names no process, as of older versions, is removed a day after it was last written to. What another host's or
     container's process left stays: whether that one lives cannot be known here.
     """
-    found = (Path(folder).rglob if deep else Path(folder).glob)(".*")
+    found: Iterable[Path] = (Path(folder).rglob if deep else Path(folder).glob)(".*")
     with suppress(OSError):
+        found = list(found)
+        for path in [path for path in found if path.name.endswith(".lock")]:
+            _remove_unheld(path)
         for path in [path for path in found if path.name.endswith(".tmp") or path.name.startswith(".writable.")]:
             with suppress(OSError):
                 if _is_left(path):
                     path.unlink()
+
+
+def _remove_unheld(path: Path) -> None:
+    """Removes a lock file that a killed process left: nobody holds it."""
+    with suppress(OSError):
+        descriptor = os.open(path, os.O_RDWR)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _is_file(descriptor, path):
+                path.unlink()
+        finally:
+            os.close(descriptor)
 
 
 def _is_left(path: Path) -> bool:

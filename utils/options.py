@@ -8,6 +8,7 @@ the default, the published value. Only what the user typed leaves the parser; ev
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import errno
@@ -95,7 +96,8 @@ def command(main: Callable[..., T]) -> Callable[..., T]:
             if error.errno not in DISK:
                 raise
             status, message = 1, f"stopped: {disk_words(error)}"
-        print(message, file=sys.stderr)
+        with contextlib.suppress(OSError):  # nobody listens
+            print(message, file=sys.stderr)
         raise SystemExit(status)
 
     return wrapper

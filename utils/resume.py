@@ -34,7 +34,7 @@ R = TypeVar("R")
 FORMAT = 1
 #: Seconds between saves where --save_every does not say.
 INTERVAL = 600.0
-NAME = re.compile(r"state-(\d{6})\.pt")
+NAME = re.compile(r"state-(\d{6,})\.pt")
 FINISHED = "finished.json"
 
 
@@ -178,14 +178,15 @@ class TrainState:
             "own": [_load(blob) for blob in own],
         }
         try:
-            with atomic(self.run.folder / f"state-{self._number + 1:06d}.pt") as path, open(path, "wb") as file:
-                torch.save(content, file)
+            with atomic(self.run.folder / f"state-{self._number + 1:06d}.pt") as path:
+                path.write_bytes(_dump(content))  # written directly, torch would hide why a disk refuses it
         except OSError as error:
             self.run.say(f"note: step {self.step} of epoch {self.epoch + 1} was not saved: {disk_words(error)}")
             return
         self._number += 1
         for path in state_files(self.run.folder)[self.keep :]:
-            path.unlink(missing_ok=True)
+            with suppress(OSError):
+                path.unlink()
 
     def _own(self) -> dict[str, Any]:
         """What this process alone has."""
@@ -222,6 +223,9 @@ class TrainState:
         return content
 
     def _require_same(self, state: Mapping[str, Any]) -> None:
+        found = state.get("format")
+        if found != FORMAT:
+            raise UsageError(f"{self.run.folder} has a state of format {found}", f"{FORMAT}, or a new run")
         for what, value in self.inputs.items():
             if state["inputs"].get(what) != value:
                 raise UsageError(f"{self.run.folder} was begun with another {what}", "the same, or a new run")
@@ -250,25 +254,33 @@ class TrainState:
 
 def state_files(folder: Path) -> list[Path]:
     """The states of a run folder, newest first."""
-    found = folder.iterdir() if folder.is_dir() else ()
-    return sorted((path for path in found if NAME.fullmatch(path.name)), reverse=True)
+    found = [path for path in folder.iterdir() if path.is_file()] if folder.is_dir() else []
+    numbers = {path: int(match[1]) for path in found if (match := NAME.fullmatch(path.name))}
+    return sorted(numbers, key=lambda path: -numbers[path])
 
 
 def complete(run: Run, result: R) -> R:
     """Marks a run as complete, with what its command returns (JSON), and removes its states; returns the result."""
     run.write_json(FINISHED, {"result": result})
-    for state in state_files(run.folder) if completed_run(run.folder) else []:
-        state.unlink(missing_ok=True)
+    completed_run(run.folder)
     return result
 
 
 def completed_run(folder: Path) -> dict[str, Any] | None:
-    """What :func:`complete` noted in a run folder, {"result": ...}; None where the run is not complete."""
+    """What :func:`complete` noted in a run folder, {"result": ...}; None where the run is not complete.
+
+    States that a complete run still has, since it was killed in its last moment, are removed.
+    """
     try:
         noted = json.loads((folder / FINISHED).read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
-    return noted if isinstance(noted, dict) and "result" in noted else None
+    if not isinstance(noted, dict) or "result" not in noted:
+        return None
+    for state in state_files(folder):
+        with suppress(OSError):
+            state.unlink()
+    return noted
 
 
 def random_states(device: torch.device) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 HANDLED = (signal.SIGINT, signal.SIGTERM)
@@ -50,7 +50,8 @@ class _Requests:
         if int(os.environ.get("RANK", 0)) == 0 and os.getpid() == self.process:  # not in its workers
             name = signal.Signals(number).name
             # print() is not re-entrant, and the signal may have come in the middle of one
-            os.write(2, f"\n{name}: finishing the step and saving; once more ends at once\n".encode())
+            with suppress(OSError):  # a terminal that is gone must not end the step
+                os.write(2, f"\n{name}: finishing the step and saving; once more ends at once\n".encode())
 
 
 _requests = _Requests()
