@@ -1,4 +1,4 @@
-"""A command of several processes, one of which gets a signal in its n-th step.
+"""A command of several processes, one of which gets a signal in its n-th step, or fails there where it says raise.
 
 torchrun --nproc-per-node=2 tests/interrupting.py RANK STEP SIGNAL main_stage1.py --dataset digits ...
 """
@@ -24,6 +24,8 @@ if __name__ == "__main__":
 
     def advance_and_signal(self: TrainState, *measured: torch.Tensor, **options: int) -> None:
         if next(steps) == int(step) and rank == os.environ["RANK"]:
+            if name == "raise":
+                raise RuntimeError("what went wrong in this process")
             os.kill(os.getpid(), signal.Signals[name])
         advance(self, *measured, **options)
 

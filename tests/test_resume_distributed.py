@@ -64,3 +64,11 @@ def test_a_signal_to_torchrun_saves(workdir, name: str) -> None:
     assert time.monotonic() - began < 15 and process.returncode != 0
     assert f"ended by {name}" in error and "to continue: torchrun" in error
     assert state_files(run_folder("cut")) and not list(Path().rglob("*.tmp"))
+
+
+@pytest.mark.parametrize("rank, end", [(1, "raise"), (0, "SIGKILL")])
+def test_a_crash_of_one_ends_the_others_and_is_shown(workdir, rank: int, end: str) -> None:
+    began = time.monotonic()
+    crashed = torchrun(f"{ARGUMENTS} --save_every 1 --out cut", f"{rank} 8 {end}")
+    assert crashed.returncode == 1 and time.monotonic() - began < 60
+    assert ("what went wrong in this process" if end == "raise" else "SIGKILL") in crashed.stderr
