@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import random
@@ -17,6 +18,9 @@ import compare
 import main_stage1
 import main_stage2
 from benchmarks.torture import COMMANDS, equal, outcome, tortured
+from engine import Selection, TrainStep, make_sgd
+from models import build_model
+from retraining.sweep import Finished
 from utils import signals
 from utils.files import lock
 from utils.resume import TrainState, state_files
@@ -157,6 +161,39 @@ def test_random_numbers_go_on(workdir) -> None:
     assert found[2] == found[1] != found[0]
 
 
+def parts(run: Run, is_new: bool) -> dict:
+    """What is saved of a run, as it begins and after something has happened."""
+    model = build_model("resnet8", 10, 1)
+    step = TrainStep(model, torch.nn.CrossEntropyLoss(), make_sgd(model.parameters(), 0.1, 0.9, 0, False), ema=0.5)
+    step.scaler = torch.amp.GradScaler("cpu", init_scale=8.0 if is_new else 64.0)
+    selection, finished = Selection("best_test"), Finished(None, "last")
+    if not is_new:
+        step(torch.rand(4, 1, 8, 8), torch.arange(4))
+        selection.offer(1, model, {"top1": 0.5}, {"class_mean": 0.25})
+        selection.offer(2, model, {"top1": 0.25}, None)
+        finished.fits["one"], finished._states["a"] = 3, {"seconds": 1.0}
+        run.log({"epoch": 1, "lr": 0.1})
+        run.resumed.append({"at": "step 1"})
+    return {"step": step, "selection": selection, "finished": finished, "run": run}
+
+
+def test_every_part_takes_up_all_that_it_saves(workdir) -> None:
+    Path("new").mkdir()
+    Path("old").mkdir()
+    with Run(Path("old")) as old, Run(Path("new")) as new:
+        new_parts = parts(new, is_new=True)
+        for name, part in parts(old, is_new=False).items():
+            fresh, saved = new_parts[name], part.state_dict()
+            assert not equal(fresh.state_dict(), saved)
+            fresh.load_state_dict(copy.deepcopy(saved))
+            assert equal(fresh.state_dict(), saved), name
+        step = new_parts["step"]
+        own = {kind: {key: value + 1 for key, value in found.items()} for kind, found in step.own_state().items()}
+        step.load_own_state(own)
+        assert equal(step.own_state(), own)
+    assert len(Path("new/metrics.jsonl").read_text().splitlines()) == 1
+
+
 def test_a_refused_start_leaves_the_run_as_it_was(workdir, interruptions, capsys) -> None:
     arguments = [*DIGITS, "--epochs", "3", "--save_every", "1"]
     interruptions.at = {27}
@@ -287,7 +324,10 @@ def test_states_are_few_and_a_damaged_one_is_passed_over(workdir, interruptions,
         main_stage1.main(arguments)
     folder = run_folder("output")
     newest, _ = state_files(folder)
-    newest.write_bytes(newest.read_bytes()[:-1000])
+    content = bytearray(newest.read_bytes())
+    weight = torch.load(newest, weights_only=True)["parts"]["step"]["model"]["fc.weight"]
+    content[content.index(weight.numpy().tobytes())] ^= 1
+    newest.write_bytes(content)
     assert equal(main_stage1.main([*arguments, "--resume", "auto"]), report)
     assert f"{newest.name} cannot be read; the state before it is taken" in capsys.readouterr().out
     assert equal(outcome(Path("output")), outcome(Path("whole")))
