@@ -406,7 +406,7 @@ class Queue:
         target, copy = home / "out" / folder.resolve().parent.name / folder.resolve().name, home / "adopting"
         shutil.rmtree(copy, ignore_errors=True)
         shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("state-*"))
-        write_json(copy / "finished.json", {"adopted": now()})
+        write_json(copy / "finished.json", {"result": file.metrics, "adopted": now()})
         attempt = {"commit": file.provenance["commit"], "ended": file.provenance["date"], "status": 0}
         write_json(home / "row.json", {"amp": file.options["amp"], "adopted": True, "attempts": [attempt]})
         target.parent.mkdir(parents=True, exist_ok=True)

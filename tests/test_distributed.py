@@ -162,8 +162,8 @@ def one_fails_amid_a_step(home: Path) -> Any:
     distributed.PATIENCE = timedelta(seconds=0.2)
     epoch_of = Batches.epoch
 
-    def epoch(self: Batches, number: int = 0) -> Any:
-        for position, batch in enumerate(epoch_of(self, number)):
+    def epoch(self: Batches, number: int = 0, first: int = 0) -> Any:
+        for position, batch in enumerate(epoch_of(self, number, first)):
             if self.augment and position == 2 and self.share[0] == 1:
                 raise UsageError("an image that cannot be read", "a whole one")
             yield batch
@@ -337,7 +337,7 @@ def test_policies_and_blends_are_each_process_s_own() -> None:
     options = {"policy": AUGMENTATIONS["cutout"], "mix": Mix(1.0, 1.0)}
     kept = [[batch[3].item() for batch in batches((me, 2), **options).epoch()] for me in range(2)]
     assert len({*kept[0], *kept[1]}) == 8
-    seeds = [batches(share)._stream(1, 2).initial_seed() for share in ((0, 1), (0, 2), (1, 2))]
+    seeds = [batches(share)._stream(1, 2, 0).initial_seed() for share in ((0, 1), (0, 2), (1, 2))]
     assert seeds[0] == seeds[1] != seeds[2]
 
 
