@@ -57,6 +57,7 @@ from utils import checkpoints
 from utils.files import atomic, lock, sha256
 from utils.metrics import percent, scores
 from utils.options import UsageError, command, parse_typed
+from utils.resume import state_files
 from utils.system import AMP, ROOT, cpu_has_bf16, pick_amp, pick_device, provenance
 
 STATE = os.environ.get("LT_REPRODUCE", "~/.cache/long-tailed-recognition/reproduce")
@@ -128,16 +129,22 @@ ROWS: tuple[Row, ...] = (
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a row is: its newest run folder, the records of its epochs, whether all is there."""
+    """How far a row is: its newest run folder, the records of its epochs, whether all is there, its last state."""
 
     folder: Path | None
     records: list[dict[str, Any]]
     done: bool
+    state: str = ""
 
     @property
     def epoch(self) -> int:
         """The last whole epoch."""
         return int(self.records[-1]["epoch"]) if self.records else 0
+
+    @property
+    def place(self) -> tuple[int, str]:
+        """Grows with every epoch and every state that is saved."""
+        return self.epoch, self.state
 
 
 def now() -> str:
@@ -210,7 +217,8 @@ class Queue:
             for line in (folder / "metrics.jsonl").read_text().splitlines():
                 with contextlib.suppress(ValueError):  # one that is being written
                     records.append(json.loads(line))
-        return Progress(folder, records, bool(whole))
+        states = state_files(folder) if folder else []
+        return Progress(folder, records, bool(whole), states[0].name if states else "")
 
     def command(self, row: Row, amp: str) -> list[str]:
         """What trains a row in its folder, and goes on with it: the same wherever that folder and the data are."""
@@ -245,8 +253,8 @@ class Queue:
         (home / "data").symlink_to(self.data_dir)
         environment = os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": str(self.threads)}
         while not self.signals:
-            before = self.progress(row).epoch
-            print(f"{now()}  {row.name}: from epoch {before + 1} of {row.epochs}", flush=True)
+            before = self.progress(row)
+            print(f"{now()}  {row.name}: from epoch {before.epoch + 1} of {row.epochs}", flush=True)
             attempt = {"began": now(), "commit": commit(), "cpu": cpu_name(), "threads": self.threads}
             notes["attempts"].append(attempt)
             with open(home / "output.txt", "a") as output:
@@ -265,7 +273,7 @@ class Queue:
             status, progress = self.watch(row, child), self.progress(row)
             cut_off = status < 0 or status in (130, 143)
             attempt |= {"ended": now(), "status": status, "epoch": progress.epoch}
-            attempt["failed"] = not progress.done and not (cut_off and (self.signals or progress.epoch > before))
+            attempt["failed"] = not progress.done and not (cut_off and (self.signals or progress.place > before.place))
             write_json(home / "row.json", notes)
             print(f"{now()}  {row.name}: {self.word(row, progress)}", flush=True)
             if progress.done or attempt["failed"]:

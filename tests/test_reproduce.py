@@ -295,8 +295,12 @@ def test_a_row_that_is_cut_off_is_continued_while_it_gets_on(lab: Lab) -> None:
 
     queue = lab.start("--only", "second", FAKE_SECONDS="30")
     until(lambda: lab.calls("second", "flags"))
-    os.kill(lab.calls("second", "flags")[0]["pid"], signal.SIGKILL)  # before its first epoch: not for ever
-    assert lab.wait(queue, 30) == 1 and len(lab.calls("second", "flags")) == 1
+    (lab.state / "second/out/name/20200101-000000_seed0").mkdir(parents=True)
+    (lab.state / "second/out/name/20200101-000000_seed0/state-000001.pt").touch()  # saved within its first epoch
+    os.kill(lab.calls("second", "flags")[0]["pid"], signal.SIGKILL)
+    until(lambda: len(lab.calls("second", "flags")) == 2)
+    os.kill(lab.calls("second", "flags")[1]["pid"], signal.SIGKILL)  # it has not got on: not for ever
+    assert lab.wait(queue, 30) == 1 and len(lab.calls("second", "flags")) == 2
 
 
 def test_a_failed_row_does_not_stop_the_others(lab: Lab, trained: Path) -> None:
