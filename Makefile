@@ -8,7 +8,7 @@ demo: .venv/installed            ## both stages and the evaluation on digits, th
 	$(RUN)/python -m benchmarks.demo
 
 test: .venv/tools                ## the tests
-	$(RUN)/pytest
+	$(RUN)/pytest -n auto --maxprocesses 4 --dist loadfile
 
 gpu: .venv/tools                 ## once, where there is a GPU: tests, speed, reproduction; again until all is done
 	$(RUN)/python -m benchmarks.gpu

@@ -17,17 +17,25 @@ import torch
 
 from utils.resume import TrainState
 
-if __name__ == "__main__":
-    rank, step, name, script, *arguments = sys.argv[1:]
-    torch.set_num_threads(1)
-    steps, advance = count(1), TrainState.advance
+ADVANCE = TrainState.advance
 
-    def advance_and_signal(self: TrainState, *measured: torch.Tensor, **options: int) -> None:
-        if next(steps) == int(step) and rank == os.environ["RANK"]:
+
+def interrupt(rank: str, step: int, name: str) -> None:
+    """Lets the process of this rank get a signal in its n-th step from now on, or fail there."""
+    steps = count(1)
+
+    def advance(self: TrainState, *measured: torch.Tensor, **options: int) -> None:
+        if next(steps) == step and rank == os.environ["RANK"]:
             if name == "raise":
                 raise RuntimeError("what went wrong in this process")
             os.kill(os.getpid(), signal.Signals[name])
-        advance(self, *measured, **options)
+        ADVANCE(self, *measured, **options)
 
-    TrainState.advance = advance_and_signal
+    TrainState.advance = advance
+
+
+if __name__ == "__main__":
+    rank, step, name, script, *arguments = sys.argv[1:]
+    torch.set_num_threads(1)
+    interrupt(rank, int(step), name)
     __import__(script.removesuffix(".py")).main(arguments)

@@ -142,7 +142,7 @@ def test_a_file_is_flushed_before_it_is_renamed_and_its_folder_after(tmp_path: P
 
 
 def test_a_lock_does_not_outlive_its_process_in_a_child(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
     answer = context.Queue()
     process = context.Process(target=hold_and_fork, args=(tmp_path / "x", answer))
     process.start()
@@ -196,7 +196,7 @@ def publish_at(barrier, folder: str, seed: int, told) -> None:
 
 def test_three_that_publish_at_once_are_all_kept(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").mkdir()
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
     for turn in range(2):
         barrier, told = context.Barrier(3), context.Queue()
         seeds = range(10 * turn, 10 * turn + 3)

@@ -295,7 +295,7 @@ def test_a_row_that_is_cut_off_is_continued_while_it_gets_on(lab: Lab) -> None:
 
     queue = lab.start("--only", "second", FAKE_SECONDS="30")
     until(lambda: lab.calls("second", "flags"))
-    (lab.state / "second/out/name/20200101-000000_seed0").mkdir(parents=True)
+    (lab.state / "second/out/name/20200101-000000_seed0").mkdir(parents=True, exist_ok=True)
     (lab.state / "second/out/name/20200101-000000_seed0/state-000001.pt").touch()  # saved within its first epoch
     os.kill(lab.calls("second", "flags")[0]["pid"], signal.SIGKILL)
     until(lambda: len(lab.calls("second", "flags")) == 2)

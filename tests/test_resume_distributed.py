@@ -8,11 +8,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import ROOT
+from interrupting import interrupt
+from test_distributed import crew, imported_once, run  # noqa: F401
 from test_resume import run_folder
 
+import main_stage1
 from benchmarks.torture import equal, outcome
 from utils.resume import state_files
 
@@ -27,22 +31,44 @@ def torchrun(arguments: str, interrupted: str = "0 0 SIGTERM") -> subprocess.Com
     return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=120)
 
 
-@pytest.mark.parametrize(
-    "options",
-    ["--accum 2 --ema 0.9 --mixup 0.2 --aug autoaugment+cutout", "--wd 0 0.1 --sampler class --val_split 0.2"],
-)
-def test_two_processes_end_in_the_same_bits(workdir, options: str) -> None:
-    assert torchrun(f"{ARGUMENTS} {options} --out whole").returncode == 0
-    for interrupted in ("1 3 SIGTERM", "0 7 SIGINT"):
-        began = time.monotonic()
-        cut = torchrun(f"{ARGUMENTS} {options} --out cut --resume auto", interrupted)
-        assert cut.returncode == 1 and time.monotonic() - began < 60
-        assert cut.stderr.count(f"ended by {interrupted.split()[2]}") == 1, cut.stderr
-        assert f"to continue: torchrun --nproc-per-node=2 {ROOT}/main_stage1.py --resume=cut/" in cut.stderr
-        assert cut.stderr.count("Traceback") == 1  # torchrun's own: a process of it has failed
-    last = torchrun(f"{ARGUMENTS} {options} --out cut --resume auto")
-    assert last.returncode == 0 and last.stdout.count("resumed after step") == 1, last.stdout + last.stderr
-    assert equal(outcome(Path("cut")), outcome(Path("whole")))
+OPTIONS = ("--accum 2 --ema 0.9 --mixup 0.2 --aug autoaugment+cutout", "--wd 0 0.1 --sampler class --val_split 0.2")
+SIGNALS = ("1 3 SIGTERM", "0 7 SIGINT", "0 0 SIGTERM")
+
+
+def cut_off_and_resumed(home: Path) -> Any:
+    """What a process of a crew does: every command undisturbed, then cut off twice and resumed."""
+    found = {}
+    for number, options in enumerate(OPTIONS):
+        interrupt("0", 0, "")
+        arguments = f"{ARGUMENTS.removeprefix('main_stage1.py ')} {options} --out"
+        whole = run(main_stage1.main, f"{arguments} whole{number}")
+        cut = []
+        for rank, step, name in map(str.split, SIGNALS):
+            interrupt(rank, int(step), name)
+            cut.append(run(main_stage1.main, f"{arguments} cut{number} --resume auto"))
+        found[options] = whole, cut
+    return found
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Any]]:
+    home = tmp_path_factory.mktemp("home")
+    return home / "of2" / "0", crew(2, home, cut_off_and_resumed)["cut_off_and_resumed"]
+
+
+@pytest.mark.parametrize("number, options", list(enumerate(OPTIONS)))
+def test_two_processes_end_in_the_same_bits(two, number: int, options: str) -> None:
+    home, (first, second) = two
+    whole, (*cut, last) = first[options]
+    assert whole["status"] == last["status"] == 0, last
+    for words, ended, other in zip(SIGNALS, cut, second[options][1]):
+        name = words.split()[2]
+        assert ended["status"] == other["status"] == 128 + signal.Signals[name]
+        assert ended["error"].count(f"ended by {name}") == 1 and "Traceback" not in ended["error"] + other["error"]
+        again = f"main_stage1.py --resume=cut{number}/"
+        assert f"to continue: torchrun --nproc-per-node=2 {ROOT}/{again}" in ended["error"]
+    assert last["out"].count("resumed after step") == 1, last
+    assert equal(outcome(home / f"cut{number}"), outcome(home / f"whole{number}"))
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
