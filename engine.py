@@ -10,7 +10,7 @@ import copy
 import math
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,12 +21,13 @@ from torch.optim import SGD, Optimizer
 from datasets import Batches
 from datasets.batches import Batch
 from losses import mass
-from utils.distributed import as_in_first, in_order, interruptible, processes, total
+from utils.distributed import all_reduce_sum, broadcast_model, gather_in_order, interruptible, world_size
+from utils.errors import Diverged, UsageError
 from utils.graphs import Graphed
 from utils.metrics import Report, report
-from utils.options import Diverged, UsageError
 from utils.proof import Proven, bound, compiled
 from utils.resume import TrainState
+from utils.types import StateDict
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -117,7 +118,7 @@ class TrainStep:
         self.model, self.criterion, self.optimizer = model, criterion, optimizer
         self.device = next(model.parameters()).device
         self.network: Callable[[Tensor], Tensor] = model
-        if processes() > 1:  # static_graph cannot be had with no_sync
+        if world_size() > 1:  # static_graph cannot be had with no_sync
             self.network = DistributedDataParallel(model, static_graph=accum == 1, gradient_as_bucket_view=True)
         self.amp, self.ema, self.project, self.accum = amp, ema, project, accum
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp == torch.float16)
@@ -171,9 +172,9 @@ class TrainStep:
 
     def _mean_mass(self, labels: Tensor) -> Tensor | None:
         """The mass of the batch over the number of processes; None where a single part is the batch."""
-        if processes() * self.accum == 1:
+        if world_size() * self.accum == 1:
             return None
-        return total(mass(self.criterion, labels)) / processes()
+        return all_reduce_sum(mass(self.criterion, labels)) / world_size()
 
     def _loss(self, logits: Tensor, labels: Tensor, mean_mass: Tensor | None) -> Tensor:
         """The loss of a part, scaled to its mass."""
@@ -194,7 +195,7 @@ class TrainStep:
         if self.graph:
             self.graph.forget()
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> StateDict:
         """Weights, momentum, averaged weights and loss scale."""
         return {
             "model": self.model.state_dict(),
@@ -204,7 +205,7 @@ class TrainStep:
         }
 
     @torch.no_grad()
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: StateDict) -> None:
         """Goes on from a state, in place."""
         self.model.load_state_dict(state["model"])
         for buffer, value in zip(self._momentum(), state["momentum"]):
@@ -213,11 +214,11 @@ class TrainStep:
             self.averaged.load_state_dict(state["averaged"])
         self.scaler.load_state_dict(state["scaler"])
 
-    def own_state(self) -> dict[str, Any]:
+    def own_state(self) -> StateDict:
         """What differs between processes: BatchNorm's statistics, of the average too."""
         return {"model": dict(self.model.named_buffers()), "averaged": dict(self.averaged.named_buffers())}
 
-    def load_own_state(self, state: dict[str, Any]) -> None:
+    def load_own_state(self, state: StateDict) -> None:
         """Goes on from a state of this process."""
         for module, values in ((self.model, state["model"]), (self.averaged, state["averaged"])):
             for name, buffer in module.named_buffers():
@@ -276,8 +277,8 @@ def train_epoch(
         else:
             measured.append(found)
     columns = (torch.stack(column) for column in zip(*measured))
-    losses, hits, sizes = (total(column.double()).tolist() for column in columns)
-    losses = [value / processes() for value in losses]
+    losses, hits, sizes = (all_reduce_sum(column.double()).tolist() for column in columns)
+    losses = [value / world_size() for value in losses]
     for number, value in enumerate(losses, start=1):
         if not math.isfinite(value):
             before = losses[number - 2] if number > 1 else "none"
@@ -312,7 +313,7 @@ def predict(model: nn.Module, batches: Batches, flip_tta: bool = False) -> tuple
         Diverged: a logit that is not finite.
         Interrupted: a signal has come, to a single process.
     """
-    fast = as_in_first(for_evaluation(model))
+    fast = broadcast_model(for_evaluation(model))
     logits, labels = [], []
     for images, targets in interruptible(batches.epoch()):
         output = fast(images)
@@ -320,10 +321,10 @@ def predict(model: nn.Module, batches: Batches, flip_tta: bool = False) -> tuple
             output = (output + fast(images.flip(dims=(3,)))) / 2
         logits.append(output.cpu())
         labels.append(targets.cpu())
-    outputs = torch.cat(in_order(logits))
+    outputs = torch.cat(gather_in_order(logits))
     if not bool(outputs.isfinite().all()):
         raise Diverged("the model's logits are not finite")
-    return outputs, torch.cat(in_order(labels))
+    return outputs, torch.cat(gather_in_order(labels))
 
 
 def evaluate(model: nn.Module, batches: Batches, class_counts: list[int], flip_tta: bool = False) -> Report:
@@ -360,7 +361,8 @@ class Selection:
         """Shows the rule an evaluated epoch (from 1)."""
         if not self.oracle[1] or test["top1"] >= self.oracle[1]["top1"]:
             self.oracle = (epoch, test)
-        score: Any = {"last": epoch, "best_test": test["top1"], "best_val": val and val["class_mean"]}[self.rule]
+        scores = {"last": float(epoch), "best_test": test["top1"], "best_val": val["class_mean"] if val else -1.0}
+        score = scores[self.rule]
         if score >= self._best:
             self._best, self.epoch, self.test, self.val = score, epoch, test, val
             self.state = {
@@ -368,10 +370,10 @@ class Selection:
                 for name, tensor in model.state_dict().items()
             }
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> StateDict:
         """What has been selected so far."""
         return {name: getattr(self, name) for name in ("epoch", "test", "val", "state", "oracle", "_best")}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: StateDict) -> None:
         """Goes on from a state."""
         vars(self).update(state)

@@ -14,27 +14,25 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from datasets import NATURAL
 from engine import predict
-from stages import (
+from experiment.data import eval_batches, load_data
+from experiment.options import (
     DataOptions,
-    ancestors,
     check_data_flags,
-    eval_batches,
     file_defaults,
     file_identity,
-    load_data,
-    open_latest,
     recipe_layers,
     refuse_contradictions,
-    restore,
-    selection_words,
 )
+from experiment.record import ancestors, selection_words
+from experiment.restore import open_latest, restore
 from utils import metrics
 from utils.checkpoints import IDENTITY, STAGES
-from utils.distributed import joined, rank
+from utils.command import command
+from utils.distributed import process_group, rank
+from utils.errors import UsageError
 from utils.files import require_target, sha256, write_text
 from utils.metrics import (
     calibration_error,
@@ -46,40 +44,46 @@ from utils.metrics import (
     spread,
     table,
 )
-from utils.options import Choice, Flag, Text, UsageError, command, option, parse_typed, resolve
+from utils.options import Choice, Flag, Text, Values, option, parse_typed, resolve
 from utils.system import pick_device, provenance
+from utils.types import Json
 
 
 @dataclass(frozen=True)
 class Options(DataOptions):
-    """evaluate.py's own options; those of every command are in stages.py."""
+    """evaluate.py's own options; those of every command are in experiment/options.py."""
 
-    cur_stage: str | None = option(None, Choice(STAGES), "which stage's file; without it, the latest there is")
-    pretrained_pth: str | None = option(None, Text(), "the checkpoint; without it, the one left by default")
-    flip_tta: bool | None = option(None, Flag(), "average the logits of an image and its mirror; None: as stored")
-    statistics: str = option("test", Choice(("test", "train")), "images that Logits Magnitude and RSD are of")
-    json: str | None = option(None, Text("a file to write"), "write the report as JSON")
-    csv: str | None = option(None, Text("a file to write"), "write the per-class table as CSV")
+    cur_stage: str | None = option(None, Choice(STAGES), "which stage's file; without it, the latest there is", "files")
+    pretrained_pth: str | None = option(None, Text(), "the checkpoint; without it, the one left by default", "files")
+    flip_tta: bool | None = option(
+        None, Flag(), "average the logits of an image and its mirror; None: as stored", "evaluation"
+    )
+    statistics: str = option(
+        "test", Choice(("test", "train")), "images that Logits Magnitude and RSD are of", "evaluation"
+    )
+    json: str | None = option(None, Text("a file to write"), "write the report as JSON", "files")
+    csv: str | None = option(None, Text("a file to write"), "write the per-class table as CSV", "files")
 
 
 @command
-@joined()
-def main(argv: Sequence[str]) -> dict[str, Any]:
+@process_group()
+def main(argv: Sequence[str]) -> Json:
     """Runs the command; returns what --json writes."""
     began = time.perf_counter()
     typed = parse_typed(Options, argv, "evaluate.py", __doc__)
     file = open_latest(typed, Options)
     stored = file_identity(file) | ({"cur_stage": file.stage} if file.stage else {})
     refuse_contradictions(typed, stored, str(file.path))
-    flip_tta = file.metrics.get("flip_tta", False)
-    layers: dict[str, Any] = {str(file.path): stored | {"flip_tta": flip_tta}, "its options": file_defaults(file)}
+    stored_flip = file.metrics.get("flip_tta", False)
+    layers: dict[str, Values] = {str(file.path): stored | {"flip_tta": stored_flip}, "its options": file_defaults(file)}
     known = {"dataset": "cifar100", **file_defaults(file), **stored, **typed}
-    options: Any = resolve(Options, typed, layers | recipe_layers(known["dataset"], known)).options
+    options = resolve(Options, typed, layers | recipe_layers(str(known["dataset"]), known)).options
     check_data_flags(options, typed)
+    flip_tta = bool(options.flip_tta)
     targets = {flag: getattr(options, flag) for flag in ("json", "csv") if getattr(options, flag) is not None}
     for flag, target in targets.items() if rank() == 0 else ():
         require_target(f"--{flag}", target)
-    if len(targets) == 2 and Path(options.json).resolve() == Path(options.csv).resolve():
+    if len({Path(target).resolve() for target in targets.values()}) < len(targets):
         raise UsageError(f"--json {options.json} --csv {options.csv}", "two different files")
 
     device = pick_device(options.device, options.gpu, options.threads)
@@ -89,20 +93,20 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     logits, labels = predict(model, batches)
     seen = (logits, labels) if options.statistics == "test" else predict(model, eval_batches(data, data.train, device))
     statistics = logit_statistics(*seen) | {"weight_norm": model.fc.get_parameter("weight").norm(dim=1).tolist()}
-    if options.flip_tta:
+    if flip_tta:
         logits, _ = predict(model, batches, flip_tta=True)
     report = metrics.report(logits, labels, data.class_counts)
     temperature = calibrated = None
     if data.val is not None:
-        temperature = fit_temperature(*predict(model, eval_batches(data, data.val, device), options.flip_tta))
+        temperature = fit_temperature(*predict(model, eval_batches(data, data.val, device), flip_tta))
         calibrated = calibration_error(logits, labels, temperature)
-    rows = per_class_rows(report, data.class_names, data.class_counts)
-    for name, values in statistics.items():
-        for row, value in zip(rows, values):
-            row[name] = value
+    rows = [
+        {**row, **{name: values[row["class"]] for name, values in statistics.items()}}
+        for row in per_class_rows(report, data.class_names, data.class_counts)
+    ]
     spreads = {name: spread(values) for name, values in statistics.items()}
 
-    result = {
+    result: Json = {
         "checkpoint": str(file.path),
         "sha256": file.sha256,
         "stage": file.stage,
@@ -113,7 +117,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         "label_smooth": file.options.get("label_smooth"),
         "select": file.metrics.get("select"),
         "epoch": file.metrics.get("epoch"),
-        "flip_tta": options.flip_tta,
+        "flip_tta": flip_tta,
         **{key: value for key, value in report.items() if key not in ("per_class", "test_images")},
         "temperature": temperature,
         "ece_calibrated": calibrated,
@@ -139,19 +143,18 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     print(f"{data.describe()}{'' if options.imb_ratio == NATURAL else made}\n")
     print(table(report) + "\n")
     print(f"worst class {percent(report['worst_class'])}, harmonic mean {percent(report['harmonic_mean'])}, ", end="")
-    print(f"macro-F1 {percent(report['macro_f1'])}")
+    print(f"macro-F1 {percent(report['macro_f1'])}; ", end="")
     print(f"calibration error {percent(report['ece'])}, after temperature scaling {percent(calibrated)}")
-    for name, pair in spreads.items():
-        words = "-" if pair is None else f"{pair[0]:.3f} ± {pair[1]:.3f} over classes"
-        print(f"{name.replace('_', ' ')}: {words}")
-    print()
+    words = ("-" if pair is None else f"{pair[0]:.3f} ± {pair[1]:.3f}" for pair in spreads.values())
+    print("over classes: " + ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in zip(spreads, words)))
+    verdict = ""
+    if file.metrics and flip_tta == stored_flip:
+        same = all(report[key] == file.metrics.get(key) for key in ("top1", "top5", "per_class"))
+        stored_top1 = percent(file.metrics["top1"])
+        verdict = f"; stored in training: {'the same' if same else f'the file says {stored_top1}'}"
     print(f"selected in training: {selection_words(file.metrics) if file.metrics else 'unknown'}")
     print("".join(f"{words}\n" for words in ancestors(file)), end="")
-    print(f"flip averaging here: {'on' if options.flip_tta else 'off'}")
-    if file.metrics and options.flip_tta == flip_tta:
-        same = all(report[key] == file.metrics.get(key) for key in ("top1", "top5", "per_class"))
-        verdict = "the same" if same else f"the file says {percent(file.metrics['top1'])}"
-        print(f"stored in training: {verdict}")
+    print(f"flip averaging here: {'on' if flip_tta else 'off'}{verdict}")
     parent = file.parent
     if parent and Path(parent["path"]).is_file() and sha256(parent["path"]) != parent["sha256"]:
         print(f"note: {parent['path']} has been replaced since this file was made from it")

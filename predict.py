@@ -15,24 +15,24 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
-import pandas as pd
 import torch
 from torch import Tensor, nn
-from torchvision.models import ResNet50_Weights
-from torchvision.transforms.v2 import functional as F
 
 from datasets import DATASETS
 from datasets.files import EXTENSIONS, read_image
 from datasets.own import SMALL_SIDE, square
 from datasets.photos import centre
 from engine import for_evaluation
-from stages import DataOptions, built, open_latest
+from experiment.options import DataOptions
+from experiment.restore import built, open_latest
 from utils.checkpoints import Checkpoint
+from utils.command import command
 from utils.distributed import require_single
+from utils.errors import UsageError
 from utils.files import atomic, require_target, write_text
-from utils.options import Choice, Flag, Number, Text, UsageError, command, option, parse_typed, shown
+from utils.options import Choice, Flag, Number, Text, option, parse_typed, resolve, shown
 from utils.plots import contact_sheet
 from utils.system import available_cpus, pick_device
 
@@ -40,32 +40,53 @@ from utils.system import available_cpus, pick_device
 SHOWN = 48
 
 
+#: One of the likeliest classes of an image.
+Top = TypedDict("Top", {"class": int, "name": str, "probability": float})
+
+
+class Predicted(TypedDict):
+    """What --json holds of one image: the likeliest classes, or why there are none."""
+
+    path: str
+    error: str | None
+    top: list[Top]
+
+
 @dataclass(frozen=True)
 class Options(DataOptions):
-    """predict.py's own options; those of every command, which choose the file where none is named, are in stages.py."""
+    """predict.py's own options; those of every command, which choose the file, are in experiment/options.py."""
 
-    pretrained_pth: str | None = option(None, Text(), "the checkpoint; without it, the one left by default")
-    cur_stage: str | None = option(None, Choice(("stage1", "stage2")), "which stage's file; without it, the latest")
-    top_k: int = option(5, Number(int, 1, 1000), "classes to name for each image")
-    temperature: float | None = option(
-        None, Number(float, 0, 1000, above=True), "divides the logits; if not given, the file's, or 1 where it has none"
+    pretrained_pth: str | None = option(None, Text(), "the checkpoint; without it, the one left by default", "files")
+    cur_stage: str | None = option(
+        None, Choice(("stage1", "stage2")), "which stage's file; without it, the latest", "files"
     )
-    flip_tta: bool | None = option(None, Flag(), "average the logits of an image and its mirror; None: as stored")
-    batch_size: int = option(64, Number(int, 1, 10_000), "images per step")
-    csv: str | None = option(None, Text("a file to write"), "write a row for each image and rank")
-    json: str | None = option(None, Text("a file to write"), "write the same as JSON")
-    plot: str | None = option(None, Text("a file to write"), f"draw up to {SHOWN} images with their predictions, a PNG")
+    top_k: int = option(5, Number(int, 1, 1000), "classes to name for each image", "evaluation")
+    temperature: float | None = option(
+        None,
+        Number(float, 0, 1000, above=True),
+        "divides the logits; if not given, the file's, or 1 where it has none",
+        "evaluation",
+    )
+    flip_tta: bool | None = option(
+        None, Flag(), "average the logits of an image and its mirror; None: as stored", "evaluation"
+    )
+    batch_size: int = option(64, Number(int, 1, 10_000), "images per step", "machine")
+    csv: str | None = option(None, Text("a file to write"), "write a row for each image and rank", "files")
+    json: str | None = option(None, Text("a file to write"), "write the same as JSON", "files")
+    plot: str | None = option(
+        None, Text("a file to write"), f"draw up to {SHOWN} images with their predictions, a PNG", "files"
+    )
 
 
 @command
-def main(argv: Sequence[str]) -> list[dict[str, Any]]:
+def main(argv: Sequence[str]) -> list[Predicted]:
     """Runs the command; returns what --json writes."""
     require_single("predict.py")
     place, flags = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else (None, argv)
     typed = parse_typed(Options, flags, "predict.py IMAGE_OR_FOLDER", __doc__)
     if place is None:
         raise UsageError("predict.py: IMAGE_OR_FOLDER, which comes first, is missing", "an image, or a folder of some")
-    options = Options(**typed)
+    options = resolve(Options, typed, {}).options
     if options.plot and Path(options.plot).suffix.lower() != ".png":
         raise UsageError(f"--plot {options.plot}", "the path of a .png")
     for flag in ("csv", "json", "plot"):
@@ -75,7 +96,7 @@ def main(argv: Sequence[str]) -> list[dict[str, Any]]:
     file = open_latest(typed, Options)
     device = pick_device(options.device, options.gpu, options.threads)
     model, names = for_evaluation(built(file).to(device)), class_names(file)
-    view = View(file, options, typed.get("dataset"))
+    view = View(file, options, "dataset" in typed)
     if options.temperature is None and not file.metrics.get("temperature"):
         print(f"{file.path} has no held-out images that a temperature was fitted on: probabilities are as trained")
     temperature = options.temperature or file.metrics.get("temperature") or 1.0
@@ -84,14 +105,14 @@ def main(argv: Sequence[str]) -> list[dict[str, Any]]:
     def forward(images: Sequence[Tensor]) -> Tensor:
         return probabilities(model, view.normalised(images).to(device), temperature, flip)
 
-    found: list[dict[str, Any]] = []
+    found: list[Predicted] = []
     sheet: list[tuple[Tensor, str]] = []
     for path, image, row in predictions(paths, view, forward, options.batch_size, options.workers):
         if isinstance(image, UsageError):
             found.append({"path": str(path), "error": image.args[0], "top": []})
             continue
         values, classes = row.topk(min(options.top_k, len(row)))
-        top = [
+        top: list[Top] = [
             {"class": number, "name": names[number], "probability": value}
             for number, value in zip(classes.tolist(), values.tolist())
         ]
@@ -112,12 +133,13 @@ def main(argv: Sequence[str]) -> list[dict[str, Any]]:
 class View:
     """How the network of a checkpoint is shown an image: its size, its channels, its normalisation."""
 
-    def __init__(self, file: Checkpoint, options: Options, dataset: str | None) -> None:
-        foreign = "imagenet_lt" if file.stem == "imagenet" and dataset is None else options.dataset
+    def __init__(self, file: Checkpoint, options: Options, is_typed: bool) -> None:
+        foreign = "imagenet_lt" if file.stem == "imagenet" and not is_typed else options.dataset
         spec = DATASETS[file.data.get("dataset", foreign)]
         usual = 224 if file.stem == "imagenet" else 8 if spec.name == "digits" else 32
         self.side, self.channels = options.image_size or file.data.get("image_size") or usual, file.in_channels
-        mean, std = (file.data.get(name) or getattr(options, name) or getattr(spec, name) for name in ("mean", "std"))
+        mean = file.data.get("mean") or options.mean or spec.mean
+        std = file.data.get("std") or options.std or spec.std
         if len(mean) != self.channels or len(std) != self.channels:
             raise UsageError(
                 f"{file.path} does not say how pixels are normalised", "--dataset NAME, or --mean and --std"
@@ -131,12 +153,16 @@ class View:
             image = read_image(path)
         except UsageError as error:
             return error
+        from torchvision.transforms.v2 import functional as F  # here, since it is slow to import
+
         image = image if self.channels == 3 else F.rgb_to_grayscale(image)
         view: Tensor = square(image, self.side) if self.side <= SMALL_SIDE else centre(image, self.side)
         return view
 
     def normalised(self, images: Sequence[Tensor]) -> Tensor:
         """What the network takes: (B, c, side, side) float."""
+        from torchvision.transforms.v2 import functional as F
+
         pixels: Tensor = F.normalize(torch.stack(list(images)).float() / 255, self.mean, self.std)
         return pixels.contiguous(memory_format=torch.channels_last)
 
@@ -185,15 +211,19 @@ def class_names(file: Checkpoint) -> list[str]:
     if file.data:
         return [str(name) for name in file.data["class_names"]]
     if file.num_classes == 1000:
+        from torchvision.models import ResNet50_Weights  # here, since it is slow to import
+
         return list(ResNet50_Weights.IMAGENET1K_V1.meta["categories"])
     return [str(number) for number in range(file.num_classes)]
 
 
-def write(found: Sequence[dict[str, Any]], sheet: Sequence[tuple[Tensor, str]], options: Options) -> None:
+def write(found: Sequence[Predicted], sheet: Sequence[tuple[Tensor, str]], options: Options) -> None:
     """Writes what was asked for."""
     if options.json is not None:
         write_text(options.json, json.dumps(found, indent=1) + "\n")
     if options.csv is not None:
+        import pandas as pd  # here, since it is slow to import
+
         rows = [
             {"path": each["path"], "rank": rank, **top}
             for each in found

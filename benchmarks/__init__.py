@@ -7,11 +7,11 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from utils.checkpoints import Checkpoint
+from utils.types import Json
 
 
 def timed(part: Callable[[], object], device: torch.device) -> float:
@@ -23,12 +23,12 @@ def timed(part: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - began
 
 
-def read_lines(path: Path | None) -> list[dict[str, Any]]:
+def read_lines(path: Path | None) -> list[Json]:
     """The JSON lines of a file; none where there is no file."""
     return [json.loads(line) for line in path.read_text().splitlines()] if path and path.exists() else []
 
 
-def append_line(path: Path | None, content: Mapping[str, Any]) -> None:
+def append_line(path: Path | None, content: Mapping[str, object]) -> None:
     """Adds a JSON line to a file; without a path, nothing."""
     if path:
         with open(path, "a") as file:

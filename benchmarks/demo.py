@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import torch
 
@@ -26,16 +26,23 @@ import main_stage1
 import main_stage2
 from utils.files import write_text
 from utils.metrics import scores
+from utils.types import Json
 
+T = TypeVar("T")
 SEEDS = (0, 1, 2)
 COLUMNS = {"top1": "all", "many": "many", "medium": "medium", "few": "few"}
 
 
-def run(script: str, main: Callable[..., Any], arguments: str, quiet: bool) -> Any:
-    """Runs one command in this process, printing it and, unless ``quiet``, what it prints."""
-    print(f"\n$ python {script} {arguments}", flush=True)
-    with contextlib.redirect_stdout(io.StringIO()) if quiet else contextlib.nullcontext():
-        return main(shlex.split(arguments))
+def run(script: str, main: Callable[[list[str]], T], arguments: str, quiet: bool) -> T:
+    """Runs one command in this process, printing, unless ``quiet``, it and what it prints."""
+    if quiet:
+        with contextlib.redirect_stdout(io.StringIO()):
+            return main(shlex.split(arguments))
+    if script == "evaluate.py":  # the others say it themselves
+        print(f"command  python {script} {arguments}", flush=True)
+    result = main(shlex.split(arguments))
+    print()
+    return result
 
 
 def main() -> int:
@@ -56,7 +63,7 @@ def main() -> int:
         stage: {key: statistics.mean(float(row[key] or 0) for row in rows) for key in COLUMNS}
         for stage, rows in found.items()
     }
-    print(f"\nDigits, imbalance ratio 100, seeds {SEEDS}: top-1 % on the test set, mean and standard deviation.")
+    print(f"Digits, imbalance ratio 100, seeds {SEEDS}: top-1 % on the test set, mean and standard deviation.")
     print("Last epoch, no flip averaging." + "".join(f"{name:>14}" for name in COLUMNS.values()))
     for stage, rows in found.items():
         cells = []
@@ -70,14 +77,14 @@ def main() -> int:
     return 0 if gains["top1"] > 0.02 and gains["few"] > 0.05 else 1
 
 
-def train_and_evaluate() -> dict[str, list[dict[str, Any]]]:
+def train_and_evaluate() -> dict[str, list[Json]]:
     """Both stages for every seed: what evaluate.py reports, {stage: one result a seed}."""
-    found: dict[str, list[dict[str, Any]]] = {"stage 1": [], "stage 2": []}
+    found: dict[str, list[Json]] = {"stage 1": [], "stage 2": []}
     for seed in SEEDS:
         quiet = seed != SEEDS[0]
         trained = f"--dataset digits --seed {seed}"
         run("main_stage1.py", main_stage1.main, trained, quiet)
-        result = run("evaluate.py", evaluate.main, "--dataset digits --cur_stage stage1", quiet)
+        result = run("evaluate.py", evaluate.main, "--dataset digits --cur_stage stage1", True)
         found["stage 1"].append(result)
         run("main_stage2.py", main_stage2.main, trained, quiet)
         result = run("evaluate.py", evaluate.main, "--dataset digits --cur_stage stage2", quiet)

@@ -15,14 +15,16 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from datasets import DATASETS, Batches, Shown
+from datasets import DATASETS, Batches, ImageOptions
 from datasets.longtail import choose_subset, class_sizes
 from engine import TrainStep, cosine, evaluate, make_sgd, set_lr, train_epoch
 from losses import SoftmaxLoss, auto_label_smooth
 from models import Network, build_model
+from training.options import Options
+from utils.options import resolve
 
 SPEC = DATASETS["digits"]
-RECIPE = SPEC.recipes["default"]
+RECIPE = resolve(Options, {"dataset": "digits"}, SPEC.recipes).options
 LABEL_SMOOTH = (auto_label_smooth(10), 0.9)
 FINETUNE_LR = (0.005, 0.01, 0.02, 0.05)
 FINETUNE_EPOCH = (20, 40, 60)
@@ -41,7 +43,7 @@ def train(model: Network, batches: Batches, smooth: float, lr: float, wd: float,
 
 def main() -> None:
     """Runs the grid."""
-    pool, _, names, *_ = SPEC.read("", Shown())
+    pool, _, names, *_ = SPEC.read("", ImageOptions())
     dev_positions = torch.cat([torch.nonzero(pool.labels == i).flatten()[-30:] for i in range(len(names))])
     rest = torch.ones(len(pool), dtype=torch.bool)
     rest[dev_positions] = False
@@ -55,7 +57,7 @@ def main() -> None:
         torch.manual_seed(seed)
         model = build_model("resnet8", len(names), 1)
         batches = Batches(lt.images, lt.labels, 64, SPEC.mean, SPEC.std, device, SPEC.augment, (seed,))
-        train(model, batches, 0, RECIPE["lr"], 5e-3, RECIPE["epochs"], frozen=False)
+        train(model, batches, 0, RECIPE.lr, 5e-3, RECIPE.epochs, frozen=False)
         state = {k: v.clone() for k, v in model.state_dict().items()}
         runs: list[tuple[float, float, int]] = [(0.0, 0.0, 0)]
         runs += itertools.product(LABEL_SMOOTH, FINETUNE_LR, FINETUNE_EPOCH)

@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,11 @@ KINDS: dict[str, tuple[int, tuple[str, ...], bool]] = {
     "read-only": (errno.EROFS, CHANGE, True),
 }
 #: What a process that is watched imports before it is forked.
-PRELOADED = ["main_stage1", "main_stage2", "compare", "datasets.prepare", "benchmarks.faults"]
+PRELOADED = [
+    *("main_stage1", "main_stage2", "compare", "datasets.prepare", "benchmarks.faults"),
+    *("utils.board", "pandas", "matplotlib.backends.backend_agg", "scipy.optimize", "sklearn.datasets"),
+    "torchvision.transforms.v2",
+]
 
 
 @dataclass(frozen=True)
@@ -128,7 +133,7 @@ class _Disk:
         system.replace, system.link = partial(to_second, "rename", replace), partial(to_second, "make", link)
 
 
-def _watched(module: str, argv: Sequence[str], fault: Fault, folder: str, said: str, answer: Any) -> None:
+def _watched(module: str, argv: Sequence[str], fault: Fault, folder: str, said: str, answer: Connection) -> None:
     os.chdir(folder)
     disk, status = _Disk(fault), 0
     with open(said, "w") as output, contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):

@@ -24,7 +24,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -32,6 +31,7 @@ from benchmarks import append_line, halved, read_lines
 from utils import checkpoints
 from utils.metrics import percent, scores
 from utils.system import ROOT, provenance
+from utils.types import Json
 
 WORK = Path("output", "gpu")
 PART_BYTES = 12 * 2**20
@@ -49,7 +49,7 @@ class Piece:
 
     name: str
     minutes: float
-    run: Callable[[], dict[str, Any]]
+    run: Callable[[], Json]
 
 
 class Lab:
@@ -81,19 +81,19 @@ class Lab:
         data = f"--dataset {self.dataset} --network {self.network} --data_dir {self.data_dir}"
         return self.call(sys.executable, str(ROOT / name), *flags.split(), *data.split())
 
-    def tests(self) -> dict[str, Any]:
+    def tests(self) -> Json:
         """The equalities of the tests, on the GPU."""
         text = self.call(sys.executable, "-m", "pytest", "-q", "-m", "cuda", "-p", "no:cacheprovider", cwd=ROOT)
         return {"pytest": text.strip().splitlines()[-1]}
 
-    def bench(self, module: str, *flags: str) -> dict[str, Any]:
+    def bench(self, module: str, *flags: str) -> Json:
         """A benchmark, which writes its own lines."""
         text = self.call(sys.executable, "-m", f"benchmarks.{module}", *flags, cwd=ROOT)
         if "out of time" in text:
             raise TimeoutError
         return {"printed": text}
 
-    def stage1(self, ratio: int, wd: str, seed: int, more: str = "") -> dict[str, Any]:
+    def stage1(self, ratio: int, wd: str, seed: int, more: str = "") -> Json:
         """The published recipe with another weight decay; its checkpoint stays for :meth:`compare`."""
         self.script("main_stage1.py", f"--imb_ratio {ratio} --wd {wd} --seed {seed} {more}")
         path = self.checkpoint(ratio, wd, seed, more)
@@ -126,7 +126,7 @@ class Lab:
             part = self.results / f"{self.dataset}_exp100_{self.network}_stage1_fp16.pt.part{number}"
             part.write_bytes(content[start : start + PART_BYTES])
 
-    def stage2(self, script: str, ratio: int, wd: str, seed: int, flags: str, kept: str) -> dict[str, Any]:
+    def stage2(self, script: str, ratio: int, wd: str, seed: int, flags: str, kept: str) -> Json:
         """compare.py or main_stage2.py on a stage-1 file of before; keeps the files ``kept`` of its run folder."""
         path = self.checkpoint(ratio, wd, seed)
         if not path.is_file():

@@ -29,7 +29,6 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,14 +37,16 @@ from benchmarks import append_line
 from datasets import SAMPLERS
 from datasets.batches import seeded
 from datasets.published import CLASS_COUNTS
+from experiment.data import EVAL_BATCH
 from losses.softmax import SoftmaxLoss, auto_label_smooth
 from retraining.features import DTYPES, FeatureCache, feature_blocks, gathered, head_logits, resident
-from retraining.methods import METHODS, Start
-from retraining.solver import Solver, Trainee
-from stages import EVAL_BATCH
+from retraining.methods import NCM, Stage1
+from retraining.solver import Solver, TrainableHead
+from utils.command import command
+from utils.errors import UsageError
 from utils.metrics import report
-from utils.options import UsageError, command
 from utils.system import ROOT, pick_device, provenance
+from utils.types import Json
 
 COUNTS = json.loads(CLASS_COUNTS.read_text())["inat2018"]["train"]
 IMAGES, TEST, CLASSES, FEATURES, BATCH, VIEWS, SWEEP = sum(COUNTS), 24_426, len(COUNTS), 2_048, 512, 4, 20
@@ -88,18 +89,18 @@ def random(number: int, seed: int) -> Iterator[Tensor]:
         yield torch.randn(len(piece), FEATURES, generator=generator).relu()
 
 
-def write(case: Case, device: torch.device) -> dict[str, Any]:
+def write(case: Case, device: torch.device) -> Json:
     """Writes all files, as stage 2 writes what the backbone makes."""
     views = [case.view(number) for number in range(VIEWS)]
     return {"bytes_per_view": views[0].nbytes, "test_bytes": case.test().nbytes}
 
 
-def epoch(case: Case, device: torch.device, views: int) -> dict[str, Any]:
+def epoch(case: Case, device: torch.device, views: int) -> Json:
     """One epoch of one head on the last of the views; a few steps on every view come before and are not timed."""
     labels = case.labels().to(device)
     arrays = [resident(case.view(number), device) for number in range(views)]
     head, loss = nn.Linear(FEATURES, CLASSES).to(device), SoftmaxLoss(CLASSES, smooth=auto_label_smooth(CLASSES))
-    solver = Solver([Trainee(head, lambda _: loss, 5e-4, 0.0)])
+    solver = Solver([TrainableHead(head, lambda _: loss, 5e-4, 0.0)])
 
     def train(number: int, images: int) -> float:
         order = SAMPLERS["instance"](labels.cpu(), number, views, seeded(0, 2, number))[:images]
@@ -115,7 +116,7 @@ def epoch(case: Case, device: torch.device, views: int) -> dict[str, Any]:
     return {"images_per_s": case.images / seconds, "gflop_per_s": products / seconds / 1e9, "part_s": seconds}
 
 
-def evaluation(case: Case, device: torch.device) -> dict[str, Any]:
+def evaluation(case: Case, device: torch.device) -> Json:
     """The whole report of one head on the test images."""
     features = resident(case.test(), device)
     head, labels = nn.Linear(FEATURES, CLASSES).to(device), torch.arange(len(features)) % CLASSES
@@ -125,17 +126,17 @@ def evaluation(case: Case, device: torch.device) -> dict[str, Any]:
     return {"logit_bytes": 4 * len(features) * CLASSES, "images_per_s": len(features) / seconds, "part_s": seconds}
 
 
-def class_means(case: Case, device: torch.device) -> dict[str, Any]:
+def class_means(case: Case, device: torch.device) -> Json:
     """The head of nearest class mean, from one view."""
     features, labels = resident(case.view(0), device), case.labels()
     head = nn.Linear(FEATURES, CLASSES).to(device).requires_grad_(False)
-    start = Start(head, COUNTS, lambda: feature_blocks([features], labels, CLASSES, device), None)
+    stage1 = Stage1(head, COUNTS, lambda: feature_blocks([features], labels, CLASSES, device), None)
     began = time.perf_counter()
-    METHODS["ncm"].head(start, {"ncm_metric": "centred"})
+    NCM().head(stage1)
     return {"part_s": time.perf_counter() - began}
 
 
-PARTS: dict[str, Callable[[Case, torch.device], dict[str, Any]]] = {
+PARTS: dict[str, Callable[[Case, torch.device], Json]] = {
     "write": write,
     "epoch, 1 view": lambda case, device: epoch(case, device, 1),
     f"epoch, {VIEWS} views": lambda case, device: epoch(case, device, VIEWS),
@@ -168,7 +169,7 @@ def sampled() -> Iterator[list[float]]:
         thread.join()
 
 
-def measured(name: str, case: Case) -> dict[str, Any]:
+def measured(name: str, case: Case) -> Json:
     """Runs a part; called in a process of its own."""
     device = pick_device(threads=case.threads)
     began, imported = time.perf_counter(), anonymous()

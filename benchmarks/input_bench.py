@@ -97,6 +97,7 @@ def per_core(folder: Path, pairs: int, path: Path | None, argv: list[str]) -> No
         readers = {how: _Reader(photos[how], augment, on_gpu=False) for how in ("files", "cache")}
         batches = Batches(photos["files"], order, n, SPEC.mean, SPEC.std, CPU, augment)
         pixels = readers["cache"].read(order, *draws[:2])
+        assert isinstance(pixels, torch.Tensor)
 
         def device_part() -> None:
             for part in order.split(64):

@@ -7,8 +7,7 @@ every epoch ends in an evaluation of the test set with mirror images.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from PIL import Image
@@ -19,10 +18,10 @@ from torchvision import transforms
 from datasets import Augment, DatasetSpec, ImageSet
 
 
-class PilImages(Dataset[Any]):
+class PilImages(Dataset[Sequence[Tensor]]):
     """An image set as PIL images, each through a transform when it is asked for."""
 
-    def __init__(self, images: ImageSet, transform: Any) -> None:
+    def __init__(self, images: ImageSet, transform: Callable[[Image.Image], Tensor]) -> None:
         assert isinstance(images.images, Tensor)
         self.pixels = images.images.permute(0, 2, 3, 1).squeeze(-1).numpy()
         self.labels, self.transform = images.labels.tolist(), transform
@@ -30,13 +29,15 @@ class PilImages(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+    def __getitem__(self, index: int) -> Sequence[Tensor]:
         return self.transform(Image.fromarray(self.pixels[index])), self.labels[index]
 
 
-def make_loader(images: ImageSet, spec: DatasetSpec, batch_size: int, train: bool, workers: int = 0) -> DataLoader[Any]:
+def make_loader(
+    images: ImageSet, spec: DatasetSpec, batch_size: int, train: bool, workers: int = 0
+) -> DataLoader[Sequence[Tensor]]:
     """The published loader; workers start anew at every epoch, as theirs do."""
-    steps: list[Any] = []
+    steps: list[Callable[[Image.Image], Image.Image | Tensor]] = []
     if train:
         assert isinstance(spec.augment, Augment)
         steps.append(transforms.RandomCrop(images.side, padding=spec.augment.pad))
@@ -68,7 +69,7 @@ def train_step(
 
 
 def train_epoch(
-    model: nn.Module, loader: Iterable[Any], criterion: nn.Module, optimizer: torch.optim.Optimizer
+    model: nn.Module, loader: Iterable[Sequence[Tensor]], criterion: nn.Module, optimizer: torch.optim.Optimizer
 ) -> list[float]:
     """One epoch in train mode; the losses of its steps."""
     device = next(model.parameters()).device
@@ -88,7 +89,7 @@ def validate_step(model: nn.Module, images: Tensor, labels: Tensor, criterion: n
     return logits
 
 
-def validate(model: nn.Module, loader: Iterable[Any], criterion: nn.Module, flip: bool = True) -> Tensor:
+def validate(model: nn.Module, loader: Iterable[Sequence[Tensor]], criterion: nn.Module, flip: bool = True) -> Tensor:
     """Logits (N, C) of a test set in eval mode, on the CPU."""
     device = next(model.parameters()).device
     model.eval()

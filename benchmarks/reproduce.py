@@ -39,26 +39,29 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 
 import evaluate
-import main_stage1
-import main_stage2
 from benchmarks import halved, read_lines
 from benchmarks.stage1_bench import make_data
 from datasets import DATASETS
 from engine import TrainStep, is_due, make_sgd
+from experiment.data import load_data
+from experiment.options import fill_options
 from losses import make_loss
-from recipe import make_batches, make_network, make_settings, one_run, settle
-from stages import fill_options, load_data
+from retraining.options import Options as Stage2Options
+from training.options import Options
+from training.recipe import make_batches, make_network, make_runs, resolve_auto
 from utils import checkpoints
+from utils.command import command
+from utils.errors import UsageError
 from utils.files import atomic, lock, sha256
 from utils.metrics import percent, scores
-from utils.options import UsageError, command, parse_typed
+from utils.options import Values, parse_typed
 from utils.resume import state_files
 from utils.system import AMP, ROOT, cpu_has_bf16, pick_amp, pick_device, provenance
+from utils.types import Json
 
 STATE = os.environ.get("LT_REPRODUCE", "~/.cache/long-tailed-recognition/reproduce")
 SCRIPTS = ROOT  # where main_stage1.py and main_stage2.py are
@@ -98,21 +101,22 @@ class Row:
         return shlex.split(f"--dataset {self.dataset} --network {self.network} {self.recipe} --seed {self.seed}")
 
     @cached_property
-    def typed(self) -> dict[str, Any]:
+    def typed(self) -> Values:
         """What its flags set."""
-        script: Any = main_stage2 if self.parent else main_stage1
-        return parse_typed(script.Options, self.flags, f"main_{self.stage}.py", None)
+        cls = Stage2Options if self.parent else Options
+        return parse_typed(cls, self.flags, f"main_{self.stage}.py", None)
 
     @cached_property
-    def options(self) -> Any:
+    def options(self) -> Options | Stage2Options:
         """All options of its command."""
-        cls: Any = main_stage2.Options if self.parent else main_stage1.Options
-        return fill_options(cls, self.typed, self.stage).options
+        if self.parent:
+            return fill_options(Stage2Options, self.typed, "stage2").options
+        return make_runs(fill_options(Options, self.typed, "stage1"), self.typed)[0]
 
     @property
     def epochs(self) -> int:
         """That it takes."""
-        return int(self.options.finetune_epoch[0] if self.parent else self.options.epochs)
+        return self.options.epochs if isinstance(self.options, Options) else self.options.finetune_epoch
 
 
 RESNET32 = "--imb_ratio 100 --epochs 200 --lr 0.1 --batch_size 128"
@@ -132,7 +136,7 @@ class Progress:
     """How far a row is: its newest run folder, the records of its epochs, whether all is there, its last state."""
 
     folder: Path | None
-    records: list[dict[str, Any]]
+    records: list[Json]
     done: bool
     state: str = ""
 
@@ -152,12 +156,12 @@ def now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> Json:
     """A JSON file's dict; empty where there is none."""
     return dict(json.loads(path.read_text())) if path.is_file() else {}
 
 
-def write_json(path: Path, content: Any) -> None:
+def write_json(path: Path, content: object) -> None:
     """Replaces a JSON file."""
     with atomic(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1) + "\n")
@@ -203,7 +207,7 @@ class Queue:
         """Where a row runs."""
         return self.state / row.name
 
-    def notes(self, row: Row) -> dict[str, Any]:
+    def notes(self, row: Row) -> Json:
         """A row's own file: amp, adopted, and its attempts with commit, CPU, threads, pid, exit status."""
         return read_json(self.home(row) / "row.json")
 
@@ -246,7 +250,8 @@ class Queue:
         if row.parent and not any(self.progress(each).done for each in ROWS if each.name == row.parent):
             print(f"{row.name} waits for {row.parent}", flush=True)
             return False
-        home, notes = self.home(row), {"amp": precision(), "attempts": []} | self.notes(row)
+        home = self.home(row)
+        notes: Json = {"amp": precision(), "attempts": [], **self.notes(row)}
         home.mkdir(exist_ok=True)
         self.end_orphan(row, (notes["attempts"] or [{}])[-1].get("pid"))
         (home / "data").unlink(missing_ok=True)
@@ -306,7 +311,7 @@ class Queue:
 
     def write_status(self, state: str, row: Row | None = None, run: int | None = None) -> None:
         """Replaces status.json."""
-        content: dict[str, Any] = {"state": state, "pid": os.getpid(), "updated": now()}
+        content: Json = {"state": state, "pid": os.getpid(), "updated": now()}
         content["done"] = [each.name for each in ROWS if self.progress(each).done]
         if row:
             progress = self.progress(row)
@@ -328,20 +333,19 @@ class Queue:
     def timed(self, row: Row, measure: bool) -> float | None:
         """Seconds of an epoch from some steps: CPU time, so that what else runs here does not count. Kept by CPU."""
         amp, known = self.notes(row).get("amp", precision()), read_json(self.state / "timings.json")
-        options: Any = row.options
+        options = row.options
         mine: dict[str, float] = known.setdefault(cpu_name(), {})
         names = () if row.parent else ("dataset", "imb_ratio", "network", "batch_size", "aug", "mixup", "cutmix", "ema")
         key = " ".join(str(getattr(options, name)) for name in names) + f" {amp}, {self.threads} threads"
         can = not row.parent and not torch.cuda.is_available() and options.dataset in ("cifar100", "digits")
-        if measure and can and key not in mine:
+        if measure and can and key not in mine and isinstance(options, Options):
             device = pick_device("cpu", threads=self.threads)
-            data = load_data(options) if DATASETS[row.dataset].embedded else make_data(options.imb_ratio)
-            one: Any = one_run(settle(options, device, len(data.train), 1), make_settings(options, row.typed)[0])
+            data = load_data(options) if DATASETS[row.dataset].embedded else make_data(float(options.imb_ratio))
+            (one,) = resolve_auto([options], device, len(data.train))
             model, batches = make_network(one, data, device), make_batches(one, data, device)
             optimizer = make_sgd(model.parameters(), one.lr, one.momentum, one.wd, one.nesterov)
-            step = TrainStep(
-                model.train(), make_loss(one.loss, data.class_counts, vars(one)), optimizer, amp=AMP[amp], ema=one.ema
-            )
+            loss = make_loss(one.loss, data.class_counts, one.loss_options)
+            step = TrainStep(model.train(), loss, optimizer, amp=AMP[amp], ema=one.ema)
             times = [time.process_time()]
             for _ in batches.epoch():  # the input of an epoch, then steps
                 pass
@@ -391,7 +395,7 @@ class Queue:
         """Takes over a finished run of a row's command that was made outside of the queue; says of which row."""
         file, found = checkpoints.read(folder / "checkpoint.pt"), {}
         for row in (row for row in ROWS if not row.parent):
-            expected = vars(one_run(row.options, make_settings(row.options, row.typed)[0]))
+            expected = vars(row.options)
             ours = {name: value for name, value in expected.items() if name not in FREE or name in row.typed}
             theirs = {name: value for name, value in file.options.items() if name not in FREE or name in row.typed}
             # an option that the run's code did not have yet stands at its default
@@ -448,7 +452,7 @@ class Queue:
             "parent": file.parent,
             "provenance": about,
         }
-        told = f"{percent(file.metrics['top1'])} %"
+        line = f"{percent(file.metrics['top1'])} %"
         if row.weights:
             path = results / f"{row.name}.pt"
             halved(file).save(path)
@@ -457,9 +461,9 @@ class Queue:
                 report = evaluate.main(words)
             content["half"] = {"file": path.name, "bytes": path.stat().st_size, "sha256": sha256(path)}
             content["half"] |= {**scores(report), "ece": report["ece"]}
-            told += f", in half precision {percent(report['top1'])} %"
+            line += f", in half precision {percent(report['top1'])} %"
         write_json(target, content)
-        return told
+        return line
 
 
 def without_places(file: checkpoints.Checkpoint) -> checkpoints.Checkpoint:
@@ -474,7 +478,7 @@ def without_places(file: checkpoints.Checkpoint) -> checkpoints.Checkpoint:
     )
 
 
-def queue(argv: Sequence[str]) -> int:
+def run_queue(argv: Sequence[str]) -> int:
     """Runs the command; its exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--list", action="store_true", help="only say how far each row is")
@@ -493,24 +497,24 @@ def queue(argv: Sequence[str]) -> int:
     if state.is_relative_to(ROOT):
         raise UsageError(f"--state {state}, inside the repository", "a folder outside of it")
     rows = [row for row in ROWS if row.name in (arguments.only or names)]
-    lab = Queue(state, arguments.data_dir, arguments.threads)
+    queue = Queue(state, arguments.data_dir, arguments.threads)
     if arguments.adopt:
-        print(f"{arguments.adopt} is {lab.adopt(arguments.adopt)} now")
+        print(f"{arguments.adopt} is {queue.adopt(arguments.adopt)} now")
     elif arguments.list:
-        lab.show(rows)
+        queue.show(rows)
     elif arguments.collect:
         arguments.results.mkdir(parents=True, exist_ok=True)
-        for row in (row for row in rows if lab.progress(row).done):
-            print(f"{row.name}: {lab.collect(row, arguments.results)}", flush=True)
+        for row in (row for row in rows if queue.progress(row).done):
+            print(f"{row.name}: {queue.collect(row, arguments.results)}", flush=True)
     else:
-        return lab.run(rows)
+        return queue.run(rows)
     return 0
 
 
 def main() -> int:
     """Runs the command at low priority."""
     os.nice(NICE)
-    return command(queue)()
+    return command(run_queue)()
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -26,15 +25,17 @@ import main_stage1
 from benchmarks import append_line, timed
 from engine import Selection, TrainStep, make_sgd
 from models import build_model
-from utils.options import command
+from utils.command import command
+from utils.metrics import Report
 from utils.resume import TrainState
 from utils.run import Run
 from utils.system import pick_device, provenance
+from utils.types import Json
 
 STEPS = 170  # of 64 in 10,847 images
 
 
-def state_cost(device: torch.device, folder: Path) -> dict[str, Any]:
+def state_cost(device: torch.device, folder: Path) -> Json:
     """Seconds and bytes of a save of ResNet-34, against an epoch; medians of five."""
     torch.manual_seed(0)
     model = build_model("resnet34", 100, 3).to(device).to(memory_format=torch.channels_last).train()
@@ -42,7 +43,7 @@ def state_cost(device: torch.device, folder: Path) -> dict[str, Any]:
     images, labels = torch.rand(64, 3, 32, 32, device=device), torch.randint(100, (64,), device=device)
     steps = [timed(lambda: step(images, labels), device) for _ in range(4)][1:]
     selection = Selection("last")
-    report = {"top1": 0.0}
+    report: Report = {"top1": 0.0}
     selection.offer(1, model, report, None)
     with Run(folder) as run:
         state = TrainState(run, device, None, 1, {})

@@ -18,7 +18,6 @@ import shlex
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import torch
@@ -29,13 +28,14 @@ import main_stage1
 from benchmarks import append_line, published, read_lines
 from benchmarks.published import make_loader
 from models import build_model
-from utils.metrics import report, scores
+from utils.metrics import Report, report, scores
 from utils.system import pick_device, provenance
+from utils.types import Json
 
 FLAGS = ("network", "epochs", "lr", "batch_size", "wd")
 
 
-def run_published(one: dict[str, Any], seed: int, data_dir: str, device: torch.device) -> dict[str, Any]:
+def run_published(one: Json, seed: int, data_dir: str, device: torch.device) -> Report:
     """The published loop; its last epoch's scores."""
     data = datasets.load(one["dataset"], data_dir, imb_ratio=100)
     torch.manual_seed(seed)
@@ -52,7 +52,7 @@ def run_published(one: dict[str, Any], seed: int, data_dir: str, device: torch.d
     return report(published.validate(model, test, criterion, flip=False), data.test.labels, data.class_counts)
 
 
-def run_here(one: dict[str, Any], seed: int, data_dir: str, variant: str) -> dict[str, Any]:
+def run_here(one: Json, seed: int, data_dir: str, variant: str) -> Report:
     """main_stage1.py, silent but for its errors."""
     flags = [f"--{name} {one[name]}" for name in ("dataset", *FLAGS)]
     with contextlib.redirect_stdout(io.StringIO()):

@@ -22,6 +22,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +35,12 @@ from benchmarks.published import make_loader
 from datasets import DATASETS, Batches, ImageSet, LongTailed
 from datasets.longtail import class_sizes
 from engine import TrainStep, is_due, make_sgd, predict, train_epoch
+from experiment.data import eval_batches
 from losses import make_loss
 from models import build_model
-from recipe import COMPILED_ON_CPU
-from stages import eval_batches
+from training.recipe import COMPILED_ON_CPU
 from utils.system import cpu_has_bf16, pick_device, provenance, side_by_side
+from utils.types import Json
 
 CLASSES, BATCH, EPOCHS, WARM_UP, TIMED, WORKERS = 100, 64, 200, 1, 5, 16
 EVALUATIONS = sum(is_due(epoch, EPOCHS, 10) for epoch in range(EPOCHS))
@@ -113,7 +115,7 @@ def our_parts(network: str) -> dict[str, tuple[Part, int]]:
     data, device = make_data(100, test=100), torch.device("cpu")
     batches = make_batches(data, device)
     batch = next(iter(batches.epoch()))
-    ways: dict[str, dict[str, Any]] = {"step": {}, "step, compiled": {"compile": "on"}}
+    ways: dict[str, Json] = {"step": {}, "step, compiled": {"compile": "on"}}
     if cpu_has_bf16():
         ways["step, bf16"] = {"amp": torch.bfloat16}
     parts: dict[str, tuple[Part, int]] = {"input": (lambda: [None for _ in batches.epoch()], len(data.train))}
@@ -126,7 +128,7 @@ def our_parts(network: str) -> dict[str, tuple[Part, int]]:
     return parts
 
 
-def serve(orders: Any, network: str, threads: int) -> None:
+def serve(orders: Connection, network: str, threads: int) -> None:
     """Times the published parts by name, in a process of its own."""
     torch.set_num_threads(threads)
     parts = published_parts(network)
@@ -184,7 +186,7 @@ def on_cpu(network: str, arguments: argparse.Namespace, device: torch.device) ->
 
 # On a GPU: epochs.
 
-WAYS: dict[str, dict[str, Any]] = {
+WAYS: dict[str, Json] = {
     "published": {},
     "graph, bf16": {"amp": torch.bfloat16, "graph": "on"},
     "graph, bf16, compile": {"amp": torch.bfloat16, "graph": "on", "compile": "on"},
@@ -195,7 +197,7 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
-def gpu_row(network: str, ratio: float, way: str, device: torch.device) -> dict[str, Any]:
+def gpu_row(network: str, ratio: float, way: str, device: torch.device) -> Json:
     """Seconds of the timed epochs, of an evaluation, and what follows from them."""
     data = make_data(ratio)
     runs = 4 if way.startswith("4") else 1
@@ -274,7 +276,7 @@ def on_gpu(networks: list[str], arguments: argparse.Namespace, device: torch.dev
         )
 
 
-def save(arguments: argparse.Namespace, device: torch.device, began: float, content: Mapping[str, Any]) -> None:
+def save(arguments: argparse.Namespace, device: torch.device, began: float, content: Mapping[str, object]) -> None:
     """Appends a line to --json."""
     about = provenance("-m benchmarks.stage1_bench", sys.argv[1:], device, time.perf_counter() - began)
     append_line(arguments.json, {**content, "provenance": about})

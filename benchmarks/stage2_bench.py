@@ -33,12 +33,12 @@ from torch.utils.data import DataLoader, TensorDataset
 from benchmarks import append_line, published, timed
 from datasets.longtail import class_sizes
 from engine import for_evaluation
+from experiment.data import EVAL_BATCH as EVAL_BATCHES
 from losses.softmax import SoftmaxLoss
 from models import Network, build_model
 from models.heads import make_linear
 from retraining.features import features_of, predict_features
-from retraining.solver import Solver, Trainee
-from stages import EVAL_BATCH as EVAL_BATCHES
+from retraining.solver import Solver, TrainableHead
 from utils.metrics import accuracies
 from utils.system import ROOT, pick_device, provenance
 
@@ -72,11 +72,11 @@ def backbone_pass(model: Network, images: Tensor, train: bool) -> Callable[[], N
 
 def classifiers(features: Tensor, labels: Tensor, fc: nn.Linear, values: int) -> Callable[[], None]:
     """One epoch of so many classifiers at once."""
-    trainees = []
+    heads = []
     for i in range(values):
         loss = SoftmaxLoss(CLASSES, smooth=0.5 + 0.49 * i / VALUES)
-        trainees.append(Trainee(make_linear(fc.weight, fc.bias), lambda _, loss=loss: loss, 5e-4, 0.0))  # type: ignore[misc]
-    solver = Solver(trainees)
+        heads.append(TrainableHead(make_linear(fc.weight, fc.bias), lambda _, loss=loss: loss, 5e-4, 0.0))  # type: ignore[misc]
+    solver = Solver(heads)
 
     def epoch() -> None:
         order = torch.randperm(IMAGES).to(features.device)

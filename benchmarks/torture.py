@@ -27,15 +27,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from benchmarks import append_line, read_lines
 from benchmarks.faults import PRELOADED, Stage, every, litter, trial
-from utils.options import command
+from utils.command import command
 from utils.system import ROOT, provenance
+from utils.types import Json
 
 RESULTS = ROOT / "benchmarks" / "results" / "torture.jsonl"
 DIGITS = "--dataset digits --threads 1 --save_every 1"
@@ -58,7 +59,7 @@ class Command:
 STAGE1 = "--dataset digits --epochs 2 --seed 0 --val_split 0.2"
 COMMANDS = {
     "stage 1": Command("main_stage1", "--epochs 8 --seed 0 --ema 0.9 --mixup 0.2 --aug autoaugment+cutout"),
-    "stage-1 sweep": Command("main_stage1", "--epochs 3 --seed 0 1 --wd 0 0.1 --val_split 0.2"),
+    "stage-1 sweep": Command("main_stage1", "--epochs 3 --seed 0 1 --wd 0 0.1 --val_split 0.2 --parallel 2"),
     "stage 2, views": Command(
         "main_stage2",
         "--method los crt disalign maxnorm --label_smooth 0.9 0.98 --seed 0 1 --views 4 --finetune_epoch 5",
@@ -74,30 +75,30 @@ COMMANDS = {
 #: Commands whose disk fails; each replaces an older result, of the options in ``before``.
 QUICK = "--dataset digits --seed 0 --threads 1"
 FAULTS = {
-    "stage 1, disk": ("--epochs 1", "--epochs 1 --wd 0"),
+    "stage 1, disk": ("--epochs 1", "--epochs 2 --save_every 1 --wd 0"),
     "stage 2, disk": ("--finetune_epoch 1 --views 0", "--finetune_epoch 1 --views 1 --label_smooth 0.5"),
 }
 
 
-def equal(one: Any, other: Any) -> bool:
+def equal(one: object, other: object) -> bool:
     """Whether two things hold the same tensors, to the bit, and the same values; times apart."""
     if isinstance(one, torch.Tensor):
         return isinstance(other, torch.Tensor) and one.dtype == other.dtype and torch.equal(one, other)
-    if isinstance(one, dict):
+    if isinstance(one, dict) and isinstance(other, dict):
         names = [name for name in one if not str(name).startswith("seconds")]
         return one.keys() == other.keys() and all(equal(one[name], other[name]) for name in names)
-    if isinstance(one, list | tuple):
+    if isinstance(one, list | tuple) and isinstance(other, list | tuple):
         return len(one) == len(other) and all(map(equal, one, other))
     return bool(one == other or (one != one and other != other))
 
 
-def outcome(out: Path) -> list[Any]:
+def outcome(out: Path) -> list[object]:
     """What the only run below --out has left: weights, metrics and data of its checkpoints, records, what it returned.
 
     Left out are options and provenance, which say how often it was resumed.
     """
     (options,) = out.glob("*/*/options.json")
-    found: list[Any] = []
+    found: list[object] = []
     for path in sorted(options.parent.rglob("*")):
         name = path.relative_to(options.parent).as_posix()
         if path.name == "checkpoint.pt":
@@ -111,7 +112,7 @@ def outcome(out: Path) -> list[Any]:
     return found
 
 
-def _life(module: str, arguments: list[str], folder: str, answer: Any) -> None:
+def _life(module: str, arguments: list[str], folder: str, answer: Connection) -> None:
     os.chdir(folder)
     status = 0
     with open("said.txt", "a") as said, contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
@@ -145,6 +146,7 @@ def life(module: str, arguments: list[str], folder: Path, seconds: float, number
         status = ours.recv()
     spent = time.perf_counter() - began
     process.join()
+    assert status is not None or process.exitcode == -number, (folder / "said.txt").read_text()
     return status, spent
 
 
@@ -157,7 +159,7 @@ def prepared(part: Command, folder: Path) -> Path:
     return folder
 
 
-def tortured(part: Command, folder: Path, kills: int, number: int, draw: random.Random) -> dict[str, Any]:
+def tortured(part: Command, folder: Path, kills: int, number: int, draw: random.Random) -> Json:
     """Kills a command ``kills`` times, over as many runs of it as that takes; what was seen.
 
     Raises:
@@ -192,7 +194,7 @@ def tortured(part: Command, folder: Path, kills: int, number: int, draw: random.
     return seen | {"seconds_of_a_run": round(seconds, 2)}
 
 
-def failing(name: str, folder: Path, most: int, draw: random.Random) -> dict[str, Any]:
+def failing(name: str, folder: Path, most: int, draw: random.Random) -> Json:
     """Lets every operation on files of a command fail in turn, or ``most`` of them; what was seen.
 
     Raises:
@@ -206,7 +208,7 @@ def failing(name: str, folder: Path, most: int, draw: random.Random) -> dict[str
     shutil.rmtree(base / "output")
     command = Stage(f"main_{stage}", tuple(flags), f"checkpoints/digits_exp100_resnet8_{stage}.pt")
     faults = every(command, base, folder / "whole")
-    seen: dict[str, Any] = {"faults": min(most, len(faults)), "of": len(faults), "published": 0, "old_one_stands": 0}
+    seen: Json = {"faults": min(most, len(faults)), "of": len(faults), "published": 0, "old_one_stands": 0}
     for fault in draw.sample(faults, seen["faults"]):
         ended = trial(command, fault, base, folder / "run")
         seen["old_one_stands" if ended.status else "published"] += 1
@@ -224,7 +226,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(argv)
     about = provenance("-m benchmarks.torture", argv, torch.device("cpu"), 0)
-    trials: list[tuple[str, dict[str, str], Callable[[Path], dict[str, Any]]]] = []
+    trials: list[tuple[str, dict[str, str], Callable[[Path], Json]]] = []
     for name, part in COMMANDS.items():
         for number in (signal.SIGKILL, signal.SIGTERM) if options.kills else ():
             draw = random.Random(options.seed)

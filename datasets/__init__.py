@@ -12,8 +12,8 @@ from datasets.longtail import IMB_TYPES, SUBSETS, choose_subset, class_sizes, ho
 from datasets.photos import INPUTS, ResizedCrop
 from datasets.readers import DATASETS
 from datasets.samplers import SAMPLERS
-from datasets.spec import AS_IT_IS, NATURAL, DatasetSpec, ImageSet, Shown
-from utils.options import UsageError
+from datasets.spec import DEFAULT_IMAGE_OPTIONS, NATURAL, DatasetSpec, ImageOptions, ImageSet
+from utils.errors import UsageError
 
 __all__ = [
     "AUGMENTATIONS",
@@ -30,7 +30,7 @@ __all__ = [
     "LongTailed",
     "Mix",
     "ResizedCrop",
-    "Shown",
+    "ImageOptions",
     "load",
 ]
 
@@ -78,7 +78,7 @@ def load(
     name: str,
     data_dir: str,
     *,
-    shown: Shown = AS_IT_IS,
+    image_options: ImageOptions = DEFAULT_IMAGE_OPTIONS,
     imb_type: str = "exp",
     imb_ratio: float | str = 100,
     subset: str = "first",
@@ -92,7 +92,7 @@ def load(
     Args:
         name: key of ``DATASETS``.
         data_dir: folder that holds the data, or receives the download.
-        shown: how images are to be shown, where the data set leaves it open.
+        image_options: what a command says of its images, where the data set leaves it open.
         imb_type, imb_ratio: see :func:`datasets.longtail.class_sizes`; ratio ``natural`` takes all images.
         subset, subset_seed: which images of a class, see :func:`datasets.longtail.choose_subset`.
         val_fraction, val_seed: share of every class to hold out, see :func:`datasets.longtail.hold_out`; 0 for none.
@@ -102,15 +102,17 @@ def load(
         UsageError: the data is not there and cannot be had, or a class would be left without an image.
     """
     spec = DATASETS[name]
-    source = spec.read(data_dir, shown)
+    source = spec.read(data_dir, image_options)
     full, class_names, val = source.train, source.class_names, source.val
     augment = source.augment or spec.augment
-    if shown.flip is not None:
-        augment = replace(augment, flip=shown.flip)
-    if shown.jitter is not None:
+    if image_options.flip is not None:
+        augment = replace(augment, flip=image_options.flip)
+    if image_options.jitter is not None:
         if not isinstance(augment, ResizedCrop):
-            raise UsageError(f"--jitter {shown.jitter}: small images are cropped and mirrored alone", "without it")
-        augment = replace(augment, jitter=shown.jitter)
+            raise UsageError(
+                f"--jitter {image_options.jitter}: small images are cropped and mirrored alone", "without it"
+            )
+        augment = replace(augment, jitter=image_options.jitter)
     spec = replace(spec, mean=source.mean or spec.mean, std=source.std or spec.std, augment=augment)
     available = torch.bincount(full.labels, minlength=len(class_names)).tolist()
     counts, n_max = available, min(available)

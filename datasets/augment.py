@@ -8,12 +8,15 @@ are black, where some long-tail code has them grey.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from functools import cached_property
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
 from torch import Generator, Tensor
-from torchvision.transforms import AutoAugmentPolicy, v2
+
+if TYPE_CHECKING:
+    from torchvision.transforms import v2
 
 
 class Policy(Protocol):
@@ -29,7 +32,10 @@ Operation = tuple[str, float]
 class _Drawn:
     """Runs torchvision's per-image policies on many images: those with the same operation go through it together."""
 
-    library: v2.AutoAugment | v2.RandAugment
+    @cached_property
+    def library(self) -> v2.AutoAugment | v2.RandAugment:
+        """torchvision's own policy, made when it is first needed: importing it takes as long as importing torch."""
+        raise NotImplementedError
 
     def draw(self, n: int, size: tuple[int, int], generator: Generator) -> list[list[Operation | None]]:
         """What is done to each of n images in each round; None for nothing."""
@@ -68,8 +74,11 @@ class _Drawn:
 class AutoAugment(_Drawn):
     """AutoAugment (Cubuk et al., CVPR 2019): one of the 25 policies found on CIFAR-10, two operations each."""
 
-    def __init__(self) -> None:
-        self.library = v2.AutoAugment(AutoAugmentPolicy.CIFAR10)
+    @cached_property
+    def library(self) -> v2.AutoAugment:
+        from torchvision.transforms import AutoAugmentPolicy, v2
+
+        return v2.AutoAugment(AutoAugmentPolicy.CIFAR10)
 
     def draw(self, n: int, size: tuple[int, int], generator: Generator) -> list[list[Operation | None]]:
         policies = self.library._policies
@@ -90,8 +99,11 @@ class AutoAugment(_Drawn):
 class RandAugment(_Drawn):
     """RandAugment (Cubuk et al., NeurIPS 2020): two operations at magnitude 9 of 30, torchvision's defaults."""
 
-    def __init__(self) -> None:
-        self.library = v2.RandAugment()
+    @cached_property
+    def library(self) -> v2.RandAugment:
+        from torchvision.transforms import v2
+
+        return v2.RandAugment()
 
     def draw(self, n: int, size: tuple[int, int], generator: Generator) -> list[list[Operation | None]]:
         library = self.library

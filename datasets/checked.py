@@ -13,8 +13,8 @@ import torch
 
 from datasets.files import Files, Listing, Manifest
 from datasets.scan import check_files, has_pixels, require_files, write_pixels
+from utils.errors import UsageError
 from utils.files import atomic
-from utils.options import UsageError
 from utils.system import provenance
 
 

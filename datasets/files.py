@@ -9,16 +9,17 @@ import io
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
+import numpy.typing as npt
 import simplejpeg
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from utils.options import UsageError
+from utils.errors import UsageError
+from utils.types import Json
 
 #: File names that count as images.
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -85,7 +86,7 @@ class Listing:
     splits: dict[str, tuple[list[str], Tensor]]
     class_names: list[str]
     origins: dict[str, str]
-    about: dict[str, Any]
+    about: Json
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ class Manifest:
     root: str
     splits: dict[str, Files]
     class_names: list[str]
-    about: dict[str, Any]
+    about: Json
 
     def write(self, path: str | Path) -> None:
         """Writes the file as it goes."""
@@ -147,5 +148,5 @@ class Manifest:
             return None
 
 
-def _text(text: str) -> np.ndarray[Any, np.dtype[np.uint8]]:
+def _text(text: str) -> npt.NDArray[np.uint8]:
     return np.frombuffer(text.encode(errors="surrogateescape"), dtype=np.uint8)  # as file names may need it

@@ -9,14 +9,14 @@ import numpy as np
 from datasets.checked import stores_of
 from datasets.files import Manifest
 from datasets.photos import Photos
-from datasets.spec import ImageSet, Shown, Source
-from utils.options import UsageError
+from datasets.spec import ImageOptions, ImageSet, Source
+from utils.errors import UsageError
 
 #: The side at which photos are shown where nothing else is said.
 PHOTO_SIDE = 224
 
 
-def read_listed(name: str, data_dir: str, shown: Shown) -> Source:
+def read_listed(name: str, data_dir: str, image_options: ImageOptions) -> Source:
     """The data set that ``python -m datasets.prepare`` has left its manifest of in data_dir/<name>.
 
     Raises:
@@ -29,27 +29,36 @@ def read_listed(name: str, data_dir: str, shown: Shown) -> Source:
         again += "" if data_dir == "data/" else f" --data_dir {data_dir}"
         why = "is damaged" if (home / "manifest.npz").exists() else "is not there"
         raise UsageError(f"{name} has not been prepared: {home}/manifest.npz {why}", f"first: {again}")
-    return photos_of(manifest, shown, home)
+    return photos_of(manifest, image_options, home)
 
 
-def photos_of(manifest: Manifest, shown: Shown, home: Path) -> Source:
+def photos_of(manifest: Manifest, image_options: ImageOptions, home: Path) -> Source:
     """The splits of a manifest as photos; ``home`` is where its decoded pixels lie.
 
     Raises:
         UsageError: the cache was asked for and is not there.
     """
-    sets, stores = {}, _stores(manifest, home) if shown.how == "cache" else {}
+    sets, stores = {}, _stores(manifest, home) if image_options.how == "cache" else {}
     for split, files in manifest.splits.items():
         store, identity = None, str(manifest.about.get("home", manifest.root))  # of own data it follows from the files
         if split in stores:
             store = np.load(stores[split], mmap_mode="c")  # copy-on-write: torch wants writable memory
             identity += f" {stores[split].stat().st_mtime_ns}"
-        size = shown.image_size or PHOTO_SIDE
+        size = image_options.image_size or PHOTO_SIDE
         photos = Photos(
-            manifest.root, files.paths, files.sizes, size, store, shown.how, shown.workers, identity=identity
+            manifest.root,
+            files.paths,
+            files.sizes,
+            size,
+            store,
+            image_options.how,
+            image_options.workers,
+            identity=identity,
         )
         sets[split] = ImageSet.of(photos, files.labels)
-    return Source(sets["train"], sets["test"], manifest.class_names, sets.get("val"), shown.mean, shown.std)
+    return Source(
+        sets["train"], sets["test"], manifest.class_names, sets.get("val"), image_options.mean, image_options.std
+    )
 
 
 def _stores(manifest: Manifest, home: Path) -> dict[str, Path]:

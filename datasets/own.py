@@ -13,25 +13,25 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
-import pandas as pd
+import numpy.typing as npt
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms.v2 import functional as F
 
 from datasets.batches import Augment
 from datasets.checked import check_all
 from datasets.files import EXTENSIONS, Listing, Manifest, read_image
 from datasets.listed import PHOTO_SIDE, photos_of
-from datasets.photos import Crops, Photos, shortened
-from datasets.spec import ImageSet, Recipe, Shown, Source
+from datasets.photos import Crops, Photos, cropped, shortened
+from datasets.spec import ImageOptions, ImageSet, Recipe, Source
+from utils.errors import UsageError
 from utils.files import require_writable, write_text
-from utils.options import UsageError
 from utils.system import available_cpus
 
+T = TypeVar("T")
 #: Where what was found of a data set's files is kept; it may be deleted.
 CACHE = Path("cache", "images")
 SMALL_SIDE = 64
@@ -78,7 +78,7 @@ def natural_side(kind: str, data_dir: str) -> int:
     return _usual(sides)
 
 
-def _some(images: Any) -> Any:
+def _some(images: list[T]) -> list[T]:
     """About ``PEEKED`` of a sequence, evenly spread."""
     return images[:: max(1, len(images) // PEEKED)]
 
@@ -137,6 +137,8 @@ def _list_csv(data_dir: str) -> tuple[Path, Named]:
     files = [(place, None)] if place.is_file() else [(place / f"{split}.csv", split) for split in SPLITS]
     if not place.is_file() and not (place / "train.csv").is_file():
         raise UsageError(f"--data_dir {data_dir}: there is no {place / 'train.csv'}", LAYOUTS["csv"])
+    import pandas as pd  # here, since it is slow to import
+
     listing: dict[str, tuple[list[str], list[str]]] = {}
     for path, split in files:
         if not path.is_file():
@@ -176,21 +178,21 @@ def class_names_of(listing: Named) -> list[str]:
     return sorted(names, key=lambda name: (not name.isdecimal(), int(name) if name.isdecimal() else 0, name))
 
 
-def read_files(kind: str, data_dir: str, shown: Shown) -> Source:
+def read_files(kind: str, data_dir: str, image_options: ImageOptions) -> Source:
     """The data set of a folder or a CSV."""
-    manifest = manifest_of(kind, data_dir, shown.workers)
-    side = shown.image_size or _usual(_some(manifest.splits["train"].sizes.amin(dim=1).tolist()))
+    manifest = manifest_of(kind, data_dir, image_options.workers)
+    side = image_options.image_size or _usual(_some(manifest.splits["train"].sizes.amin(dim=1).tolist()))
     if side > SMALL_SIDE:
         home = Path(manifest.about["home"])
-        source = photos_of(manifest, replace(shown, image_size=side), home)
-        return _with_statistics(source, shown, home / f"statistics_{side}.json")
-    if shown.how != "files":
-        raise UsageError(f"--input {shown.how}: images of {side} pixels are held in memory", "files")
+        source = photos_of(manifest, replace(image_options, image_size=side), home)
+        return _with_statistics(source, image_options, home / f"statistics_{side}.json")
+    if image_options.how != "files":
+        raise UsageError(f"--input {image_options.how}: images of {side} pixels are held in memory", "files")
     sets = {}
     for split, files in manifest.splits.items():
         images = torch.stack([square(read_image(Path(manifest.root, path)), side) for path in files.paths])
         sets[split] = ImageSet.of(images, files.labels)
-    return _in_memory(sets, manifest.class_names, shown)
+    return _in_memory(sets, manifest.class_names, image_options)
 
 
 def manifest_of(kind: str, data_dir: str, workers: int) -> Manifest:
@@ -219,15 +221,15 @@ def listing_of(kind: str, data_dir: str) -> tuple[Path, Path, Listing]:
     return root.resolve(), home, Listing(splits, names, origins, {"source": data_dir, "home": str(home)})
 
 
-def read_npz(data_dir: str, shown: Shown) -> Source:
+def read_npz(data_dir: str, image_options: ImageOptions) -> Source:
     """The data set of an .npz file: {train, val, test}_images (N, H, W) or (N, H, W, 3) uint8, _labels (N,) or (N, 1).
 
     Raises:
         UsageError: an array is missing or of another kind.
     """
     path = _only(data_dir, ".npz", "npz")
-    if shown.how != "files":
-        raise UsageError(f"--input {shown.how}: {path} is held in memory", "files")
+    if image_options.how != "files":
+        raise UsageError(f"--input {image_options.how}: {path} is held in memory", "files")
     sets: dict[str, ImageSet] = {}
     with np.load(path) as arrays:
         listing: dict[str, tuple[list[str], list[str]]] = {}
@@ -250,30 +252,32 @@ def read_npz(data_dir: str, shown: Shown) -> Source:
             listing[split] = [], [str(label) for label in labels]
     names = class_names_of(listing)
     place = {name: number for number, name in enumerate(names)}
-    side = shown.image_size or min(pixels["train"].shape[1:3])
+    side = image_options.image_size or min(pixels["train"].shape[1:3])
     for split, images in pixels.items():
-        labels = torch.tensor([place[name] for name in listing[split][1]])
+        numbers = torch.tensor([place[name] for name in listing[split][1]])
         if side <= SMALL_SIDE:
             tensor = torch.from_numpy(images).permute(0, 3, 1, 2)
-            sets[split] = ImageSet.of(square(tensor, side), labels)
+            sets[split] = ImageSet.of(square(tensor, side), numbers)
         else:
             images = np.repeat(images, 3, axis=3) if images.shape[3] == 1 else images
             sizes = torch.tensor(images.shape[1:3], dtype=torch.int32).expand(len(images), 2)
-            sets[split] = ImageSet.of(Photos(path.parent, [], sizes, side, images, "files", shown.workers), labels)
+            sets[split] = ImageSet.of(
+                Photos(path.parent, [], sizes, side, images, "files", image_options.workers), numbers
+            )
     if side <= SMALL_SIDE:
-        return _in_memory(sets, names, shown)
-    return _with_statistics(Source(sets["train"], sets["test"], names, sets.get("val")), shown)
+        return _in_memory(sets, names, image_options)
+    return _with_statistics(Source(sets["train"], sets["test"], names, sets.get("val")), image_options)
 
 
-def _in_memory(sets: Mapping[str, ImageSet], names: list[str], shown: Shown) -> Source:
+def _in_memory(sets: Mapping[str, ImageSet], names: list[str], image_options: ImageOptions) -> Source:
     pad = max(1, round(sets["train"].side / 8))  # CIFAR's 4 at 32 pixels
     source = Source(sets["train"], sets["test"], names, sets.get("val"), augment=Augment(pad, flip=True))
-    return _with_statistics(source, shown)
+    return _with_statistics(source, image_options)
 
 
-def _with_statistics(source: Source, shown: Shown, kept: Path | None = None) -> Source:
+def _with_statistics(source: Source, image_options: ImageOptions, kept: Path | None = None) -> Source:
     """The source with the mean and std that were given, else its training images' own, which a file may keep."""
-    mean, std = shown.mean, shown.std
+    mean, std = image_options.mean, image_options.std
     if mean is None or std is None:
         if kept is not None and kept.is_file():
             own = json.loads(kept.read_text())
@@ -311,8 +315,9 @@ def square(images: Tensor, side: int) -> Tensor:
     """Images (..., H, W) uint8 with the shorter side scaled to ``side``, and the centre of that: (..., side, side)."""
     if images.shape[-2:] == (side, side):
         return images
-    square: Tensor = F.center_crop(F.resize(shortened(images), [side], antialias=True), [side, side])
-    return square
+    from torchvision.transforms.v2 import functional as F  # here, since it is slow to import
+
+    return cropped(F.resize(shortened(images), [side], antialias=True), side, side)
 
 
 def _only(data_dir: str, suffix: str, kind: str) -> Path:
@@ -335,7 +340,7 @@ def _shape(path: Path, name: str) -> tuple[int, ...]:
     return shape if len(shape) >= 3 else (0, 1, 1)
 
 
-def _array(arrays: Any, name: str, path: Any) -> Any:
+def _array(arrays: Mapping[str, npt.NDArray[Any]], name: str, path: Path) -> npt.NDArray[Any]:
     if name not in arrays:
         raise UsageError(f"{path} has no {name}, only {', '.join(arrays)}", LAYOUTS["npz"])
     try:

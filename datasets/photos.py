@@ -12,18 +12,18 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
-import torchvision
 from torch import Generator, Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms.v2 import functional as F
 
 from datasets.files import read_image
-from utils.distributed import local
-from utils.options import UsageError
+from utils.console import show
+from utils.distributed import local_rank_and_size
+from utils.errors import UsageError
 from utils.system import available_cpus
 
 INPUTS = ("files", "cache", "nvjpeg")
@@ -38,7 +38,7 @@ IN_CACHE = 8
 #: Steps that every worker process prepares ahead.
 PREFETCH = 2
 
-Array = np.ndarray[Any, np.dtype[np.uint8]]
+Array = npt.NDArray[np.uint8]
 #: What a worker needs for a step: positions (B,), and for random crops chances (B, 2 A + 2) and flip (B,).
 Job = tuple[Tensor, ...]
 
@@ -128,8 +128,7 @@ def resized(size: int) -> int:
 
 def centre(image: Tensor, size: int) -> Tensor:
     """A test image as networks see it: (3, H, W) uint8 -> (3, size, size)."""
-    view: Tensor = F.center_crop(_scaled(shortened(image), [resized(size)]), [size, size])
-    return view
+    return cropped(scaled(shortened(image), [resized(size)]), size, size)
 
 
 def shortened(images: Tensor) -> Tensor:
@@ -141,14 +140,23 @@ def shortened(images: Tensor) -> Tensor:
     side = LONGEST * min(height, width)
     if max(height, width) <= side:
         return images
-    cut: Tensor = F.center_crop(images, [min(height, side), min(width, side)])
-    return cut
+    return cropped(images, min(height, side), min(width, side))
 
 
-def _scaled(image: Tensor, size: list[int]) -> Tensor:
+def cropped(images: Tensor, height: int, width: int) -> Tensor:
+    """The centre of images (..., H, W)."""
+    from torchvision.transforms.v2 import functional as F  # here, since it is slow to import
+
+    centre: Tensor = F.center_crop(images, [height, width])
+    return centre
+
+
+def scaled(image: Tensor, size: list[int]) -> Tensor:
     """torchvision's antialiased resize of (3, H, W), on channels-last memory, where it is twice as fast or more."""
-    scaled: Tensor = F.resize(image[None].contiguous(memory_format=torch.channels_last), size, antialias=True)[0]
-    return scaled
+    from torchvision.transforms.v2 import functional as F
+
+    small: Tensor = F.resize(image[None].contiguous(memory_format=torch.channels_last), size, antialias=True)[0]
+    return small
 
 
 class Photos:
@@ -243,22 +251,26 @@ class Photos:
         if box is None:
             return centre(image, self.size)
         top, left, height, width = box
-        return _scaled(image[:, top : top + height, left : left + width], [self.size, self.size])
+        return scaled(image[:, top : top + height, left : left + width], [self.size, self.size])
 
 
-class _Reader(Dataset[Any]):
+#: What a worker hands over: pixels, the bytes of files with their lengths, or why there are none.
+Content = Tensor | tuple[Tensor, list[int]] | UsageError
+
+
+class _Reader(Dataset[Content]):
     """What runs in worker processes: a job -> the step's pixels, or a UsageError to be raised in the main process."""
 
     def __init__(self, photos: Photos, augment: ResizedCrop | None, on_gpu: bool) -> None:
         self.photos, self.augment, self.on_gpu = photos, augment, on_gpu
 
-    def __getitem__(self, job: Job) -> Any:
+    def __getitem__(self, job: Job) -> Content:
         try:
             return self.read(*job)
         except UsageError as error:
             return error
 
-    def read(self, index: Tensor, chances: Tensor | None = None, flip: Tensor | None = None) -> Any:
+    def read(self, index: Tensor, chances: Tensor | None = None, flip: Tensor | None = None) -> Content:
         photos = self.photos
         if photos.how == "nvjpeg":  # as one tensor: each would take a file descriptor on its way
             contents = [torch.from_numpy(np.fromfile(photos.path(i), dtype=np.uint8)) for i in index.tolist()]
@@ -281,6 +293,13 @@ def boxes_of(photos: Photos, augment: ResizedCrop | None, index: Tensor, chances
     return None if photos.store is None else photos.in_store(photos.centres(index), index)
 
 
+def has_decoder() -> bool:
+    """Whether this torchvision can decode JPEGs on a GPU."""
+    import torchvision.io
+
+    return hasattr(torchvision.io, "decode_jpeg")
+
+
 class Crops:
     """The pixels of photos, step by step, prepared ahead by worker processes: (B, size, size, 3) uint8 on the device.
 
@@ -288,12 +307,12 @@ class Crops:
     """
 
     def __init__(self, photos: Photos, augment: ResizedCrop | None, device: torch.device) -> None:
-        if photos.how == "nvjpeg" and not (device.type == "cuda" and hasattr(torchvision.io, "decode_jpeg")):
+        if photos.how == "nvjpeg" and not (device.type == "cuda" and has_decoder()):
             raise UsageError("--input nvjpeg: it takes a GPU, and a torchvision with decode_jpeg", "files, cache")
         self.photos, self.augment, self.device = photos, augment, device
         self.on_gpu = device.type == "cuda"
         self.index_device = torch.device("cpu")
-        self._loader: DataLoader[Any] | None = None
+        self._loader: DataLoader[Content] | None = None
         self._jobs: list[Job] = []
         self._told = False
 
@@ -312,26 +331,37 @@ class Crops:
                 raise content
             yield self._finish(content, *job)
 
-    def _workers(self) -> DataLoader[Any]:
+    def _workers(self) -> DataLoader[Content]:
         """The loader, whose processes stay for the next epoch."""
         if self._loader is None:
-            number = min(self.photos.workers, max(1, available_cpus() // local()[1]))
-            ahead: dict[str, Any] = {"prefetch_factor": PREFETCH, "persistent_workers": True} if number else {}
+            number = min(self.photos.workers, max(1, available_cpus() // local_rank_and_size()[1]))
             reader = _Reader(self.photos, self.augment, self.on_gpu)
             pin = self.device.type == "cuda"
             own = torch.Generator()  # a loader would draw from the global one
             self._loader = DataLoader(
-                reader, None, sampler=self._jobs, num_workers=number, pin_memory=pin, generator=own, **ahead
+                reader,
+                None,
+                sampler=self._jobs,
+                num_workers=number,
+                pin_memory=pin,
+                generator=own,
+                prefetch_factor=PREFETCH if number else None,
+                persistent_workers=number > 0,
             )
         return self._loader
 
-    def _finish(self, content: Any, index: Tensor, chances: Tensor | None = None, flip: Tensor | None = None) -> Tensor:
+    def _finish(
+        self,
+        content: Tensor | tuple[Tensor, list[int]],
+        index: Tensor,
+        chances: Tensor | None = None,
+        flip: Tensor | None = None,
+    ) -> Tensor:
         photos = self.photos
-        if photos.how != "nvjpeg" and not (self.on_gpu and photos.store is not None):
-            pixels: Tensor = content.to(self.device, non_blocking=True)
-            return pixels
+        if isinstance(content, Tensor) and not (self.on_gpu and photos.store is not None):
+            return content.to(self.device, non_blocking=True)
         boxes = boxes_of(photos, self.augment, index, chances)
-        if photos.how == "nvjpeg":
+        if not isinstance(content, Tensor):
             pixels = self._decode(list(content[0].split(content[1])), index, boxes)
             mirrored = None if flip is None else flip.to(self.device, non_blocking=True)[:, None, None, None]
             return pixels if mirrored is None else torch.where(mirrored, pixels.flip(2), pixels)
@@ -340,14 +370,16 @@ class Crops:
 
     def _decode(self, contents: list[Tensor], index: Tensor, boxes: Tensor | None) -> Tensor:
         """Files' bytes through the GPU's decoder; what it does not know is decoded on the CPU."""
+        from torchvision.io import decode_jpeg
+
         try:
-            images = torchvision.io.decode_jpeg(contents, mode="RGB", device=self.device)
+            images = decode_jpeg(contents, mode="RGB", device=self.device)
         except RuntimeError as error:  # one of them is no baseline JPEG
             if not self._told:
-                print(f"--input nvjpeg: some steps are decoded on the CPU ({' '.join(str(error).split())[:80]})")
+                show(f"--input nvjpeg: some steps are decoded on the CPU ({' '.join(str(error).split())[:80]})")
                 self._told = True
             images = [read_image(self.photos.path(i)).to(self.device) for i in index.tolist()]
-        rows: list[Any] = [None] * len(images) if boxes is None else boxes.tolist()
+        rows: list[Sequence[int] | None] = [None] * len(images) if boxes is None else boxes.tolist()
         return torch.stack([self.photos.cut(image, box).permute(1, 2, 0) for image, box in zip(images, rows)])
 
 

@@ -24,8 +24,10 @@ from datasets.checked import check_all
 from datasets.files import Listing, Manifest
 from datasets.own import LAYOUTS, listing_of
 from datasets.published import PUBLISHED, read_published
+from utils.command import command
+from utils.errors import UsageError
 from utils.files import require_writable
-from utils.options import Flag, Number, Text, UsageError, check, command, option, parse_typed
+from utils.options import Flag, Number, Text, check, option, parse_typed, resolve
 from utils.system import available_cpus
 
 
@@ -45,14 +47,20 @@ OWN = {name: LAYOUTS[name] for name in ("folder", "csv")}
 class Options:
     """Options of the command, which follow its DATASET."""
 
-    root: str | None = option(None, Text("a folder"), "where the images lie, of data of one's own what it is; needed")
-    data_dir: str = option("data/", Text("a folder"), "in its folder DATASET is kept what is found")
-    cache: int | None = option(None, Number(int, 16, 1024), "side at which to write the pixels of all images as well")
-    workers: int | None = option(
-        None, Number(int, 1, 256), "images decoded at a time; as many as CPUs that may be used, if not given"
+    root: str | None = option(
+        None, Text("a folder"), "where the images lie, of data of one's own what it is; needed", "data"
     )
-    any_counts: bool = option(False, Flag(), "go on where images per class are not the published, for trials on a part")
-    verify: bool = option(False, Flag(), "check all files again")
+    data_dir: str = option("data/", Text("a folder"), "in its folder DATASET is kept what is found", "data")
+    cache: int | None = option(
+        None, Number(int, 16, 1024), "side at which to write the pixels of all images as well", "data"
+    )
+    workers: int | None = option(
+        None, Number(int, 1, 256), "images decoded at a time; None: as many as CPUs that may be used", "machine"
+    )
+    any_counts: bool = option(
+        False, Flag(), "go on where images per class are not the published, for trials on a part", "data"
+    )
+    verify: bool = option(False, Flag(), "check all files again", "data")
 
     def __post_init__(self) -> None:
         check(self)
@@ -68,7 +76,7 @@ def main(argv: Sequence[str]) -> Manifest:
     needs = {key: reader.needs for key, reader in READERS.items()} | OWN
     lines = "\n".join(f"{key}: {need}." for key, need in needs.items())
     typed = parse_typed(Options, flags, "python -m datasets.prepare DATASET", f"{__doc__}\n{lines}")
-    options = Options(**typed)
+    options = resolve(Options, typed, {}).options
     workers, side = options.workers or available_cpus(), options.cache or 0
     if options.root is None or not (Path(options.root).is_dir() or name == "csv"):
         problem = "--root is missing" if options.root is None else f"--root {options.root} is no folder"

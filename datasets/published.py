@@ -14,14 +14,13 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
-from torchvision.models import ResNet50_Weights
 
 from datasets.files import Listing
-from utils.options import UsageError
+from utils.errors import UsageError
+from utils.types import Json
 
 CLASS_COUNTS = Path(__file__).with_name("class_counts.json")
 #: Listed paths that are tried in every layout, from all over the list.
@@ -201,6 +200,8 @@ def digest(paths: Sequence[str], labels: Tensor) -> str:
 
 def _imagenet_names(folders: list[str], find: Find) -> list[str]:
     """torchvision's names, which are in the order of the folders; of a part of the classes, the folders."""
+    from torchvision.models import ResNet50_Weights  # here, since it is slow to import
+
     names: list[str] = ResNet50_Weights.IMAGENET1K_V2.meta["categories"]
     name_of = dict(zip(sorted(folders), names)) if len(folders) == len(names) else {}
     return _unique([name_of.get(folder, folder) for folder in folders], folders)
@@ -214,7 +215,7 @@ def _inat_names(folders: list[str], find: Find) -> list[str]:
     """The species of categories.json; train2018.json, the next best, has its names obfuscated."""
     for file in filter(None, map(find, ("categories.json", "train2018.json"))):
         try:
-            content: Any = json.loads(file.read_text(encoding="utf-8"))
+            content: Json = json.loads(file.read_text(encoding="utf-8"))
             entries = content["categories"] if isinstance(content, dict) else content
             name_of = {int(entry["id"]): str(entry["name"]) for entry in entries}
         except (OSError, ValueError, KeyError, TypeError) as error:

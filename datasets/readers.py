@@ -7,17 +7,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torchvision.datasets
 
 from datasets.batches import Augment
 from datasets.listed import read_listed
 from datasets.own import read_files, read_npz, suited
 from datasets.photos import ResizedCrop
-from datasets.spec import DatasetSpec, ImageSet, Recipe, Shown, Source
-from utils.options import UsageError
+from datasets.spec import DatasetSpec, ImageOptions, ImageSet, Recipe, Source
+from utils.errors import UsageError
 
 
-def _read_cifar(reader: type[torchvision.datasets.CIFAR10], data_dir: str, shown: Shown) -> Source:
+def _read_cifar(name: str, data_dir: str) -> Source:
+    import torchvision.datasets  # here, since it is slow to import
+
+    reader = getattr(torchvision.datasets, name)
     # The LOS layout, data/cifar100/cifar-100-python, is found too.
     nested = Path(data_dir, reader.__name__.lower())
     root = nested if (nested / reader.base_folder).is_dir() else Path(data_dir)
@@ -33,17 +35,17 @@ def _read_cifar(reader: type[torchvision.datasets.CIFAR10], data_dir: str, shown
     return Source(sets[0], sets[1], list(train.classes))
 
 
-def read_cifar10(data_dir: str, shown: Shown) -> Source:
+def read_cifar10(data_dir: str, image_options: ImageOptions) -> Source:
     """CIFAR-10 (Krizhevsky, 2009): 50,000 + 10,000 colour images of 32x32, downloaded and checked by torchvision."""
-    return _read_cifar(torchvision.datasets.CIFAR10, data_dir, shown)
+    return _read_cifar("CIFAR10", data_dir)
 
 
-def read_cifar100(data_dir: str, shown: Shown) -> Source:
+def read_cifar100(data_dir: str, image_options: ImageOptions) -> Source:
     """CIFAR-100 (Krizhevsky, 2009): 50,000 + 10,000 colour images of 32x32, downloaded and checked by torchvision."""
-    return _read_cifar(torchvision.datasets.CIFAR100, data_dir, shown)
+    return _read_cifar("CIFAR100", data_dir)
 
 
-def read_digits(data_dir: str, shown: Shown) -> Source:
+def read_digits(data_dir: str, image_options: ImageOptions) -> Source:
     """UCI handwritten digits inside scikit-learn: 1,797 grey images of 8x8; ``data_dir`` is not used.
 
     Test: the last 50 images of every class in file order. Training: the rest, at least 124 of every class.

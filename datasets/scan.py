@@ -14,11 +14,10 @@ from typing import TypeVar
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.transforms.v2.functional import resize
 
 from datasets.files import read_image
 from utils.bar import bar
-from utils.options import UsageError
+from utils.errors import UsageError
 
 R = TypeVar("R")
 #: Images that a worker decodes before all wait for the slowest; a pass holds no more results than these in memory.
@@ -72,6 +71,7 @@ def write_pixels(
     Raises:
         OSError: the disk is full.
     """
+    from torchvision.transforms.v2.functional import resize  # here, since it is slow to import
 
     def shrink(image: Tensor) -> tuple[torch.Size, bytes]:
         small: Tensor = resize(image, [side, side], antialias=True)

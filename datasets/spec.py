@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from datasets.batches import Augment
 from datasets.photos import Photos, ResizedCrop
+from utils.options import Value
 
 #: --imb_ratio of a training set that is taken as it is.
 NATURAL = "natural"
+
+
+#: Files that :meth:`ImageSet.sample` looks at.
+SAMPLED = 256
 
 
 @dataclass(frozen=True)
@@ -30,7 +35,7 @@ class ImageSet:
     indices: Tensor
 
     @classmethod
-    def of(cls, images: Tensor | Photos, labels: Any) -> ImageSet:
+    def of(cls, images: Tensor | Photos, labels: Tensor | Sequence[int]) -> ImageSet:
         """All images of a source, in its order."""
         images = images.contiguous() if isinstance(images, Tensor) else images
         return cls(images, torch.as_tensor(labels, dtype=torch.int64), torch.arange(len(images)))
@@ -67,6 +72,15 @@ class ImageSet:
         names = "\n".join(self.images.paths).encode(errors="surrogateescape")
         return hashlib.sha256(names + self.images.sizes.numpy().tobytes()).hexdigest()
 
+    def sample(self) -> str:
+        """A hash of up to 256 files of photos, evenly spread; "" of images in memory, which :meth:`summary` knows."""
+        if not isinstance(self.images, Photos) or not self.images.paths:
+            return ""
+        digest = hashlib.sha256()
+        for position in range(0, len(self), max(1, len(self) // SAMPLED)):
+            digest.update(self.images.path(position).read_bytes())
+        return digest.hexdigest()
+
     def fingerprint(self) -> str:
         """A hash that changes with images or labels."""
         if isinstance(self.images, Photos):
@@ -78,8 +92,8 @@ class ImageSet:
 
 
 @dataclass(frozen=True)
-class Shown:
-    """How images are to be shown, where a data set leaves it open; None where it is to choose.
+class ImageOptions:
+    """What a command says of its images, where a data set leaves it open; None where the data set is to choose.
 
     Attributes:
         image_size: side in pixels that networks see.
@@ -98,7 +112,7 @@ class Shown:
     workers: int = 0
 
 
-AS_IT_IS = Shown()
+DEFAULT_IMAGE_OPTIONS = ImageOptions()  # nothing chosen
 
 
 class Source(NamedTuple):
@@ -113,7 +127,7 @@ class Source(NamedTuple):
     augment: Augment | ResizedCrop | None = None
 
 
-Recipe = Mapping[str, Any]
+Recipe = Mapping[str, Value]
 #: Option values that suit a data set, where they differ from the published CIFAR-100-LT ones (every script's defaults).
 NO_RECIPE: Recipe = MappingProxyType({})
 
@@ -124,7 +138,7 @@ class DatasetSpec:
 
     Attributes:
         name: its --dataset name.
-        read: (data_dir, how images are to be shown) -> its splits.
+        read: (data_dir, image_options) -> its splits.
         mean, std: per-channel normalisation constants of pixels in [0, 1].
         augment: the training augmentation.
         embedded: whether it comes with the installation, so that no folder is read.
@@ -137,7 +151,7 @@ class DatasetSpec:
     """
 
     name: str
-    read: Callable[[str, Shown], Source]
+    read: Callable[[str, ImageOptions], Source]
     mean: tuple[float, ...]
     std: tuple[float, ...]
     augment: Augment | ResizedCrop

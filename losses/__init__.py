@@ -6,7 +6,6 @@ An instance maps (logits (B, C), labels (B,)) to a scalar in nats.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 from torch import nn
 
@@ -34,6 +33,7 @@ __all__ = [
     "make_loss",
     "mass",
     "reweighted",
+    "takes_weights",
 ]
 
 #: The maker, which takes class_counts (C,) first, and {option of the command: the maker's parameter}.
@@ -51,8 +51,14 @@ LOSSES: dict[str, tuple[Callable[..., nn.Module], Mapping[str, str]]] = {
 }
 
 
-def make_loss(name: str, class_counts: Sequence[int], values: Mapping[str, Any]) -> nn.Module:
+def make_loss(name: str, class_counts: Sequence[int], values: Mapping[str, float | None]) -> nn.Module:
     """A loss of the table for class_counts (C,), with those of its options that ``values`` gives; None for its own."""
     make, options = LOSSES[name]
     given = {parameter: values[option] for option, parameter in options.items() if values.get(option) is not None}
     return make(class_counts, **given)
+
+
+def takes_weights(name: str) -> bool:
+    """Whether a loss can be re-weighted later on: one of the softmax family that has no class weights of its own."""
+    loss = make_loss(name, [2, 1], {})
+    return isinstance(loss, SoftmaxLoss) and bool((loss.weight == 1).all())

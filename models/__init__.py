@@ -14,7 +14,7 @@ from models.heads import HEADS
 from models.imagenet import IMAGENET, TIMM, TimmNetwork, imagenet_weights
 from models.network import Network, trained_part
 from models.resnet import SMALL
-from utils.options import UsageError
+from utils.errors import UsageError
 
 __all__ = [
     "BACKBONES",

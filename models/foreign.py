@@ -19,14 +19,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from models.heads import HEADS
 from models.imagenet import timm_names
-from utils.options import UsageError
+from utils.errors import UsageError
 
 #: Entries that hold the weights of a whole network; the first that a file has is taken.
 _ENTRIES = ("state_dict_best", "state_dict", "model_state_dict", "model_state", "model", "network", "net")
@@ -62,7 +61,7 @@ class Foreign:
     known_as: str
 
 
-def translate(content: Mapping[Any, Any], source: str) -> Foreign | None:
+def translate(content: Mapping[object, object], source: str) -> Foreign | None:
     """The network in the dict of another program's file ``source``, or None where there is none of our kind.
 
     Raises:
@@ -80,7 +79,7 @@ def translate(content: Mapping[Any, Any], source: str) -> Foreign | None:
     strange += [theirs for ours, (theirs, value) in named.items() if not _has_place(ours, value)]
     if strange:
         raise _no_place(strange, source)
-    state = {ours: value for ours, (_, value) in named.items()}
+    state = {ours: value for ours, (_, value) in named.items() if isinstance(value, Tensor)}
     notes = _convert_classifier(state)
     classifier = {name for name in state if name.startswith("fc.")}
     with torch.device("meta"):
@@ -104,7 +103,7 @@ def translate(content: Mapping[Any, Any], source: str) -> Foreign | None:
     return Foreign(state, head, ", ".join([*words, *(f"not those under {name}" for name in copies), *notes]))
 
 
-def translate_timm(content: Mapping[Any, Any], name: str, source: str) -> tuple[Foreign, int, int]:
+def translate_timm(content: Mapping[object, object], name: str, source: str) -> tuple[Foreign, int, int]:
     """The network ``timm:name`` in the dict of a file ``source``, its number of classes and of input channels.
 
     Raises:
@@ -122,14 +121,11 @@ def translate_timm(content: Mapping[Any, Any], name: str, source: str) -> tuple[
         if isinstance(value, Tensor)
     }
     state["fc.weight"] = state["fc.weight"].flatten(1)  # some are 1x1 convolutions
-    return (
-        Foreign(state, "linear", f"weights named as in timm's {name}"),
-        len(state["fc.weight"]),
-        weights[f"{first}.weight"].shape[1],
-    )
+    channels = state[f"body.{first}.weight"].shape[1]
+    return Foreign(state, "linear", f"weights named as in timm's {name}"), len(state["fc.weight"]), channels
 
 
-def _may_matter(name: str, value: Any) -> bool:
+def _may_matter(name: str, value: object) -> bool:
     """Whether an entry of a file may be part of a network: a parameter's name, or a tensor of several numbers."""
     if "." in name:
         return True
@@ -137,7 +133,7 @@ def _may_matter(name: str, value: Any) -> bool:
     return _TRAINING.search(name) is None and any(tensor.numel() > 1 for tensor in tensors)
 
 
-def _leaves(value: Any, path: str = "") -> dict[str, Any]:
+def _leaves(value: object, path: str = "") -> dict[str, object]:
     """{path: leaf} of nested dicts, lists and tuples, the parts of a path joined by dots."""
     if isinstance(value, list | tuple):
         value = dict(enumerate(value))
@@ -151,9 +147,9 @@ def _unwrapped(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
-def _named(weights: Any) -> dict[str, tuple[str, Any]]:
+def _named(weights: object) -> dict[str, tuple[str, object]]:
     """{our name: (their name, value)} of nested weights; a second value for a name gets one that has no place."""
-    named: dict[str, tuple[str, Any]] = {}
+    named: dict[str, tuple[str, object]] = {}
     for theirs, value in _leaves(weights).items():
         ours = _unwrapped(theirs)
         for pattern, replacement in _RENAMES:
@@ -162,7 +158,7 @@ def _named(weights: Any) -> dict[str, tuple[str, Any]]:
     return named
 
 
-def _has_place(name: str, value: Any) -> bool:
+def _has_place(name: str, value: object) -> bool:
     """Whether a value may be that parameter of a residual network."""
     return isinstance(value, Tensor) and (name.startswith("fc.") or _BACKBONE.fullmatch(name) is not None)
 

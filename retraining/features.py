@@ -16,13 +16,14 @@ import io
 import json
 import pickle
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -30,9 +31,9 @@ from datasets import SAMPLERS, Augment, Batches, ImageSet, LongTailed
 from datasets.batches import Batch, Draws, seeded
 from engine import for_evaluation, forward
 from models import Network
+from utils.errors import UsageError
 from utils.files import atomic, require_writable, sweep, write_text
 from utils.metrics import LOGIT_BYTES, Logits
-from utils.options import UsageError
 from utils.system import free_memory
 
 #: Raise it when the way features are computed changes, so that no old file is taken for a new one.
@@ -50,6 +51,11 @@ RESIDENT = 0.5
 
 #: (steps, their number, what they are) -> the steps, shown as they pass.
 Progress = Callable[[Iterable[Batch], int, str], Iterator[Batch]]
+
+
+def unseen(steps: Iterable[Batch], number: int, what: str) -> Iterator[Batch]:
+    """Steps of which no progress is shown."""
+    return iter(steps)
 
 
 class Stream(NamedTuple):
@@ -79,10 +85,10 @@ class FeatureCache:
         seconds: time spent on writing them, the making included.
     """
 
-    def __init__(self, root: str | Path, about: dict[str, Any], dtype: str = "float32") -> None:
+    def __init__(self, root: str | Path, about: Mapping[str, object], dtype: str = "float32") -> None:
         self.dtype, self.bits = DTYPES[dtype]
         if dtype != "float32":  # which older versions did not name
-            about = about | {"dtype": dtype}
+            about = {**about, "dtype": dtype}
         text = json.dumps(about, sort_keys=True, indent=1)
         sweep(root, deep=True)
         self.folder = Path(root, hashlib.sha256(text.encode()).hexdigest()[:16])
@@ -128,7 +134,7 @@ class FeatureCache:
                 written += len(piece)
             assert written == rows
 
-    def _mapped(self, path: Path, rows: int) -> np.ndarray[Any, np.dtype[Any]] | None:
+    def _mapped(self, path: Path, rows: int) -> npt.NDArray[np.generic] | None:
         """The array of a file, memory-mapped; None where the file is missing, damaged or of another shape."""
         try:
             array = np.load(path, mmap_mode="c")  # copy-on-write: torch wants writable memory
@@ -189,14 +195,19 @@ class FeatureSource:
         """Where the arrays of a stream's training images go, and how many they are."""
         raise NotImplementedError
 
-    def missing(self, streams: Iterable[Stream]) -> int:
-        """Bytes that the training images' arrays of these streams take on disk, less what is there already."""
+    def arrays(self, streams: Iterable[Stream]) -> tuple[int, int]:
+        """How many arrays of training images these streams need, a pass over the backbone each, and how many lack."""
         wanted: dict[Path, int] = {}
         for cache, number in map(self.planned, streams):
             wanted[cache.folder] = max(number, wanted.get(cache.folder, 0))
-        size = len(self.labels) * self.model.fc.get_parameter("weight").shape[1] * DTYPES[self.dtype][0].itemsize
-        there = {folder: sum(path.stat().st_size for path in folder.glob("*.npy")) for folder in wanted}
-        return sum(max(0, number * size - there[folder]) for folder, number in wanted.items())
+        lacking = (max(0, number - len([*folder.glob("*.npy")])) for folder, number in wanted.items())
+        return sum(wanted.values()), sum(lacking)
+
+    @property
+    def array_bytes(self) -> int:
+        """What an array of training images takes on disk."""
+        width = self.model.fc.get_parameter("weight").shape[1]
+        return len(self.labels) * width * DTYPES[self.dtype][0].itemsize
 
     def evaluated(self, part: str, stream: Stream | None = None, epoch: int = -1) -> list[Tensor]:
         """Features (N, D) of "test", "val" or "train" as they are, followed by their mirror images' where wanted.
@@ -223,7 +234,7 @@ class FeatureSource:
         made = f"{computed:,.0f} MB computed in {self.seconds:.0f} s"
         return f"features in {self.cache_dir}: {made}, {reused:,.0f} MB reused"
 
-    def cache(self, batchnorm: str, part: str, **more: Any) -> FeatureCache:
+    def cache(self, batchnorm: str, part: str, **more: object) -> FeatureCache:
         """The folder of one part's features."""
         spec = self.data.spec
         about = {
@@ -275,7 +286,7 @@ class FeatureSource:
             self._batches = stream, batches
         return self._batches[1]
 
-    def _pixels(self) -> tuple[Any, Any]:
+    def _pixels(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         return self.data.spec.mean, self.data.spec.std
 
 

@@ -15,17 +15,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD
 
 from losses.softmax import SoftmaxLoss
+from utils.errors import UsageError
 from utils.graphs import Graphed
-from utils.options import UsageError
 from utils.resume import TrainState
 from utils.system import free_memory
+from utils.types import StateDict
 
 #: Heads per matrix product on a CPU, at most, and the bytes of their weights: so much stays in its cache (CIFAR
 #: sizes). For larger heads one product each is as fast and takes less memory.
@@ -45,7 +46,7 @@ Steps = Iterable[tuple[Tensor, ...]]
 
 
 @dataclass
-class Trainee:
+class TrainableHead:
     """One classifier to train.
 
     Attributes:
@@ -72,48 +73,50 @@ class _Part(Protocol):
     def begin(self, progress: float, rate: float) -> None: ...
     def step(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]: ...
     def end(self) -> None: ...
-    def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    def state_dict(self) -> StateDict: ...
+    def load_state_dict(self, state: StateDict) -> None: ...
 
 
 class _LinearChunk:
     """Linear heads with losses of the softmax family: weight and momentum (S C, D + 1), the last column the bias."""
 
-    def __init__(self, places: list[int], trainees: Sequence[Trainee], momentum: float, nesterov: bool) -> None:
-        self.places, self.trainees = places, trainees
-        first: nn.Linear = trainees[0].head  # type: ignore[assignment]
-        self.heads, self.classes = len(trainees), first.out_features
+    def __init__(
+        self, places: list[int], classifiers: Sequence[TrainableHead], momentum: float, nesterov: bool
+    ) -> None:
+        self.places, self.classifiers = places, classifiers
+        first: nn.Linear = classifiers[0].head  # type: ignore[assignment]
+        self.heads, self.classes = len(classifiers), first.out_features
         self.weight, self.velocity = (
             aligned(self.heads * self.classes, first.in_features + 1, first.weight) for _ in range(2)
         )
         self.velocity.zero_()
         self.rows = self.weight.view(self.heads, self.classes, -1)
-        for trainee, row in zip(trainees, self.rows):
-            row[:, :-1] = trainee.head.get_parameter("weight").detach()
-            row[:, -1] = trainee.head.get_parameter("bias").detach()
+        for classifier, row in zip(classifiers, self.rows):
+            row[:, :-1] = classifier.head.get_parameter("weight").detach()
+            row[:, -1] = classifier.head.get_parameter("bias").detach()
         self.momentum, self.nesterov = momentum, nesterov
         lr, wd = (
-            torch.tensor([getattr(t, name) for t in trainees]).to(self.weight)[:, None].expand(-1, self.classes)
+            torch.tensor([getattr(t, name) for t in classifiers]).to(self.weight)[:, None].expand(-1, self.classes)
             for name in ("lr", "wd")
         )
         self.lr, self.wd = lr.reshape(-1, 1), wd.reshape(-1, 1)
-        self.decays = any(t.wd != 0 for t in trainees)
+        self.decays = any(t.wd != 0 for t in classifiers)
         self.rate = torch.zeros_like(self.lr)
         self.graph: Graphed | None = None
         self.tables = {name: self.weight.new_zeros(self.heads, self.classes) for name in TABLES}
         self.offset, self.margin, self.smooth, self.class_weight = self.tables.values()
-        self.is_plain = self.is_unweighted = False
+        self.has_offsets, self.is_unweighted = True, False
 
     def begin(self, progress: float, rate: float) -> None:
-        losses: list[SoftmaxLoss] = [t.loss(progress) for t in self.trainees]  # type: ignore[misc]
+        losses: list[SoftmaxLoss] = [t.loss(progress) for t in self.classifiers]  # type: ignore[misc]
         tables = {name: torch.stack([getattr(loss, name) for loss in losses]) for name in TABLES}
         for name, table in tables.items():
             self.tables[name].copy_(table)  # in place, where a CUDA graph reads them
         # A step skips what no loss of the chunk has.
-        before = self.is_plain, self.is_unweighted
-        self.is_plain = not tables["offset"].any() and not tables["margin"].any()
+        before = self.has_offsets, self.is_unweighted
+        self.has_offsets = bool(tables["offset"].any() or tables["margin"].any())
         self.is_unweighted = bool((tables["weight"] == 1).all())
-        if self.graph and (self.is_plain, self.is_unweighted) != before:
+        if self.graph and (self.has_offsets, self.is_unweighted) != before:
             self.graph.forget()
         self.rate.copy_(-rate * self.lr)
 
@@ -136,7 +139,7 @@ class _LinearChunk:
         wide = torch.mm(inputs, self.weight.T, out=aligned(len(inputs), len(self.weight), inputs))
         z = wide.view(len(inputs), self.heads, self.classes)
         hits = (z.gather(2, index)[:, :, 0] >= z.amax(dim=2)).sum(dim=0)
-        if not self.is_plain:
+        if self.has_offsets:
             z += self.offset
             z.scatter_add_(2, index, -self.margin.T[labels][:, :, None])
         log_p = z.log_softmax(dim=2)
@@ -171,21 +174,21 @@ class _LinearChunk:
     @torch.no_grad()
     def end(self) -> None:
         self._fill_heads()
-        for trainee, row in zip(self.trainees, self.rows):
-            if trainee.project is not None:
-                trainee.project()
-                row[:, :-1].copy_(trainee.head.get_parameter("weight"))
+        for classifier, row in zip(self.classifiers, self.rows):
+            if classifier.project is not None:
+                classifier.project()
+                row[:, :-1].copy_(classifier.head.get_parameter("weight"))
 
     def _fill_heads(self) -> None:
-        for trainee, row in zip(self.trainees, self.rows):
-            trainee.head.get_parameter("weight").copy_(row[:, :-1])
-            trainee.head.get_parameter("bias").copy_(row[:, -1])
+        for classifier, row in zip(self.classifiers, self.rows):
+            classifier.head.get_parameter("weight").copy_(row[:, :-1])
+            classifier.head.get_parameter("bias").copy_(row[:, -1])
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> StateDict:
         return {"weight": self.weight.contiguous(), "velocity": self.velocity.contiguous()}
 
     @torch.no_grad()
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: StateDict) -> None:
         self.weight.copy_(state["weight"])
         self.velocity.copy_(state["velocity"])
         self._fill_heads()
@@ -194,34 +197,36 @@ class _LinearChunk:
 class _Alone:
     """Any head, by autograd."""
 
-    def __init__(self, place: int, trainee: Trainee, momentum: float, nesterov: bool) -> None:
-        self.places, self.trainee = [place], trainee
-        parameters = [p for p in trainee.head.parameters() if p.requires_grad]
-        self.optimizer = SGD(parameters, trainee.lr, momentum=momentum, weight_decay=trainee.wd, nesterov=nesterov)
+    def __init__(self, place: int, classifier: TrainableHead, momentum: float, nesterov: bool) -> None:
+        self.places, self.classifier = [place], classifier
+        parameters = [p for p in classifier.head.parameters() if p.requires_grad]
+        self.optimizer = SGD(
+            parameters, classifier.lr, momentum=momentum, weight_decay=classifier.wd, nesterov=nesterov
+        )
 
     def begin(self, progress: float, rate: float) -> None:
-        self.loss = self.trainee.loss(progress).to(next(self.trainee.head.parameters()).device)
-        self.optimizer.param_groups[0]["lr"] = self.trainee.lr * rate
+        self.loss = self.classifier.loss(progress).to(next(self.classifier.head.parameters()).device)
+        self.optimizer.param_groups[0]["lr"] = self.classifier.lr * rate
 
     def step(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        logits = self.trainee.head(features)
+        logits = self.classifier.head(features)
         loss: Tensor = self.loss(logits, labels)
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
-        if self.trainee.project is not None and self.trainee.each_step:
-            self.trainee.project()
+        if self.classifier.project is not None and self.classifier.each_step:
+            self.classifier.project()
         return loss.detach()[None], (logits.detach().argmax(dim=1) == labels).sum()[None]
 
     def end(self) -> None:
-        if self.trainee.project is not None:
-            self.trainee.project()
+        if self.classifier.project is not None:
+            self.classifier.project()
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"head": self.trainee.head.state_dict(), "optimizer": self.optimizer.state_dict()}
+    def state_dict(self) -> StateDict:
+        return {"head": self.classifier.head.state_dict(), "optimizer": self.optimizer.state_dict()}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.trainee.head.load_state_dict(state["head"])
+    def load_state_dict(self, state: StateDict) -> None:
+        self.classifier.head.load_state_dict(state["head"])
         self.optimizer.load_state_dict(state["optimizer"])
 
 
@@ -238,28 +243,28 @@ class Solver:
 
     def __init__(
         self,
-        trainees: Sequence[Trainee],
+        classifiers: Sequence[TrainableHead],
         momentum: float = 0.9,
         nesterov: bool = False,
         chunk: int | None = None,
         graph: str = "auto",
         say: Callable[[str], None] = print,
     ) -> None:
-        together = [i for i, trainee in enumerate(trainees) if _is_linear(trainee)]
-        self.device = next(trainees[0].head.parameters()).device
+        together = [i for i, classifier in enumerate(classifiers) if _is_linear(classifier)]
+        self.device = next(classifiers[0].head.parameters()).device
         self.parts: list[_Part] = []
         if together:
-            shape = trainees[together[0]].head.get_parameter("weight").shape
+            shape = classifiers[together[0]].head.get_parameter("weight").shape
             chunk = chunk or (cpu_chunk(*shape) if self.device.type == "cpu" else len(together))
             for first in range(0, len(together), chunk):
                 places = together[first : first + chunk]
                 has_graph = graph != "off" and self.device.type == "cuda"
-                part = _LinearChunk(places, [trainees[i] for i in places], momentum, nesterov)
+                part = _LinearChunk(places, [classifiers[i] for i in places], momentum, nesterov)
                 part.graph = Graphed(must=graph == "on", say=say) if has_graph else None
                 self.parts.append(part)
-        alone = [i for i in range(len(trainees)) if i not in together]
-        self.parts += [_Alone(i, trainees[i], momentum, nesterov) for i in alone]
-        self.seconds = [0.0] * len(trainees)
+        alone = [i for i in range(len(classifiers)) if i not in together]
+        self.parts += [_Alone(i, classifiers[i], momentum, nesterov) for i in alone]
+        self.seconds = [0.0] * len(classifiers)
         self._begin_epoch()
 
     def _begin_epoch(self) -> None:
@@ -300,12 +305,12 @@ class Solver:
                 results[place] = (loss_sum / self.images, correct / self.images)
         return results
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> StateDict:
         """Weights and momentum of every head, and what the epoch has measured so far."""
         own = {"images": self.images, "sums": self.sums, "seconds": self.seconds}
         return {**own, "parts": [part.state_dict() for part in self.parts]}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: StateDict) -> None:
         """Goes on from a state."""
         self.images, self.seconds = state["images"], state["seconds"]
         self.sums = [value.to(self.device) if isinstance(value, Tensor) else value for value in state["sums"]]
@@ -372,12 +377,12 @@ def cpu_chunk(classes: int, features: int) -> int:
     return min(CPU_CHUNK, max(1, CHUNK_BYTES // (4 * classes * features)))
 
 
-def _is_linear(trainee: Trainee) -> bool:
+def _is_linear(classifier: TrainableHead) -> bool:
     return (
-        type(trainee.head) is nn.Linear
-        and not trainee.each_step
-        and all(p.requires_grad for p in trainee.head.parameters())
-        and isinstance(trainee.loss(0.0), SoftmaxLoss)
+        type(classifier.head) is nn.Linear
+        and not classifier.each_step
+        and all(p.requires_grad for p in classifier.head.parameters())
+        and isinstance(classifier.loss(0.0), SoftmaxLoss)
     )
 
 

@@ -8,8 +8,8 @@ import datasets
 from datasets import DATASETS, SAMPLERS, Augment, Batches
 from datasets.batches import Draws, Windows
 from datasets.longtail import choose_subset, class_sizes, hold_out
+from utils.errors import UsageError
 from utils.metrics import GROUPS, group_of
-from utils.options import UsageError
 
 CPU = torch.device("cpu")
 

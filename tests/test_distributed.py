@@ -31,15 +31,16 @@ import compare
 import evaluate
 import main_stage1
 import main_stage2
+from benchmarks.faults import PRELOADED
 from datasets import AUGMENTATIONS, SAMPLERS, Batches, Mix
 from datasets.batches import Augment, own_rows
 from engine import TrainStep, make_sgd, set_lr, train_epoch
 from losses import LOSSES, make_loss, mass
 from models import build_model
-from recipe import constraint
+from training.recipe import constraint
 from utils import checkpoints, distributed
-from utils.distributed import joined, processes, rank
-from utils.options import UsageError
+from utils.distributed import process_group, rank, world_size
+from utils.errors import UsageError
 
 CPU = torch.device("cpu")
 COUNTS = [30, 15, 9, 5, 2]
@@ -100,7 +101,7 @@ def trained(case: str, accum: int) -> tuple[dict[str, torch.Tensor], list[float]
     told: list[float] = []
     for epoch in range(3):
         set_lr(optimizer, 0.05 / (epoch + 1))
-        told += train_epoch(step, batches((rank(), processes()), "class").epoch(epoch), epoch, 0.05)
+        told += train_epoch(step, batches((rank(), world_size()), "class").epoch(epoch), epoch, 0.05)
     momentum = [state["momentum_buffer"] for state in optimizer.state.values()]
     found = {**model.state_dict(), **{f"averaged {name}": v for name, v in step.averaged.state_dict().items()}}
     return found | {f"momentum {i}": value for i, value in enumerate(momentum)}, told
@@ -113,7 +114,7 @@ def mixed(accum: int) -> torch.Tensor:
     optimizer = make_sgd(model.parameters(), 0.05, 0.9, 0.0, nesterov=False)
     step = TrainStep(model, make_loss("class-balanced", COUNTS, {}).double(), optimizer, accum=accum)
     for images, labels in list(batches((0, 1)).epoch())[2:]:
-        parts = (each.tensor_split(processes())[rank()] for each in (images, labels, labels.roll(3)))
+        parts = (each.tensor_split(world_size())[rank()] for each in (images, labels, labels.roll(3)))
         step(*parts, torch.tensor(0.3))
     return model.fc.weight.detach()
 
@@ -136,7 +137,7 @@ def steps_and_weights(home: Path) -> Any:
     waits = []
     no_sync = DistributedDataParallel.no_sync
     DistributedDataParallel.no_sync = lambda self: waits.append(1) or no_sync(self)  # type: ignore[method-assign]
-    with joined():
+    with process_group():
         alike = {(case, accum): trained(case, accum) for case in CASES for accum in (1, 2)}
         return alike, {accum: mixed(accum) for accum in (1, 2)}, len(waits)
 
@@ -229,7 +230,7 @@ def imported_once() -> Iterator[None]:
     """The processes of all crews come from one that has done the imports."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'tests'}")
-        multiprocessing.set_forkserver_preload([__name__])
+        multiprocessing.set_forkserver_preload([__name__, *PRELOADED])
         forkserver.ensure_running()
     yield
     multiprocessing.set_forkserver_preload([])

@@ -17,10 +17,10 @@ from datasets.batches import Augment
 from engine import Selection, TrainStep, cosine, is_due, make_sgd, predict, set_lr, train_epoch
 from losses import SoftmaxLoss, class_balanced_weights, reweighted
 from models import build_model
-from recipe import constraint
+from training.recipe import constraint
 from utils import proof
+from utils.errors import Diverged
 from utils.graphs import Graphed
-from utils.options import Diverged
 from utils.system import cpu_has_bf16
 
 CPU = torch.device("cpu")

@@ -22,10 +22,10 @@ from losses.weighted import LADE
 from models import build_model
 from models.heads import HEADS, MARC, CosineHead, ScaledLinear
 from models.network import Network, pooled
-from recipe import constraint
 from retraining import features
 from retraining.features import feature_blocks, gathered, predict_features, resident
-from retraining.solver import Solver, Trainee
+from retraining.solver import Solver, TrainableHead
+from training.recipe import constraint
 from utils import metrics
 
 #: PyTorch's own deep copy asks for it.
@@ -36,7 +36,9 @@ WAITS = (Wrong, DataDependentOutputException, DynamicOutputShapeException)
 @pytest.fixture
 def gpu(monkeypatch):
     """The mode; an epoch's losses and hits are ones when it fetches them at its end."""
-    monkeypatch.setattr(engine, "total", lambda values: torch.ones(values.shape) if values.device == GPU else values)
+    monkeypatch.setattr(
+        engine, "all_reduce_sum", lambda values: torch.ones(values.shape) if values.device == GPU else values
+    )
     with fake_gpu(monkeypatch) as mode:
         yield mode
 
@@ -123,7 +125,7 @@ def test_the_solver_s_epoch_stays_on_the_gpu(gpu: FakeGPU, number: int | None, n
     """Every loss of the family alone, and all at once, with a projection and without."""
     losses = SOFTMAX if number is None else [SOFTMAX[number]]
     heads = [on_gpu(nn.Linear(12, 5)) for _ in losses]
-    group = [Trainee(head, lambda _, loss=loss: loss, 0.1, 1e-3) for head, loss in zip(heads, losses)]
+    group = [TrainableHead(head, lambda _, loss=loss: loss, 0.1, 1e-3) for head, loss in zip(heads, losses)]
     group[0].project = constraint(heads[0], "maxnorm", 0.3)
     solver = Solver(group, 0.9, nesterov, graph="off")
     [part] = solver.parts
@@ -138,7 +140,7 @@ def test_the_solver_s_epoch_stays_on_the_gpu(gpu: FakeGPU, number: int | None, n
 @pytest.mark.parametrize("head", [CosineHead(12, 5), ScaledLinear(nn.Linear(12, 5)), MARC(nn.Linear(12, 5))])
 def test_other_heads_stay_on_the_gpu(gpu: FakeGPU, head: nn.Module) -> None:
     head = on_gpu(copy.deepcopy(head))
-    solver = Solver([Trainee(head, lambda _: LADE(COUNTS), 0.1, 1e-3)])
+    solver = Solver([TrainableHead(head, lambda _: LADE(COUNTS), 0.1, 1e-3)])
     solver.parts[0].begin(0.0, 1.0)
     solver.parts[0].optimizer.param_groups[0]["fused"] = True  # the only one that is stood in for
     loss, hits = solver.parts[0].step(torch.zeros(6, 12, device=GPU), torch.zeros(6, dtype=torch.int64, device=GPU))

@@ -14,6 +14,7 @@ from conftest import ROOT, make_places_lt
 
 import main_stage1
 import main_stage2
+import retraining.train
 from benchmarks.faults import KINDS, Fault, Prepare, Stage, attempt, every, litter, stored, trial
 from datasets import prepare
 from utils.checkpoints import read
@@ -134,7 +135,7 @@ def test_the_room_that_a_run_needs_is_checked_before_it_begins(name, bases, work
 
 def test_the_room_that_features_need_is_that_of_their_arrays(bases, workdir: Path, monkeypatch, capsys) -> None:
     asked: list[float] = []
-    monkeypatch.setattr(main_stage2, "require_room", lambda needed, what: asked.append(*needed.values()))
+    monkeypatch.setattr(retraining.train, "require_room", lambda needed, what: asked.append(*needed.values()))
     shutil.copytree(bases["stage1"], "run")
     monkeypatch.chdir("run")
     for features in ("views", "orbit", "replay"):

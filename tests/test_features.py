@@ -15,6 +15,7 @@ import datasets
 from datasets import DATASETS
 from datasets.batches import seeded
 from engine import predict
+from experiment.data import EVAL_BATCH, eval_batches
 from models import build_model
 from retraining import features as features_module
 from retraining.features import (
@@ -28,10 +29,9 @@ from retraining.features import (
     predict_features,
     resident,
 )
-from retraining.methods import METHODS
-from retraining.sweep import Lab
-from stages import EVAL_BATCH, eval_batches
-from utils.options import UsageError
+from retraining.methods import NCM, TauNorm
+from retraining.results import FrozenBackbone
+from utils.errors import UsageError
 
 CPU = torch.device("cpu")
 STREAM = Stream(seed=3, sampler="instance", batch_size=64, epochs=4)
@@ -382,22 +382,22 @@ def test_predictions_in_blocks_equal_the_whole(sides: int, monkeypatch) -> None:
 
 @pytest.mark.parametrize("metric", ["centred", "cosine", "l2"])
 def test_class_means_in_blocks_equal_the_whole(metric: str, tmp_path: Path, monkeypatch) -> None:
-    lab = Lab(make("views", tmp_path))
-    whole = METHODS["ncm"].head(lab.start, {"ncm_metric": metric})
+    frozen = FrozenBackbone(make("views", tmp_path))
+    whole = NCM(ncm_metric=metric).head(frozen.stage1)
     monkeypatch.setattr(features_module, "BLOCK_BYTES", 4 * 64 * 100)
-    assert len(list(lab.start.clean())) == 4
-    blocks = METHODS["ncm"].head(lab.start, {"ncm_metric": metric})
+    assert len(list(frozen.stage1.clean())) == 4
+    blocks = NCM(ncm_metric=metric).head(frozen.stage1)
     for name, value in whole.state_dict().items():
         assert torch.allclose(blocks.state_dict()[name], value, atol=1e-6), name
 
 
 def test_held_out_features_in_blocks_equal_the_whole(tmp_path: Path, small_cifar10: str, monkeypatch) -> None:
     data = datasets.load("cifar10", small_cifar10, imb_ratio=4, val_fraction=0.3)
-    lab = Lab(make("views", tmp_path, data, flip=True))
-    [(whole, labels)] = lab.start.held_out()
-    assert torch.equal(whole, torch.stack(lab.source.evaluated("val")).mean(dim=0))
-    tau = METHODS["tau-norm"].resolve(lab.start, {"tau": "val"})
+    frozen = FrozenBackbone(make("views", tmp_path, data, flip=True))
+    [(whole, labels)] = frozen.stage1.held_out()
+    assert torch.equal(whole, torch.stack(frozen.source.evaluated("val")).mean(dim=0))
+    tau = TauNorm().chosen(frozen.stage1)
     monkeypatch.setattr(features_module, "BLOCK_BYTES", 4 * 64 * 7)
-    features, own = (torch.cat(part) for part in zip(*lab.start.held_out()))
-    assert len(list(lab.start.held_out())) > 1 and torch.equal(features, whole) and torch.equal(own, labels)
-    assert METHODS["tau-norm"].resolve(lab.start, {"tau": "val"}) == tau
+    features, own = (torch.cat(part) for part in zip(*frozen.stage1.held_out()))
+    assert len(list(frozen.stage1.held_out())) > 1 and torch.equal(features, whole) and torch.equal(own, labels)
+    assert TauNorm().chosen(frozen.stage1) == tau

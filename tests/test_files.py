@@ -21,8 +21,9 @@ from conftest import ROOT
 from models import build_model
 from utils import checkpoints, files
 from utils.checkpoints import Checkpoint, publish, read
+from utils.command import command
+from utils.errors import UsageError, disk_words
 from utils.files import atomic, lock, require_room, require_target, sweep, write_text
-from utils.options import UsageError, command, disk_words
 
 HOLDER = """
 import sys, time

@@ -1,11 +1,11 @@
-"""Imports run downward only: scripts -> stages, recipe, retraining -> sweeps -> engine -> families -> utils."""
+"""Imports run downward only: scripts -> training, retraining -> experiment -> engine -> families -> utils."""
 
 import ast
 
 import pytest
 from conftest import ROOT
 
-SCRIPTS = {"main_stage1", "main_stage2", "evaluate", "compare", "predict"}
+SCRIPTS = ("main_stage1", "main_stage2", "evaluate", "compare", "predict")
 FAMILIES = {"datasets", "models", "losses"}
 MAY_IMPORT = {
     "utils": {"utils"},
@@ -13,13 +13,13 @@ MAY_IMPORT = {
     "models": {"models", "utils"},
     "datasets": {"datasets", "utils"},
     "engine": FAMILIES | {"utils"},
-    "sweeps": {"utils", "engine"},
-    "retraining": FAMILIES | {"utils", "engine", "sweeps", "retraining"},
-    "stages": FAMILIES | {"utils", "engine"},
-    "recipe": FAMILIES | {"utils", "sweeps"},
-    **{script: FAMILIES | {"utils", "engine", "sweeps", "stages", "retraining"} for script in SCRIPTS},
-    "main_stage1": FAMILIES | {"utils", "engine", "sweeps", "stages", "recipe"},
-    "compare": FAMILIES | {"utils", "engine", "sweeps", "stages", "retraining", "main_stage2"},
+    "experiment": FAMILIES | {"utils", "engine", "experiment"},
+    "training": FAMILIES | {"utils", "engine", "experiment", "training"},
+    "retraining": FAMILIES | {"utils", "engine", "experiment", "retraining"},
+    **{script: FAMILIES | {"utils", "engine", "experiment"} for script in SCRIPTS},
+    "main_stage1": FAMILIES | {"utils", "engine", "experiment", "training"},
+    "main_stage2": FAMILIES | {"utils", "engine", "experiment", "retraining"},
+    "compare": FAMILIES | {"utils", "engine", "experiment", "retraining"},
 }
 EVERYTHING = set(MAY_IMPORT) | {"benchmarks", "tests"}
 

@@ -9,38 +9,39 @@ import pytest
 import torch
 from torch import nn
 
-import main_stage2
+from experiment.sweeps import varying
 from losses import weighted
 from models.heads import HEADS, head_name, make_linear
-from retraining.methods import METHODS, Start
-from retraining.settings import TUNABLE, Setting, by_stream, make_settings, options_of
-from retraining.solver import Solver, Trainee
-from sweeps import varying
-from utils.options import UsageError
+from retraining.methods import METHODS, Method, Stage1, Trained
+from retraining.options import Options
+from retraining.settings import TUNABLE, by_stream, make_methods
+from retraining.solver import Solver, TrainableHead
+from utils.errors import UsageError
+from utils.options import spec_of
 
 COUNTS = [40, 20, 8, 4, 2]
 COMMON = {"seed": (0,), "batch_size": (64,), "finetune_epoch": (20,)}
 
 
 @pytest.fixture(scope="module")
-def start() -> Start:
+def start() -> Stage1:
     torch.manual_seed(0)
     labels = torch.arange(5).repeat_interleave(torch.tensor(COUNTS))
     features = (torch.randn(74, 6) + torch.randn(5, 6)[labels]).relu() + 0.01
     held_out = (torch.randn(50, 6) + 1).relu(), torch.arange(5).repeat(10)
-    return Start(nn.Linear(6, 5).requires_grad_(False), COUNTS, lambda: [(features, labels)], lambda: [held_out])
+    return Stage1(nn.Linear(6, 5).requires_grad_(False), COUNTS, lambda: [(features, labels)], lambda: [held_out])
 
 
-def only(method: str, **wanted) -> Setting:
-    [setting] = make_settings([method], COMMON | {k: (v,) for k, v in wanted.items()}, wanted, 5)
-    return setting
+def only(name: str, **wanted) -> Method:
+    [method] = make_methods([name], COMMON | {k: (v,) for k, v in wanted.items()}, wanted, 5)
+    return method
 
 
-def head_of(start: Start, method: str, **wanted) -> nn.Module:
-    return METHODS[method].head(start, METHODS[method].resolve(start, only(method, **wanted).values))
+def head_of(start: Stage1, method: str, **wanted) -> nn.Module:
+    return only(method, **wanted).chosen(start).head(start)
 
 
-def numpy_of(start: Start) -> tuple[np.ndarray, np.ndarray]:
+def numpy_of(start: Stage1) -> tuple[np.ndarray, np.ndarray]:
     return start.linear.weight.numpy().astype(np.float64), start.linear.bias.numpy().astype(np.float64)
 
 
@@ -112,9 +113,9 @@ def test_maxnorm(start, radius) -> None:
     limit = norms.min() + 0.1 * (norms.max() - norms.min()) if radius == "published" else radius
     expected = np.stack([row * min(1, limit / norm) for row, norm in zip(weight, norms)])
     assert np.abs(expected - weight).max() > 1e-3
-    values = only("maxnorm", maxnorm_radius=radius).values
-    head = METHODS["maxnorm"].head(start, values)
-    METHODS["maxnorm"].project(head, start, values)
+    method = only("maxnorm", maxnorm_radius=radius)
+    head = method.head(start)
+    method.project(head, start)
     assert np.abs(head.weight.detach().numpy() - expected).max() < 1e-6
     assert np.abs(head.bias.detach().numpy() - bias).max() < 1e-7
 
@@ -123,7 +124,7 @@ def test_crt_starts_afresh_from_its_seed(start) -> None:
     one, same, other = (head_of(start, "crt", seed=seed) for seed in (0, 0, 1))
     assert torch.equal(one.weight, same.weight) and not torch.equal(one.weight, other.weight)
     assert not torch.equal(one.bias, start.linear.bias)
-    assert options_of(METHODS["crt"])["sampler"] == "class"
+    assert METHODS["crt"].options()["sampler"] == "class"
 
 
 def test_heads_longhand(start) -> None:
@@ -143,7 +144,7 @@ def test_heads_longhand(start) -> None:
     marc.shift.data.copy_(shift)
     assert torch.allclose(marc(features), scale * z + shift * weight.norm(dim=1), atol=1e-6)
     for name, head in (("lws", lws), ("marc", marc)):
-        linear = METHODS[name].finished(head)
+        linear = only(name).finished(head)
         assert head_name(linear) == "linear" and torch.allclose(linear(features), head(features), atol=1e-6)
         assert {n for n, p in head.named_parameters() if p.requires_grad} <= {"scale", "shift"}
 
@@ -164,8 +165,7 @@ def test_heads_longhand(start) -> None:
 
 
 def test_ldam_defers_its_weights(start) -> None:
-    values = only("ldam", drw=0.8).values
-    before, after = (METHODS["ldam"].loss(start, values, progress) for progress in (0.75, 0.8))
+    before, after = (only("ldam", drw=0.8).loss(start, progress) for progress in (0.75, 0.8))
     assert bool((before.weight == 1).all()) and after.weight[-1] > after.weight[0]
     margins = 0.5 * np.array(COUNTS) ** -0.25 / max(np.array(COUNTS) ** -0.25)
     assert np.abs(before.margin.numpy() - 30 * margins).max() < 1e-5
@@ -173,13 +173,13 @@ def test_ldam_defers_its_weights(start) -> None:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_is_made_trained_and_stored(start, name: str) -> None:
-    method, setting = METHODS[name], only(name)
-    setting = dataclasses.replace(setting, values=method.resolve(start, setting.values))
+    method = only(name).chosen(start)
     assert "class counts" in " ".join(str(type(method).__doc__).split())
-    head = method.head(start, setting.values)
-    if method.is_trained:
+    head = method.head(start)
+    assert isinstance(method, Trained) == (method.stream is not None)
+    if isinstance(method, Trained):
         before = {key: value.clone() for key, value in head.state_dict().items()}
-        trainee = Trainee(head, lambda progress: method.loss(start, setting.values, progress), 0.1, 0.0)
+        trainee = TrainableHead(head, lambda progress: method.loss(start, progress), 0.1, 0.0)
         [(features, labels)] = start.clean()
         [(loss, _)] = Solver([trainee]).train_epoch([(features, labels)], 0.0, 1.0)
         assert np.isfinite(loss)
@@ -192,44 +192,42 @@ def test_every_method_is_made_trained_and_stored(start, name: str) -> None:
 
 
 def test_smoothing_combines_with_the_published_plug_ins() -> None:
-    takers = {name for name, method in METHODS.items() if "label_smooth" in method.options}
+    takers = {name for name, method in METHODS.items() if "label_smooth" in method.options()}
     assert takers == {"los", "ce", "crt", "lws", "cosine", "maxnorm"}
 
 
 def test_every_option_of_a_method_is_a_flag_and_the_other_way_round() -> None:
-    flags = {field.name: field for field in dataclasses.fields(main_stage2.Options)}
+    flags = spec_of(Options)
     assert set(TUNABLE) <= set(flags)
     for name, method in METHODS.items():
-        for option, default in options_of(method).items():
-            kind = flags[option].metadata["kind"]
-            assert default is None or kind(default) == (default,), (name, option)
-    several = {name for name, f in flags.items() if type(f.metadata["kind"]).__name__ == "Many"}
-    assert several == {*TUNABLE, "method"}
+        for option, default in method.options().items():
+            assert default is None or flags[option].kind(default) == default, (name, option)
+    assert {name for name, spec in flags.items() if spec.sweep} == {*TUNABLE, "method"}
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_grids_have_one_size(name: str) -> None:
-    settings = make_settings([name], COMMON, [], 100, tune=True)
-    default = make_settings([name], COMMON, [], 100)
-    if METHODS[name].is_trained or name in ("tau-norm", "logit-adjustment-posthoc"):
+    settings = make_methods([name], COMMON, [], 100, tune=True)
+    default = make_methods([name], COMMON, [], 100)
+    if issubclass(METHODS[name], Trained) or name in ("tau-norm", "logit-adjustment-posthoc"):
         assert len(settings) == 9
     else:
         assert len(settings) == {"ncm": 3, "l2-norm": 1, "joint": 1}[name]
     if name != "tau-norm":  # whose default looks at the held-out images itself
-        assert default[0].key in [setting.key for setting in settings]
+        assert default[0] in settings
 
 
 def test_a_sweep_is_the_product_of_what_each_method_takes() -> None:
     wanted = COMMON | {"seed": (0, 1), "label_smooth": (0.5, "auto"), "tau": (1.0, 1.9), "batch_size": (32, 64)}
-    settings = make_settings(["los", "tau-norm", "lade"], wanted, wanted, 100)
-    by_method = {name: [s for s in settings if s.method == name] for name in ("los", "tau-norm", "lade")}
+    settings = make_methods(["los", "tau-norm", "lade"], wanted, wanted, 100)
+    by_method = {name: [s for s in settings if s.name == name] for name in ("los", "tau-norm", "lade")}
     assert {name: len(group) for name, group in by_method.items()} == {"los": 8, "tau-norm": 2, "lade": 4}
-    assert {s.values["label_smooth"] for s in by_method["los"]} == {0.5, 100 / 102.04}
-    assert varying(settings) == ["batch_size", "finetune_lr", "label_smooth", "tau"]
-    rates = {(s.values["batch_size"], s.values["finetune_lr"]) for s in by_method["los"]}
+    assert {s.label_smooth for s in by_method["los"]} == {0.5, 100 / 102.04}
+    assert varying([s.setting for s in settings]) == ["batch_size", "finetune_lr", "label_smooth", "tau"]
+    rates = {(s.batch_size, s.finetune_lr) for s in by_method["los"]}
     assert rates == {(32, 2.5e-4), (64, 5e-4)}  # a default follows the batch size
-    typed = make_settings(["los"], wanted | {"finetune_lr": (0.1,)}, [], 100)
-    assert {s.values["finetune_lr"] for s in typed} == {0.1}
+    typed = make_methods(["los"], wanted | {"finetune_lr": (0.1,)}, [], 100)
+    assert {s.finetune_lr for s in typed} == {0.1}
     groups = by_stream(settings)
     assert len(groups) == 5 and len(groups[None]) == 2
     assert {stream.batch_size for stream in groups if stream} == {32, 64}
@@ -249,7 +247,7 @@ def test_a_sweep_is_the_product_of_what_each_method_takes() -> None:
 )
 def test_wrong_combinations_are_refused_by_name(methods: str, flags: dict, words: str) -> None:
     with pytest.raises(UsageError) as error:
-        make_settings(methods.split(), COMMON | flags, flags, 10)
+        make_methods(methods.split(), COMMON | flags, flags, 10)
     for word in words.split():
         assert word in str(error.value)
 
@@ -263,8 +261,8 @@ def test_a_linear_head_is_a_copy(start) -> None:
 
 def test_smoothing_takes_maxnorms_other_loss_along() -> None:
     wanted = COMMON | {"label_smooth": (0.0, 0.5)}
-    settings = make_settings(["maxnorm"], wanted, ["label_smooth"], 10)
-    assert [s.values["cb_form"] for s in settings] == ["bce", "ce"]
+    settings = make_methods(["maxnorm"], wanted, ["label_smooth"], 10)
+    assert [s.cb_form for s in settings] == ["bce", "ce"]
 
 
 LOGITS = torch.randn(12, 5, generator=torch.Generator().manual_seed(9))
@@ -305,13 +303,13 @@ LONGHAND = {
 @pytest.mark.parametrize("name", LONGHAND)
 def test_losses_longhand_away_from_their_defaults(start, name: str) -> None:
     wanted, expected = LONGHAND[name]
-    loss = METHODS[name].loss(start, only(name, **wanted).values, 0.0)
+    loss = only(name, **wanted).loss(start, 0.0)
     assert float(loss(LOGITS, TARGETS)) == pytest.approx(expected(), rel=1e-5)
 
 
 def test_the_other_losses_longhand_away_from_their_defaults(start) -> None:
     def value(name: str, progress: float = 0.0, **wanted) -> float:
-        return float(METHODS[name].loss(start, only(name, **wanted).values, progress)(LOGITS, TARGETS))
+        return float(only(name, **wanted).loss(start, progress)(LOGITS, TARGETS))
 
     p = LOGITS.double().softmax(dim=1)[range(12), TARGETS]
     assert value("focal", focal_gamma=1.5) == pytest.approx(float(-((1 - p) ** 1.5 * p.log()).mean()), rel=1e-5)
@@ -352,13 +350,13 @@ def test_published_defaults() -> None:
     }
     for name, values in expected.items():
         for option, value in values.items():
-            assert options_of(METHODS[name])[option] == pytest.approx(value), (name, option)
+            assert METHODS[name].options()[option] == pytest.approx(value), (name, option)
 
 
 def test_grids_go_down_and_up_and_begin_with_the_default() -> None:
-    settings = make_settings(["crt"], COMMON, [], 100, tune=True)
-    assert [s.values["finetune_lr"] for s in settings][::3] == pytest.approx([0.025, 0.005, 0.125])
-    assert [s.values["finetune_wd"] for s in settings][:3] == [5e-4, 0.0, 5e-3]
+    settings = make_methods(["crt"], COMMON, [], 100, tune=True)
+    assert [s.finetune_lr for s in settings][::3] == pytest.approx([0.025, 0.005, 0.125])
+    assert [s.finetune_wd for s in settings][:3] == [5e-4, 0.0, 5e-3]
 
 
 def test_tau_goes_by_class_mean_where_the_held_out_images_are_unbalanced(start) -> None:
@@ -376,4 +374,4 @@ def test_tau_goes_by_class_mean_where_the_held_out_images_are_unbalanced(start) 
         if np.argmax(by_class) != np.argmax([hit.mean() for hit in hits]):
             break
     lopsided = dataclasses.replace(start, held_out=lambda: [(features, torch.tensor(labels))])
-    assert METHODS["tau-norm"].resolve(lopsided, {"tau": "val"})["tau"] == pytest.approx(np.argmax(by_class) / 10)
+    assert only("tau-norm").chosen(lopsided).tau == pytest.approx(np.argmax(by_class) / 10)

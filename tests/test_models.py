@@ -7,7 +7,7 @@ import torchvision
 from models import BACKBONES, build_model, pick_stem, recognise, trained_part
 from models.imagenet import IMAGENET
 from models.resnet import SMALL
-from utils.options import UsageError
+from utils.errors import UsageError
 
 NETWORKS = [(network, stem) for network, makers in BACKBONES.items() for stem in makers]
 PARAMETERS = {  # of the convolutional networks with C = 100, colour images

@@ -6,30 +6,21 @@ import pytest
 
 import main_stage1
 import main_stage2
+from experiment.options import fill_options
 from losses import auto_label_smooth
 from retraining.methods import METHODS
-from retraining.settings import make_settings
-from stages import fill_options
-from utils.options import (
-    Choice,
-    Flag,
-    Number,
-    UsageError,
-    check,
-    command,
-    option,
-    parse_typed,
-    published_values,
-    resolve,
-)
+from retraining.settings import make_methods
+from utils.command import command
+from utils.errors import UsageError
+from utils.options import Choice, Flag, Number, check, option, parse_typed, published_values, resolve
 
 
 @dataclass(frozen=True)
 class Small:
-    some_rate: float = option(0.5, Number(float, 0, 1), "a rate of 50 %", published=0.98)
-    colour: str = option("red", Choice(("red", "blue")), "a colour")
-    loud_mode: bool = option(False, Flag(), "loud")
-    size: int | None = option(None, Number(int, 1), "a size", aliases=("extent_of",))
+    some_rate: float = option(0.5, Number(float, 0, 1), "a rate of 50 %", "recipe", published=0.98)
+    colour: str = option("red", Choice(("red", "blue")), "a colour", "recipe")
+    loud_mode: bool = option(False, Flag(), "loud", "recipe")
+    size: int | None = option(None, Number(int, 1), "a size", "data", aliases=("extent_of",))
 
     def __post_init__(self) -> None:
         check(self)
@@ -107,8 +98,8 @@ def test_command_turns_mistakes_into_a_message_and_status(capsys: pytest.Capture
 
 
 PUBLISHED = {  # Label Over-Smooth's released defaults
-    main_stage1: {"epochs": 200, "lr": (0.01,), "wd": (5e-3,), "label_smooth": (0.0,), "batch_size": (64,)},
-    main_stage2: {"method": ("los",), "finetune_epoch": (20,), "batch_size": (64,)},
+    main_stage1: {"epochs": 200, "lr": 0.01, "wd": 5e-3, "label_smooth": 0.0, "batch_size": 64},
+    main_stage2: {"method": "los", "finetune_epoch": 20, "batch_size": 64},
 }
 COMMON = {
     "dataset": "cifar100",
@@ -130,7 +121,7 @@ def test_defaults_are_the_published_ones(script) -> None:
     for name, value in {**COMMON, **PUBLISHED[script], "cur_stage": stage, "data_dir": "data/"}.items():
         assert getattr(options, name) == value, name
     assert (options.protocol, options.select, options.flip_tta, options.eval_every) == ("honest", "last", False, 10)
-    los = METHODS["los"].options
+    los = METHODS["los"].options()
     assert (los["finetune_lr"], los["finetune_wd"]) == (5e-4, 0.0)
 
 
@@ -141,8 +132,8 @@ def test_published_protocol() -> None:
     assert (two.select, two.flip_tta, two.eval_every) == ("last", True, 1)  # a typed flag wins
     assert two.features == "replay"
     for published, label_smooth in ((True, 0.98), (False, auto_label_smooth(100))):
-        settings = make_settings(["los", "crt"], COMMON_VALUES, [], 100, published=published)
-        assert [setting.values["label_smooth"] for setting in settings] == [label_smooth, 0.0]
+        settings = make_methods(["los", "crt"], COMMON_VALUES, [], 100, published=published)
+        assert [setting.label_smooth for setting in settings] == [label_smooth, 0.0]
     assert published_values(main_stage1.Options) == {
         "select": "best_test", "flip_tta": True, "eval_every": 1, "amp": "off",
     }  # fmt: skip
@@ -150,7 +141,7 @@ def test_published_protocol() -> None:
 
 def test_a_data_set_brings_its_recipe_and_typed_flags_win() -> None:
     resolved = fill_options(main_stage1.Options, {"dataset": "digits", "lr": 0.3}, "stage1")
-    assert (resolved.options.network, resolved.options.epochs, resolved.options.lr) == ("resnet8", 60, (0.3,))
+    assert (resolved.options.network, resolved.options.epochs, resolved.options.lr) == ("resnet8", 60, 0.3)
     assert resolved.sources["epochs"] == "--dataset digits" and resolved.sources["lr"] == "typed"
 
 
@@ -162,8 +153,8 @@ def test_a_recipe_wins_over_the_protocol() -> None:
 
 def test_a_seed_is_drawn_when_none_is_given() -> None:
     seeds = {fill_options(main_stage1.Options, argv, "stage1").options.seed for argv in ({}, {}, {"seed": "None"})}
-    assert len(seeds) == 3 and all(isinstance(seed, int) for (seed,) in seeds)
-    assert fill_options(main_stage1.Options, {"seed": 7}, "stage1").options.seed == (7,)
+    assert len(seeds) == 3 and all(isinstance(seed, int) for seed in seeds)
+    assert fill_options(main_stage1.Options, {"seed": 7}, "stage1").options.seed == 7
 
 
 def test_learning_rate_is_an_alias() -> None:

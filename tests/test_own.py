@@ -20,11 +20,11 @@ import evaluate
 import main_stage1
 import main_stage2
 import predict
-from datasets import Augment, ResizedCrop, Shown, own, prepare
+from datasets import Augment, ImageOptions, ResizedCrop, own, prepare
 from datasets.photos import Photos
 from models import build_model
 from utils import checkpoints
-from utils.options import UsageError
+from utils.errors import UsageError
 
 COLOURS = {"red": (200, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 200)}
 
@@ -44,7 +44,7 @@ def make_folder(root: Path, side: int = 12, train=(8, 4, 2), test: str = "test",
 
 
 def read(kind: str, place: Path | str, **shown) -> datasets.LongTailed:
-    return datasets.load(kind, str(place), imb_ratio="natural", shown=Shown(**shown))
+    return datasets.load(kind, str(place), imb_ratio="natural", image_options=ImageOptions(**shown))
 
 
 def test_a_folder_of_small_images_is_held_in_memory(workdir, monkeypatch) -> None:
@@ -309,7 +309,7 @@ def test_the_chain_on_an_imagenet_lt_of_four_classes(workdir, capsys) -> None:
     one, _, predicted = chain(data, "resnet10", "--image_size", "48", "--select", "best_val")
     out = capsys.readouterr().out
     assert out.count("stored in training: the same") == 2
-    assert "label_smooth auto is 0.66225 here: this project's extrapolation" in out
+    assert "label_smooth 0.66225 (auto: extrapolated" in " ".join(out.split())
     assert one["class_counts"] == [16, 8, 5, 4] and one["temperature"] > 0
     file = checkpoints.read("checkpoints/imagenet_lt_natural_resnet10_stage2.pt")
     assert file.stem == "imagenet" and file.data["image_size"] == 48 and file.metrics["temperature"] > 0
@@ -411,11 +411,13 @@ def test_other_images_and_untested_classes_are_told(workdir, capsys) -> None:
 def test_a_damaged_cache_or_manifest_is_told(workdir, capsys) -> None:
     make_imagenet_lt(workdir / "photos")
     prepare.main(["imagenet_lt", "--root", "photos", "--any_counts", "--cache", "16", "--workers", "1"])
-    assert datasets.load("imagenet_lt", "data/", imb_ratio="natural", shown=Shown(how="cache")).train.is_photos
+    assert datasets.load(
+        "imagenet_lt", "data/", imb_ratio="natural", image_options=ImageOptions(how="cache")
+    ).train.is_photos
     cached = workdir / "data/imagenet_lt/val_16.npy"
     cached.write_bytes(cached.read_bytes()[:500])
     with pytest.raises(UsageError, match="no whole decoded pixels"):
-        datasets.load("imagenet_lt", "data/", imb_ratio="natural", shown=Shown(how="cache"))
+        datasets.load("imagenet_lt", "data/", imb_ratio="natural", image_options=ImageOptions(how="cache"))
     (workdir / "data/imagenet_lt/manifest.npz").write_bytes(b"PK")
     with pytest.raises(UsageError, match="is damaged"):
         datasets.load("imagenet_lt", "data/", imb_ratio="natural")
@@ -488,7 +490,7 @@ def test_places_begin_with_imagenet_weights_and_train_the_last_block(workdir, mo
     prepare.main(["places_lt", "--root", "photos", "--any_counts", "--workers", "1"])
     torch.manual_seed(3)
     weights = build_model("resnet10", 1000, stem="imagenet").state_dict()
-    monkeypatch.setattr("stages.imagenet_weights", lambda network: weights)
+    monkeypatch.setattr("experiment.restore.imagenet_weights", lambda network: weights)
     data = ["--dataset", "places_lt", "--network", "resnet10", "--image_size", "32", "--batch_size", "8", *QUICK]
     main_stage1.main([*data, "--epochs", "1"])
     assert "torchvision/resnet10-IMAGENET1K_V1, of 1000 classes: the classifier begins anew" in capsys.readouterr().out

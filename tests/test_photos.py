@@ -20,7 +20,7 @@ from datasets.files import read_image
 from datasets.own import square
 from datasets.photos import ATTEMPTS, LONGEST, Crops, Photos, ResizedCrop, centre, resample, shortened
 from datasets.scan import write_pixels
-from utils.options import UsageError
+from utils.errors import UsageError
 
 CPU = torch.device("cpu")
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

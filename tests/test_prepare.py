@@ -23,9 +23,9 @@ from datasets import prepare, published, scan
 from datasets.files import Manifest, read_image
 from datasets.listed import read_listed
 from datasets.published import CLASS_COUNTS, PUBLISHED, class_folders, difference, digest, read_list
-from datasets.spec import Shown
+from datasets.spec import ImageOptions
+from utils.errors import UsageError
 from utils.metrics import GROUPS, group_of
-from utils.options import UsageError
 
 COUNTS = json.loads(CLASS_COUNTS.read_text())
 needs_lists = pytest.mark.skipif(not (SHARED / "lists").is_dir(), reason="the published lists are not here")
@@ -268,7 +268,7 @@ def test_a_damaged_image_costs_nothing_that_was_good(workdir: Path, capsys) -> N
 
 def test_pixels_of_another_list_do_not_count_though_they_have_its_shape(workdir: Path, monkeypatch) -> None:
     root = changed(workdir)
-    replace, shown = os.replace, Shown(image_size=16, how="cache")
+    replace, shown = os.replace, ImageOptions(image_size=16, how="cache")
 
     def broken(source: Path, target: Path) -> None:
         if target.name == "manifest.npz":  # when all pixels have been renamed

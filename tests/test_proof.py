@@ -8,7 +8,7 @@ import pytest
 import torch
 from test_engine import CPU, distance, options_of_a_step, some_batches, some_model, some_step, stand_in
 from test_solver import LOSSES as SOFTMAX
-from test_solver import WD, stream, trainees
+from test_solver import WD, heads, stream
 from torch import Tensor, nn
 
 from datasets import Mix
@@ -16,9 +16,9 @@ from datasets.batches import Augment
 from engine import TrainStep, train_epoch
 from losses import SoftmaxLoss
 from models import build_model
-from retraining.solver import Solver, Trainee
+from retraining.solver import Solver, TrainableHead
+from utils.errors import UsageError
 from utils.graphs import Graphed
-from utils.options import UsageError
 from utils.proof import BOUNDS, STEPS, Proven, _turned, bound, compiled
 
 AUTO = {"bound": BOUNDS["float32"]}
@@ -255,16 +255,16 @@ def test_the_solver_s_graph_proves_itself(recorder, words: str, nesterov: bool) 
     torch.manual_seed(0)
     start, found, lines = nn.Linear(12, 5), [], []
     for graphed in (False, True):
-        solver = Solver(trainees(start), 0.9, nesterov, chunk=len(SOFTMAX))
+        solver = Solver(heads(start), 0.9, nesterov, chunk=len(SOFTMAX))
         graph = graphs_of(solver, recorder, say=lines.append)[0] if graphed else None
         stats = [solver.train_epoch(stream(epoch), epoch / 3, 1 - epoch / 3) for epoch in range(3)]
-        found.append((stats, [t.head.weight for t in solver.parts[0].trainees]))
+        found.append((stats, [t.head.weight for t in solver.parts[0].classifiers]))
         if graph and not words:
             assert len(graph._recorded) == 2 and not lines
     assert found[0][0] == found[1][0] and all(map(torch.equal, found[0][1], found[1][1]))
     assert len(lines) == bool(words) and words in "".join(lines)
     if words:
-        solver = Solver(trainees(start), 0.9, nesterov, chunk=len(SOFTMAX))
+        solver = Solver(heads(start), 0.9, nesterov, chunk=len(SOFTMAX))
         graphs_of(solver, recorder, must=True)
         with pytest.raises(UsageError, match="--graph on: it"):
             solver.train_epoch(stream(0), 0.0, 1.0)
@@ -273,7 +273,7 @@ def test_the_solver_s_graph_proves_itself(recorder, words: str, nesterov: bool) 
 def test_a_changed_loss_proves_itself_anew() -> None:
     start = nn.Linear(12, 5)
     phases = [SoftmaxLoss(5), SOFTMAX[2]]
-    solver = Solver([Trainee(copy.deepcopy(start), lambda progress: phases[progress > 0], 0.1, WD[1])])
+    solver = Solver([TrainableHead(copy.deepcopy(start), lambda progress: phases[progress > 0], 0.1, WD[1])])
     [graph] = graphs_of(solver, replayed)
     checked = []
     check = graph.proven._check

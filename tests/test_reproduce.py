@@ -24,9 +24,9 @@ import evaluate
 import main_stage1
 from benchmarks import reproduce
 from benchmarks.reproduce import Row
-from stages import built
+from experiment.restore import built
 from utils import checkpoints
-from utils.options import UsageError
+from utils.errors import UsageError
 
 RECIPE = "--epochs 2 --batch_size 64"
 ROWS = (

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import copy
+import errno
 import gc
 import json
 import os
 import random
+import shutil
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from PIL import Image
 
 import compare
 import main_stage1
@@ -21,9 +27,9 @@ import main_stage2
 from benchmarks.torture import COMMANDS, equal, outcome, tortured
 from engine import Selection, TrainStep, make_sgd
 from models import build_model
-from retraining.sweep import Finished
+from retraining.results import Finished
 from utils import signals
-from utils.files import lock
+from utils.files import lock, sha256
 from utils.resume import TrainState, state_files
 from utils.run import Run
 
@@ -204,7 +210,7 @@ def test_a_refused_start_leaves_the_run_as_it_was(workdir, interruptions, capsys
     records, states = (folder / "metrics.jsonl").read_bytes(), [path.read_bytes() for path in state_files(folder)]
     for path in state_files(folder):
         path.write_bytes(b"damaged")
-    assert "cannot be read" in shown_error(capsys, main_stage1.main, "--resume", str(folder))
+    assert "damaged, and no other" in shown_error(capsys, main_stage1.main, "--resume", str(folder))
     assert records and (folder / "metrics.jsonl").read_bytes() == records
     for path, content in zip(state_files(folder), states):
         path.write_bytes(content)
@@ -333,7 +339,7 @@ def test_states_are_few_and_a_damaged_one_is_passed_over(workdir, interruptions,
     content[content.index(weight.numpy().tobytes())] ^= 1
     newest.write_bytes(content)
     assert equal(main_stage1.main([*arguments, "--resume", "auto"]), report)
-    assert f"{newest.name} cannot be read; the state before it is taken" in capsys.readouterr().out
+    assert f"{newest.name} is damaged; the state before it is taken" in capsys.readouterr().out
     assert equal(outcome(Path("output")), outcome(Path("whole")))
 
     with pytest.raises(SystemExit):
@@ -341,7 +347,104 @@ def test_states_are_few_and_a_damaged_one_is_passed_over(workdir, interruptions,
         main_stage1.main([*arguments, "--out", "third"])
     for path in state_files(run_folder("third")):
         path.write_bytes(b"damaged")
-    assert "cannot be read" in shown_error(capsys, main_stage1.main, "--resume", str(run_folder("third")))
+    assert "damaged, and no other" in shown_error(capsys, main_stage1.main, "--resume", str(run_folder("third")))
+    assert equal(main_stage1.main([*arguments, "--out", "third", "--resume", "auto"]), report)
+    assert "all states of third/" in capsys.readouterr().out and len([*Path("third").glob("*/*")]) == 2
+
+
+def test_a_state_that_the_disk_does_not_give_is_not_given_up(workdir, interruptions, capsys, monkeypatch) -> None:
+    arguments = [*DIGITS, "--epochs", "3", "--save_every", "1"]
+    interruptions.at = {27}
+    with pytest.raises(SystemExit):
+        main_stage1.main(arguments)
+    folder, read = run_folder("output"), Path.read_bytes
+    before = state_files(folder)
+
+    def fails(path: Path) -> bytes:
+        if path.name == before[0].name:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return read(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", fails)
+        assert "Input/output error" in shown_error(capsys, main_stage1.main, "--resume", str(folder))
+    assert state_files(folder) == before
+    main_stage1.main(["--resume", str(folder)])
+
+
+def test_a_run_that_another_process_has_completed_is_left_alone(workdir, monkeypatch, capsys) -> None:
+    """It was not complete when --resume auto looked, and is when the lock is there."""
+    arguments = [*DIGITS, "--epochs", "2", "--resume", "auto"]
+    main_stage1.main(arguments)
+    folder = run_folder("output")
+    metrics = (folder / "metrics.jsonl").read_bytes()
+    monkeypatch.setattr("experiment.resuming.completed_run", lambda folder: None)
+    assert "another process has completed" in shown_error(capsys, main_stage1.main, *arguments)
+    assert (folder / "metrics.jsonl").read_bytes() == metrics
+
+
+def test_a_complete_run_is_published_to_the_bit(workdir, capsys) -> None:
+    """So that what began from it can still be resumed; of a sweep too, and where checkpoints/ has gone."""
+    for flags in ([], ["--wd", "0", "0.1"]):
+        arguments = [*DIGITS, "--epochs", "1", *flags, "--resume", "auto"]
+        main_stage1.main(arguments)
+        made = sha256(STAGE1)
+        main_stage1.main([*DIGITS, "--epochs", "1", "--lr", "0.01"])
+        assert sha256(STAGE1) != made
+        main_stage1.main(arguments)
+        assert sha256(STAGE1) == made
+        shutil.rmtree("checkpoints")
+        main_stage1.main(arguments)
+        assert sha256(STAGE1) == made and "is complete" in capsys.readouterr().out
+
+
+def test_a_finished_run_of_a_sweep_whose_weights_are_lost_is_made_again(workdir, interruptions, capsys) -> None:
+    arguments = [*DIGITS, "--epochs", "2", "--wd", "0", "0.1"]
+    report = main_stage1.main([*arguments, "--out", "whole"])
+    interruptions.at = {interruptions.count * 7 // 4}  # in the second run
+    with pytest.raises(SystemExit):
+        main_stage1.main(arguments)
+    (weights,) = run_folder("output").glob("*/checkpoint.pt")
+    weights.write_bytes(b"cut off")
+    assert equal(main_stage1.main([*arguments, "--resume", "auto"]), report)
+    assert "this run is made again" in capsys.readouterr().out
+
+
+def test_without_its_options_no_run_begins(workdir, monkeypatch, capsys) -> None:
+    def refuses(path: Path, text: str) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+
+    monkeypatch.setattr("experiment.record.write_text", refuses)
+    with pytest.raises(SystemExit) as stop:
+        main_stage1.main([*DIGITS, "--epochs", "1"])
+    assert stop.value.code == 1 and "options.json" in capsys.readouterr().err and not STAGE1.exists()
+
+
+def test_a_signal_that_is_ignored_stays_ignored(workdir) -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with signals.handled():
+            assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+            assert signal.getsignal(signal.SIGTERM) != signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_photos_of_other_content_are_not_gone_on_with(workdir, interruptions, capsys) -> None:
+    for split, number in (("train", 4), ("test", 2)):
+        for label in ("a", "b"):
+            for i in range(number):
+                path = Path(f"pets/{split}/{label}/{i}.png")
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.new("RGB", (80, 80), (40 * i, 0, 99)).save(path)
+    arguments = "--dataset folder --data_dir pets --network resnet8 --stem small --epochs 2 --seed 0 --image_size 80"
+    interruptions.at = {interruptions.count + 1}
+    with pytest.raises(SystemExit):
+        main_stage1.main(arguments.split())
+    Image.new("RGB", (80, 80), (1, 2, 3)).save("pets/train/a/0.png")
+    assert "another set of training images" in shown_error(
+        capsys, main_stage1.main, *arguments.split(), "--resume", "auto"
+    )
 
 
 def test_other_images_are_not_gone_on_with(small_cifar10, interruptions, capsys) -> None:
@@ -375,3 +478,32 @@ def test_a_run_folder_is_one_process_s_at_a_time(workdir, interruptions, capsys)
 def test_killed_at_any_moment_it_ends_in_the_same_bits(tmp_path, name: str, number: signal.Signals) -> None:
     """A few; benchmarks/torture.py kills many."""
     assert tortured(COMMANDS[name], tmp_path, 2, number, random.Random(f"{name} {number}"))["kills"] >= 2
+
+
+def test_a_second_signal_stops_runs_side_by_side_at_once(workdir) -> None:
+    slow = (
+        "import sys, time; import main_stage1, engine; call = engine.TrainStep.__call__; "
+        "engine.TrainStep.__call__ = lambda self, *batch: (time.sleep(20), call(self, *batch))[1]; "
+        "main_stage1.main(sys.argv[1:])"
+    )
+    arguments = [*DIGITS, "--epochs", "2", "--wd", "0", "0.1", "--parallel", "2", "--threads", "1"]
+    process = subprocess.Popen(
+        [sys.executable, "-u", "-c", slow, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    begun = 0
+    for line in process.stdout:
+        begun += "run " in line
+        if begun == 2:
+            break
+    time.sleep(1)
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.5)
+    began = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    _, error = process.communicate(timeout=60)
+    assert time.monotonic() - began < 8 and process.returncode == 143, error
+    assert "ended by SIGTERM" in error and "Traceback" not in error

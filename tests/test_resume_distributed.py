@@ -79,7 +79,7 @@ def test_a_signal_to_torchrun_saves(workdir, name: str) -> None:
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT, start_new_session=True
     )
     for line in process.stdout:
-        if line.startswith("     2  "):
+        if line.startswith("    10  "):
             break
     began = time.monotonic()
     if name == "SIGINT":

@@ -11,8 +11,8 @@ from losses.softmax import SoftmaxLoss
 from losses.weighted import Focal
 from models.heads import CosineHead
 from retraining import solver as solver_module
-from retraining.solver import Solver, Trainee, cpu_chunk, heads_that_fit
-from utils.options import UsageError
+from retraining.solver import Solver, TrainableHead, cpu_chunk, heads_that_fit
+from utils.errors import UsageError
 
 COUNTS = [60, 20, 9, 4, 2]
 LOSSES = [
@@ -36,8 +36,10 @@ def stream(epoch: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
     return list(zip(features.split(16), labels.split(16)))  # the last batch has six
 
 
-def trainees(start: nn.Linear) -> list[Trainee]:
-    return [Trainee(copy.deepcopy(start), lambda _, loss=loss: loss, lr, wd) for loss, lr, wd in zip(LOSSES, LR, WD)]
+def heads(start: nn.Linear) -> list[TrainableHead]:
+    return [
+        TrainableHead(copy.deepcopy(start), lambda _, loss=loss: loss, lr, wd) for loss, lr, wd in zip(LOSSES, LR, WD)
+    ]
 
 
 def literal(head: nn.Module, loss: nn.Module, lr: float, wd: float, nesterov: bool, project=None) -> nn.Module:
@@ -61,7 +63,7 @@ def test_heads_equal_separate_runs(
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     torch.manual_seed(0)
     start = nn.Linear(12, 5)
-    group = trainees(copy.deepcopy(start).to(device))
+    group = heads(copy.deepcopy(start).to(device))
     if chunk == 3:  # as for large heads
         monkeypatch.setattr(solver_module, "ALIGNED_FROM", 1)
         monkeypatch.setattr(solver_module, "WINDOW_BYTES", 1)
@@ -80,7 +82,7 @@ def test_a_loss_may_change_between_epochs(device: torch.device) -> None:
     torch.manual_seed(0)
     start = nn.Linear(12, 5)
     phases = [SoftmaxLoss(5), SoftmaxLoss(5, smooth=0.5), softmax.class_balanced(COUNTS), softmax.ldam(COUNTS)]
-    trainee = Trainee(copy.deepcopy(start).to(device), lambda progress: phases[round(4 * progress)], 0.1, 1e-3)
+    trainee = TrainableHead(copy.deepcopy(start).to(device), lambda progress: phases[round(4 * progress)], 0.1, 1e-3)
     solver, alone = Solver([trainee]), copy.deepcopy(start)
     optimizer = torch.optim.SGD(alone.parameters(), 0.1, momentum=0.9, weight_decay=1e-3)
     for epoch, loss in enumerate(phases):
@@ -106,12 +108,12 @@ def test_any_head_and_loss_and_projection_beside_them() -> None:
     cosine, projected, focal, changing = CosineHead(12, 5, 4.0), *(copy.deepcopy(start) for _ in range(3))
     alone = copy.deepcopy(start)
     group = [
-        *trainees(start),
-        Trainee(copy.deepcopy(cosine), lambda _: SoftmaxLoss(5), 0.1, 1e-3),
-        Trainee(projected, lambda _: SoftmaxLoss(5), 0.1, 0.0, lambda: shrink(projected)),
-        Trainee(focal, lambda _: Focal(2.0), 0.1, 0.0),
-        Trainee(alone, lambda _: Focal(2.0), 0.1, 0.0, lambda: shrink(alone)),
-        Trainee(changing, lambda progress: SoftmaxLoss(5, smooth=0.5 if progress > 0.5 else 0.0), 0.1, 0.0),
+        *heads(start),
+        TrainableHead(copy.deepcopy(cosine), lambda _: SoftmaxLoss(5), 0.1, 1e-3),
+        TrainableHead(projected, lambda _: SoftmaxLoss(5), 0.1, 0.0, lambda: shrink(projected)),
+        TrainableHead(focal, lambda _: Focal(2.0), 0.1, 0.0),
+        TrainableHead(alone, lambda _: Focal(2.0), 0.1, 0.0, lambda: shrink(alone)),
+        TrainableHead(changing, lambda progress: SoftmaxLoss(5, smooth=0.5 if progress > 0.5 else 0.0), 0.1, 0.0),
     ]
     solver = Solver(group)
     for epoch in range(3):
@@ -132,9 +134,9 @@ def test_any_head_and_loss_and_projection_beside_them() -> None:
 
 def test_projection_after_every_step() -> None:
     head, calls = nn.Linear(12, 5), []
-    Solver([Trainee(head, lambda _: SoftmaxLoss(5), 0.1, 0.0, lambda: calls.append(1), each_step=True)]).train_epoch(
-        stream(0), 0.0, 1.0
-    )
+    Solver(
+        [TrainableHead(head, lambda _: SoftmaxLoss(5), 0.1, 0.0, lambda: calls.append(1), each_step=True)]
+    ).train_epoch(stream(0), 0.0, 1.0)
     assert len(calls) >= len(stream(0))
 
 
@@ -142,7 +144,7 @@ def test_projection_after_every_step() -> None:
 def test_training_figures_are_those_before_each_step(loss: SoftmaxLoss) -> None:
     torch.manual_seed(1)
     start = nn.Linear(12, 5)
-    group = [Trainee(copy.deepcopy(start), lambda _: loss, 0.0, 0.0) for _ in range(2)]
+    group = [TrainableHead(copy.deepcopy(start), lambda _: loss, 0.0, 0.0) for _ in range(2)]
     (mean, top1), _ = Solver(group).train_epoch(stream(0), 0.0, 1.0)
     logits = [(start(features).detach(), labels) for features, labels in stream(0)]
     losses = sum(float(loss(z, labels)) * len(labels) for z, labels in logits)

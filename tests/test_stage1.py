@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -19,9 +20,10 @@ from datasets import SAMPLERS, Batches
 from losses import LOSSES
 from main_stage1 import Options, train
 from models import build_model
-from recipe import COMPILE_PAYS, make_batches, make_settings, one_run, settle
+from training.recipe import COMPILE_PAYS, make_batches, make_runs, resolve_auto
 from utils import checkpoints, system
-from utils.options import UsageError
+from utils.errors import UsageError
+from utils.options import convert_typed, resolve, spec_of
 from utils.resume import TrainState, state_files
 from utils.run import Run
 
@@ -31,19 +33,20 @@ QUICK = [*SHORT, "--seed", "0"]
 STAGE1 = Path("checkpoints/digits_exp100_resnet8_stage1.pt")
 
 
-def settings(**options):
-    return make_settings(Options(**options), options)
+def runs(**options):
+    specs = spec_of(Options)
+    typed = {name: convert_typed(name, specs[name], value) for name, value in options.items()}
+    return make_runs(resolve(Options, typed, {}), typed)
 
 
 def test_the_product_of_all_values_and_nothing_twice() -> None:
-    many = settings(seed=(0, 1), wd=(0.1, 0.2), loss=("ce", "focal"), label_smooth=(0.0, 0.1), focal_gamma=2.0)
+    many = runs(seed=(0, 1), wd=(0.1, 0.2), loss=("ce", "focal"), label_smooth=(0.0, 0.1), focal_gamma=2.0)
     assert len(many) == 2 * 2 * (2 + 1)  # focal takes no label_smooth
-    assert {s.values["label_smooth"] for s in many if s.method == "focal"} == {None}
-    assert {s.values["focal_gamma"] for s in many if s.method == "ce"} == {None}
-    assert {s.values["focal_gamma"] for s in many if s.method == "focal"} == {2.0}
-    [one] = settings(seed=3, loss="ldam", head="cosine", drw_epoch=160)
-    assert (one.values["ldam_margin"], one.values["cosine_scale"], one.values["cb_beta"]) == (0.5, 30.0, 0.9999)
-    run = one_run(Options(seed=3, loss="ldam", head="cosine"), one)
+    assert {run.label_smooth for run in many if run.loss == "focal"} == {0.0}
+    assert {run.focal_gamma for run in many if run.loss == "ce"} == {None}
+    assert {run.focal_gamma for run in many if run.loss == "focal"} == {2.0}
+    [run] = runs(seed=3, loss="ldam", head="cosine", drw_epoch=160)
+    assert (run.ldam_margin, run.cosine_scale, run.cb_beta) == (0.5, 30.0, 0.9999)
     assert (run.loss, run.wd, run.seed, run.head) == ("ldam", 5e-3, 3, "cosine")
 
 
@@ -69,23 +72,23 @@ def test_the_product_of_all_values_and_nothing_twice() -> None:
 )
 def test_what_does_not_go_together_is_refused(options: dict, words: str) -> None:
     with pytest.raises(UsageError) as caught:
-        settings(**({"seed": 0} | options))
+        runs(**({"seed": 0} | options))
     assert all(word in str(caught.value) for word in words.split()), str(caught.value)
 
 
 def test_auto_is_settled_by_device_and_length(monkeypatch) -> None:
     def on_cpu(images: int = 10, **options):
-        done = settle(Options(**options), CPU, images, 6)
+        done = resolve_auto([Options(**options)] * 6, CPU, images)[0]
         return done.amp, done.graph, done.compile, done.parallel
 
     assert on_cpu() == ("off", "off", "off", 1)
-    monkeypatch.setattr("recipe.shutil.which", lambda name: "/usr/bin/g++")
+    monkeypatch.setattr("training.recipe.shutil.which", lambda name: "/usr/bin/g++")
     assert on_cpu(COMPILE_PAYS, network="resnet32", epochs=1) == ("off", "off", "auto", 1)
     assert on_cpu(COMPILE_PAYS, network="resnet34", epochs=1) == ("off", "off", "off", 1)
     assert on_cpu(COMPILE_PAYS - 1, network="resnet32", epochs=1)[2] == "off"
     assert on_cpu(COMPILE_PAYS, network="resnet32", compile="off")[2] == "off"
     assert on_cpu(COMPILE_PAYS, network="resnet32", parallel=2)[2:] == ("off", 2)
-    monkeypatch.setattr("recipe.shutil.which", lambda name: None)
+    monkeypatch.setattr("training.recipe.shutil.which", lambda name: None)
     assert on_cpu(COMPILE_PAYS, network="resnet32")[2] == "off"
     for wrong in ({"compile": "on"}, {"graph": "on"}, {"amp": "fp16"}, {"compile": "on", "parallel": 2}):
         with pytest.raises(UsageError):
@@ -96,7 +99,7 @@ def test_auto_is_settled_by_device_and_length(monkeypatch) -> None:
     with pytest.raises(UsageError, match="bf16: this CPU"):
         on_cpu(amp="bf16")
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation: True)
-    on_gpu = settle(Options(), torch.device("cuda"), 10**9, 6)
+    on_gpu = resolve_auto([Options()] * 6, torch.device("cuda"), 10**9)[0]
     assert (on_gpu.amp, on_gpu.graph, on_gpu.compile, on_gpu.parallel) == ("bf16", "auto", "off", 4)
 
 
@@ -289,9 +292,8 @@ def test_a_cosine_head_goes_through_both_stages(workdir, capsys) -> None:
 def test_the_network_follows_from_the_seed_alone(workdir) -> None:
     run = Run(workdir)
     data = main_stage1.load_data(Options(dataset="digits"))
-    [setting] = settings(seed=5, dataset="digits", network="resnet8", epochs=1, wd=0.0, lr=1e-30)
-    one = one_run(Options(dataset="digits", network="resnet8", epochs=1), setting)
-    one.amp, one.graph, one.compile = "off", "off", "off"
+    [one] = runs(seed=5, dataset="digits", network="resnet8", epochs=1, wd=0.0, lr=1e-30, amp="off", graph="off")
+    one = replace(one, compile="off")
     torch.manual_seed(99)
     with run:
         state = train(one, data, CPU, run, None).state
@@ -348,7 +350,7 @@ def test_the_loss_knows_the_images_that_are_trained_on(workdir) -> None:
 
 
 def test_batches_follow_the_seed_and_are_stage_1s_own() -> None:
-    [one, other] = [one_run(Options(dataset="digits"), s) for s in settings(seed=(0, 1), sampler="progressive")]
+    [one, other] = runs(dataset="digits", seed=(0, 1), sampler="progressive")
     data = main_stage1.load_data(Options(dataset="digits"))
     first, second = (make_batches(each, data, CPU) for each in (one, other))
     assert not torch.equal(first.draws(0).order, second.draws(0).order)

@@ -19,13 +19,11 @@ import evaluate
 import main_stage1
 import main_stage2
 from datasets import Batches
+from experiment.sweeps import Result, Setting, curves_over, rows_of
 from losses.weighted import ClassBalancedBCE
 from models import build_model
 from retraining import features, solver
-from retraining.methods import METHODS
-from retraining.settings import Setting
-from retraining.sweep import Result
-from sweeps import curves_over, rows_of
+from retraining.methods import METHODS, Trained
 from utils import checkpoints, metrics
 from utils.metrics import GROUPS, calibration_error, fit_temperature, logit_statistics
 
@@ -66,7 +64,7 @@ def test_every_method_through_the_chain(chain, method: str) -> None:
     assert file.options["method"] == method and file.head in ("linear", "cosine", "prototypes", "disalign")
     assert result["top1"] == file.metrics["top1"]
     assert [row["accuracy"] for row in result["per_class"]] == file.metrics["per_class"]
-    own = set(METHODS[method].options) | ({"seed", "batch_size", "sampler"} if METHODS[method].is_trained else set())
+    own = set(METHODS[method].options())
     for name in own:
         assert file.options[name] is not None, name
     for name in {"tau", "la_tau", "focal_gamma", "ncm_metric"} - own:
@@ -244,7 +242,7 @@ def test_maxnorm_holds_after_training(chain, every: str) -> None:
 @pytest.mark.parametrize("every, calls", [("step", 2 * 5), ("epoch", 2)])
 def test_maxnorm_projects_when_it_is_asked_to(chain, every: str, calls: int, monkeypatch) -> None:
     made = []
-    monkeypatch.setattr(type(METHODS["maxnorm"]), "project", lambda *_: made.append(1))
+    monkeypatch.setattr(METHODS["maxnorm"], "project", lambda *_: made.append(1))
     main_stage2.main(f"{QUICK} --method maxnorm --maxnorm_every {every}".split())
     assert calls <= len(made) <= calls + 2  # 304 images are five steps; the end of an epoch may project again
 
@@ -398,7 +396,7 @@ def test_compare(chain, capsys) -> None:
     assert (
         head["provenance"]["command"].startswith("python compare.py --dataset digits") and head["options"]["views"] == 2
     )
-    trained = sum(method.is_trained for method in METHODS.values())
+    trained = sum(issubclass(method, Trained) for method in METHODS.values())
     assert len(lines) == 2 * trained + (len(METHODS) - trained) + 4
     by_name = {row["row"]: row for row in rows}
     for name in ("joint", "los"):

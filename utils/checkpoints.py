@@ -19,13 +19,15 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TypedDict, cast
 
 import torch
 from torch import Tensor
 
+from utils.errors import UsageError
 from utils.files import atomic, lock, second_name
-from utils.options import UsageError
+from utils.metrics import Report
+from utils.system import Provenance
 
 FORMAT = 3  # 1 had no head: it was linear; 1 and 2 had no stem: it was small
 FOLDER = Path("checkpoints")
@@ -34,8 +36,6 @@ SELECT = ("last", "best_test", "best_val")
 #: Replaced files that are kept beside a final one.
 KEPT = 5
 IDENTITY = ("dataset", "imb_type", "imb_ratio", "subset", "subset_seed", "image_size", "network", "stem")
-#: Metrics that say how the stored weights were chosen.
-CHOSEN = ("epoch", "select", "flip_tta", "sweep")
 #: Options that do not change what a run computes: two files that differ in these alone are the same result.
 INCIDENTAL = (
     "out",
@@ -51,7 +51,60 @@ INCIDENTAL = (
     "resume",
     "save_every",
     "keep_states",
+    "print_options",
+    "dry_run",
 )
+
+
+class Data(TypedDict, total=False):
+    """What a checkpoint says of the data it was trained on."""
+
+    name: str
+    dataset: str
+    imb_type: str
+    imb_ratio: float | str
+    subset: str
+    subset_seed: int
+    image_size: int
+    network: str
+    stem: str
+    train_images: str
+    read: str
+    class_names: list[str]
+    class_counts: list[int]
+    mean: list[float]
+    std: list[float]
+    val_indices: list[int]
+
+
+class Sweep(TypedDict):
+    """How many settings a run was chosen from, and on which images."""
+
+    settings: int
+    chosen_on: str
+
+
+class Chosen(TypedDict, total=False):
+    """How the stored weights were chosen."""
+
+    epoch: int
+    select: str
+    flip_tta: bool
+    sweep: Sweep
+
+
+class Metrics(Report, Chosen, total=False):
+    """The report on the test set, and how the weights were chosen."""
+
+
+class Parent(TypedDict, total=False):
+    """What a file stores of the one that training began from."""
+
+    path: str
+    sha256: str | None
+    seed: object
+    chosen: Chosen
+    parent: Parent | None
 
 
 @dataclass
@@ -78,16 +131,16 @@ class Checkpoint:
     num_classes: int
     in_channels: int
     model: dict[str, Tensor]
-    options: dict[str, Any] = field(default_factory=dict)
-    data: dict[str, Any] = field(default_factory=dict)
-    metrics: dict[str, Any] = field(default_factory=dict)
-    parent: dict[str, Any] | None = None
-    provenance: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, object] = field(default_factory=dict)
+    data: Data = field(default_factory=Data)
+    metrics: Metrics = field(default_factory=Metrics)
+    parent: Parent | None = None
+    provenance: Provenance = field(default_factory=Provenance)
     head: str = "linear"
     stem: str = "small"
     path: Path | None = None
     sha256: str | None = None
-    foreign: Mapping[Any, Any] = field(default_factory=dict)
+    foreign: Mapping[object, object] = field(default_factory=dict)
 
     def save(self, path: str | Path) -> None:
         """Writes the file, whole or not at all."""
@@ -139,10 +192,10 @@ _TYPES: dict[str, type | tuple[type, ...]] = {
 class _Dropped:
     """Stands in for an object that is no weight: takes anything, keeps nothing."""
 
-    def __init__(self, *anything: Any) -> None:
+    def __init__(self, *anything: object) -> None:
         pass
 
-    def __setstate__(self, state: Any) -> None:
+    def __setstate__(self, state: object) -> None:
         pass
 
 
@@ -240,11 +293,11 @@ def read(path: str | Path) -> Checkpoint:
                 f'python -c "{_CONVERT}" {shlex.quote(str(source))} {shlex.quote(str(target))}',
             ) from None
         raise UsageError(f"{path} is not a PyTorch checkpoint, or is damaged", listing()) from None
-    origin: dict[str, Any] = {"path": path, "sha256": hashlib.sha256(blob).hexdigest()}
+    digest = hashlib.sha256(blob).hexdigest()
     if not isinstance(content, dict):
         raise UsageError(f"{path} is a checkpoint of another program: it holds no dict of weights", listing())
     if not isinstance(content.get("format"), int):
-        return Checkpoint(None, "unknown", 0, 0, {}, foreign=content, **origin)
+        return Checkpoint(None, "unknown", 0, 0, {}, foreign=content, path=path, sha256=digest)
     if content["format"] in (1, 2):
         content = {"head": "linear", "stem": "small"} | content
     if not set(_STORED) <= set(content):
@@ -258,22 +311,27 @@ def read(path: str | Path) -> Checkpoint:
         raise UsageError(f"{path} has format {content['format']}", f"up to {FORMAT}: update this code")
     if content["stage"] not in STAGES or content["metrics"]["select"] not in SELECT:
         raise UsageError(f"{path}: stage {content['stage']}, select {content['metrics']['select']}", listing())
-    return Checkpoint(**{name: content[name] for name in _STORED}, **origin)
+    return Checkpoint(**{name: content[name] for name in _STORED}, path=path, sha256=digest)
 
 
-def publish(checkpoint: Checkpoint, path: Path) -> str:
+def publish(checkpoint: Checkpoint, path: Path, content: bytes | None = None) -> str:
     """Puts a finished stage at its final path; a file there of other options or seed is kept beside it as .prev.
 
     What was .prev becomes .prev2, and so on up to :data:`KEPT`; the oldest goes. So of runs that end at once, up to
     that number after each other, all are in one of the files. The new file is written first, so that a failure leaves
-    the old one in its place. Returns the line that says so.
+    the old one in its place. ``content`` is the file that the checkpoint was read from, where it is to be copied to the
+    bit. Returns the line that says so.
 
     Raises:
         UsageError: another process holds the path's lock for longer than a minute.
         OSError: the disk refuses something.
     """
+    path.parent.mkdir(parents=True, exist_ok=True)
     with lock(path), atomic(path) as temporary:
-        checkpoint.write(temporary)
+        if content is None:
+            checkpoint.write(temporary)
+        else:
+            temporary.write_bytes(content)
         if not path.is_file() or same_run(checkpoint, path):
             return f"saved {path}"
         names = [path.with_name(f"{path.name}.prev{number if number > 1 else ''}") for number in range(1, KEPT + 1)]
@@ -304,12 +362,12 @@ def same_run(checkpoint: Checkpoint, path: Path) -> bool:
     return ours == theirs
 
 
-def describe_parent(checkpoint: Checkpoint) -> dict[str, Any]:
+def describe_parent(checkpoint: Checkpoint) -> Parent:
     """What a child file stores of the file it came from: path, sha256, seed, how it was chosen, and its own parent."""
     return {
         "path": str(checkpoint.path),
         "sha256": checkpoint.sha256,
         "seed": checkpoint.options.get("seed"),
-        "chosen": {key: checkpoint.metrics[key] for key in CHOSEN if key in checkpoint.metrics},
+        "chosen": cast(Chosen, {k: v for k, v in checkpoint.metrics.items() if k in Chosen.__annotations__}),
         "parent": checkpoint.parent,
     }

@@ -1,7 +1,7 @@
 """Several processes that train one network, as torchrun starts them: who this one is, and what they do together.
 
 Tensors go through torch.distributed: gloo between CPUs, NCCL between GPUs. Everything else goes through torchrun's
-key-value store (:func:`meet`). A single process needs neither, and for it every function here is trivial.
+key-value store (:func:`all_gather_object`). A single process needs neither, and for it every function here is trivial.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 from datetime import timedelta
 from itertools import zip_longest
-from typing import Any, TypeVar
+from typing import Protocol, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from utils import signals
-from utils.options import Diverged, Unsaved, UsageError
+from utils.errors import Diverged, Unsaved, UsageError
 from utils.signals import Interrupted
 
 T = TypeVar("T")
@@ -36,33 +36,42 @@ GRACE = 0.5
 EXPECTED = (UsageError, Diverged, Unsaved, OSError)
 
 
-def started() -> int:
+def launched() -> int:
     """How many processes were started, joined or not."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
-def processes() -> int:
+def world_size() -> int:
     """How many processes have joined."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
     """The number of this process among them; 0 is the first, which alone writes and prints."""
-    return dist.get_rank() if processes() > 1 else 0
+    return dist.get_rank() if world_size() > 1 else 0
 
 
-def local() -> tuple[int, int]:
+def local_rank_and_size() -> tuple[int, int]:
     """The number of this process on its machine, and how many there are."""
-    return (int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])) if processes() > 1 else (0, 1)
+    return (int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])) if world_size() > 1 else (0, 1)
 
 
 def launcher() -> list[str]:
     """The words before the script that start as many processes."""
-    if processes() == 1:
+    if world_size() == 1:
         return ["python"]
-    here = local()[1]
-    nodes = [f"--nnodes={processes() // here}"] if processes() > here else []
+    here = local_rank_and_size()[1]
+    nodes = [f"--nnodes={world_size() // here}"] if world_size() > here else []
     return ["torchrun", *nodes, f"--nproc-per-node={here}"]
+
+
+class Store(Protocol):
+    """torchrun's key-value store, as torch.distributed has it."""
+
+    def set(self, key: str, value: str) -> None: ...
+    def get(self, key: str) -> bytes: ...
+    def wait(self, keys: list[str], timeout: timedelta) -> None: ...
+    def check(self, keys: list[str]) -> bool: ...
 
 
 class _Board:
@@ -72,16 +81,16 @@ class _Board:
         is_over: a process has told the others of an error.
     """
 
-    def __init__(self, store: Any, rank: int, number: int) -> None:
+    def __init__(self, store: Store, rank: int, number: int) -> None:
         self.store, self.rank, self.number = store, rank, number
         self.meetings = 0
         self.is_over = False
 
-    def exchange(self, value: Any, error: Exception | None, patience: timedelta) -> list[tuple[Any, Exception | None]]:
+    def exchange(self, value: T, error: Exception | None, patience: timedelta) -> list[tuple[T, Exception | None]]:
         """What every process brings to this meeting, in their order; DistError where one does not come in time."""
         self.meetings += 1
         keys = [f"{self.meetings}/{process}" for process in range(self.number)]
-        self.store.set(keys[self.rank], pickle.dumps((value, error)))
+        self.store.set(keys[self.rank], pickle.dumps((value, error)))  # type: ignore[arg-type]
         self.store.wait(keys, patience)
         found = [pickle.loads(self.store.get(key)) for key in keys]
         self.is_over = any(each is not None for _, each in found)
@@ -104,7 +113,7 @@ _board: _Board | None = None  # of this process, while it has joined the others
 
 
 @contextmanager
-def joined() -> Iterator[None]:
+def process_group() -> Iterator[None]:
     """Makes one group of the processes that torchrun started, until the block ends; only the first one prints.
 
     A user's mistake, a divergence or a full disk ends all of them, whichever process meets it: the first with the
@@ -114,7 +123,7 @@ def joined() -> Iterator[None]:
     Raises:
         UsageError: WORLD_SIZE is set, but not what belongs to it.
     """
-    if started() == 1:
+    if launched() == 1:
         yield
         return
     board = _join()
@@ -123,7 +132,7 @@ def joined() -> Iterator[None]:
             opened.enter_context(redirect_stdout(opened.enter_context(open(os.devnull, "w"))))
         try:
             yield
-            meet()
+            barrier()
         except EXPECTED as error:
             if not board.tell(error):
                 raise
@@ -150,7 +159,7 @@ def _join() -> _Board:
     missing = {"RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} - set(os.environ)
     if missing:
         words = ", ".join(sorted(missing))
-        raise UsageError(f"WORLD_SIZE {started()} without {words}", "torchrun, which sets them, or no WORLD_SIZE")
+        raise UsageError(f"WORLD_SIZE {launched()} without {words}", "torchrun, which sets them, or no WORLD_SIZE")
     store, me, number = next(dist.rendezvous("env://", timeout=TIMEOUT))  # type: ignore[attr-defined]
     tensors, messages = (dist.PrefixStore(name, store) for name in ("tensors", "messages"))  # type: ignore[attr-defined]
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
@@ -171,17 +180,14 @@ def require_single(command: str) -> None:
     Raises:
         UsageError: in the first process.
     """
-    if started() > 1 and int(os.environ.get("RANK", 0)) > 0:
+    if launched() > 1 and int(os.environ.get("RANK", 0)) > 0:
         raise SystemExit(2)
-    if started() > 1:
-        raise UsageError(f"{command} with {started()} processes", f"one: python {command}, without torchrun")
+    if launched() > 1:
+        raise UsageError(f"{command} with {launched()} processes", f"one: python {command}, without torchrun")
 
 
-def meet(value: Any = None) -> list[Any]:
-    """Waits for all processes and returns what each brings, in their order; where one has an error, all raise it.
-
-    Call it after what only one process does, and before they compute together.
-    """
+def all_gather_object(value: T) -> list[T]:
+    """What each process brings, in their order, in all of them; where one has an error, all raise it."""
     if _board is None:
         return [value]
     found = _board.exchange(value, None, TIMEOUT)
@@ -191,35 +197,42 @@ def meet(value: Any = None) -> list[Any]:
     return [each for each, _ in found]
 
 
-def by_first(work: Callable[[], T]) -> T:
-    """What ``work`` returns in the first process, which alone does it."""
-    result: T = meet(work() if rank() == 0 else None)[0]
-    return result
+def barrier() -> None:
+    """Waits for all processes; where one has an error, all raise it.
+
+    Call it after what only one process does, and before they compute together.
+    """
+    all_gather_object(None)
+
+
+def on_main_process(work: Callable[[], T]) -> T:
+    """What ``work`` returns in the first process, which alone does it, in all of them."""
+    return cast(T, all_gather_object(work() if rank() == 0 else None)[0])
 
 
 @contextmanager
-def in_turn() -> Iterator[None]:
+def main_process_first() -> Iterator[None]:
     """The block in the first process, then in the first one of every other machine, then in all others.
 
     What one puts on a disk the next find there, whether the machines share it or not.
     """
-    turn = 0 if rank() == 0 else 1 if local()[0] == 0 else 2
+    turn = 0 if rank() == 0 else 1 if local_rank_and_size()[0] == 0 else 2
     for number in range(3):
         if number == turn:
             yield
-        meet()
+        barrier()
 
 
-def total(values: Tensor) -> Tensor:
+def all_reduce_sum(values: Tensor) -> Tensor:
     """The sum over processes, in place."""
-    if processes() > 1:
+    if world_size() > 1:
         dist.all_reduce(values)
     return values
 
 
-def largest(values: list[int]) -> list[int]:
+def all_reduce_max(values: list[int]) -> list[int]:
     """Of each number the largest that any process has. It does not wait for a GPU."""
-    if processes() == 1:
+    if world_size() == 1:
         return values
     numbers = torch.tensor(values)
     dist.all_reduce(numbers, dist.ReduceOp.MAX)
@@ -229,29 +242,29 @@ def largest(values: list[int]) -> list[int]:
 def interruptible(steps: Iterable[T]) -> Iterator[T]:
     """Passes steps through; of a single process a signal ends them, where several must first agree."""
     for step in steps:
-        if processes() == 1:
+        if world_size() == 1:
             signals.check()
         yield step
 
 
 def gather_bytes(mine: bytes) -> list[bytes]:
     """The bytes of every process, in their order, in the first one; nothing in the others."""
-    if processes() == 1:
+    if world_size() == 1:
         return [mine]
-    size = largest([len(mine)])[0]
+    size = all_reduce_max([len(mine)])[0]
     padded = torch.zeros(size + 8, dtype=torch.uint8)
     padded[:8] = torch.tensor([len(mine)]).view(torch.uint8)
     padded[8 : 8 + len(mine)] = torch.frombuffer(bytearray(mine), dtype=torch.uint8)
-    found = [torch.empty_like(padded) for _ in range(processes())] if rank() == 0 else None
+    found = [torch.empty_like(padded) for _ in range(world_size())] if rank() == 0 else None
     dist.gather(padded, found)
     return [row[8 : 8 + int(row[:8].view(torch.int64))].numpy().tobytes() for row in found or []]
 
 
 def broadcast_bytes(content: bytes) -> bytes:
     """The first process's bytes, in all of them."""
-    if processes() == 1:
+    if world_size() == 1:
         return content
-    size = largest([len(content) if rank() == 0 else 0])[0]
+    size = all_reduce_max([len(content) if rank() == 0 else 0])[0]
     shared = torch.zeros(size, dtype=torch.uint8)
     if rank() == 0 and size:
         shared.copy_(torch.frombuffer(bytearray(content), dtype=torch.uint8))
@@ -259,18 +272,18 @@ def broadcast_bytes(content: bytes) -> bytes:
     return shared.numpy().tobytes()
 
 
-def in_order(mine: list[T]) -> list[T]:
+def gather_in_order(mine: list[T]) -> list[T]:
     """Things that were dealt to the processes in turn, in order again: the first of each, the second of each ..."""
-    if processes() == 1:
+    if world_size() == 1:
         return mine
-    hands: list[list[T]] = [[] for _ in range(processes())]
+    hands: list[list[T]] = [[] for _ in range(world_size())]
     dist.all_gather_object(hands, mine)
     return [thing for turn in zip_longest(*hands) for thing in turn if thing is not None]
 
 
-def as_in_first(model: M) -> M:
+def broadcast_model(model: M) -> M:
     """The model, with the first process's weights and BatchNorm statistics in all of them."""
-    if processes() > 1:
+    if world_size() > 1:
         for tensor in model.state_dict().values():
             dist.broadcast(tensor, 0)
     return model

@@ -17,13 +17,13 @@ import shutil
 import socket
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from functools import cache
 from pathlib import Path
 
-from utils.options import UsageError
+from utils.errors import UsageError, disk_words
 
 #: Seconds after which a temporary file that names no process is taken for a killed one's.
 OLD = 24 * 3600
@@ -352,3 +352,43 @@ def require_room(needed: Mapping[str | Path, float], what: str) -> None:
                 f"{what} needs {total / 1e6:,.0f} MB on the disk of {folders}, where {free / 1e6:,.0f} MB are free",
                 "more room there, or a folder on another disk",
             )
+
+
+class AppendedFile:
+    """A file that a run adds to as it goes. A disk that refuses costs what is added meanwhile, not the run.
+
+    Args:
+        path: the file; what it holds already stays.
+        warn: is told of every such loss.
+    """
+
+    def __init__(self, path: Path, warn: Callable[[str], None]) -> None:
+        self.path, self.warn = path, warn
+        self._file = open(path, "ab", buffering=0)  # nothing stays behind that would be written later, or fail then
+
+    def empty(self) -> bool:
+        """Removes what it holds; whether that was nothing."""
+        with suppress(OSError):
+            size = os.fstat(self._file.fileno()).st_size
+            os.ftruncate(self._file.fileno(), 0)
+            return size == 0
+        return True
+
+    def write(self, content: bytes) -> None:
+        try:
+            with naming(self.path):
+                end = os.fstat(self._file.fileno()).st_size
+                try:
+                    left = memoryview(content)
+                    while left:
+                        left = left[self._file.write(left) :]
+                except OSError:
+                    with suppress(OSError):
+                        os.ftruncate(self._file.fileno(), end)  # no half line for the next one to follow
+                    raise
+        except OSError as error:
+            self.warn(f"note: {disk_words(error)}; the run goes on without what belongs there")
+
+    def close(self) -> None:
+        with suppress(OSError):
+            self._file.close()

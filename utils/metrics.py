@@ -5,19 +5,51 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TypedDict
 
-import pandas as pd
 import torch
 from torch import Tensor
+
+from utils.types import Json
 
 GROUPS = ("many", "medium", "few")
 #: Training images per class: many above the first, few below the second (Liu et al., OLTR, CVPR 2019).
 MANY_ABOVE, FEW_BELOW = 100, 20
 
-#: {"top1", "top5", "class_mean", "worst_class", "harmonic_mean", "macro_f1", "ece": float;
-#: "groups": {group: {"accuracy", "classes", "train_images"}}; "per_class": (C,) float or None; "test_images": (C,) int}
-Report = dict[str, Any]
+
+class GroupScore(TypedDict):
+    """Of many, medium or few: the mean over its classes' accuracies, None where it has none."""
+
+    accuracy: float | None
+    classes: int
+    train_images: int
+
+
+class Report(TypedDict, total=False):
+    """What was measured on a set of predictions, as fractions.
+
+    :func:`accuracies` gives top1, class_mean, groups and per_class (C,), :func:`report` all but ``temperature``, which
+    is that of held-out images, see :func:`fit_temperature`. ``test_images`` is (C,).
+    """
+
+    top1: float
+    top5: float
+    class_mean: float
+    worst_class: float
+    harmonic_mean: float
+    macro_f1: float
+    ece: float
+    groups: dict[str, GroupScore]
+    per_class: list[float | None]
+    test_images: list[int]
+    temperature: float
+
+
+#: What is known of one class.
+ClassRow = TypedDict(
+    "ClassRow",
+    {"class": int, "name": str, "group": str, "train_images": int, "test_images": int, "accuracy": float | None},
+)
 
 #: Logits of N images (N, C), whole or in blocks (n, C) that follow each other; blocks may be iterated over repeatedly.
 Logits = Tensor | Iterable[Tensor]
@@ -96,7 +128,9 @@ def accuracies(predicted: Tensor, labels: Tensor, class_counts: Sequence[int]) -
     images = torch.bincount(labels, minlength=num_classes).tolist()
     correct = torch.bincount(labels[predicted == labels], minlength=num_classes).tolist()
     per_class = [c / n if n else None for c, n in zip(correct, images)]
-    groups = {}
+    class_mean = _mean(per_class)
+    assert class_mean is not None  # there are images
+    groups: dict[str, GroupScore] = {}
     for group in GROUPS:
         members = [i for i, count in enumerate(class_counts) if group_of(count) == group]
         groups[group] = {
@@ -106,7 +140,7 @@ def accuracies(predicted: Tensor, labels: Tensor, class_counts: Sequence[int]) -
         }
     return {
         "top1": sum(correct) / len(labels),
-        "class_mean": _mean(per_class),
+        "class_mean": class_mean,
         "groups": groups,
         "per_class": per_class,
     }
@@ -218,26 +252,26 @@ def percent(value: float | None, digits: int = 2) -> str:
     return "-" if value is None else f"{100 * value:.{digits}f}"
 
 
-def scores(rep: Report) -> dict[str, float | None]:
+def scores(rep: Report | Json) -> dict[str, float | None]:
     """A report's five headline figures: top1, top5, many, medium, few."""
     return {"top1": rep["top1"], "top5": rep["top5"], **{g: rep["groups"][g]["accuracy"] for g in GROUPS}}
 
 
 def table(rep: Report) -> str:
     """A report as the table that evaluate.py prints, in percent."""
-    total = {"classes": len(rep["per_class"]), "train_images": sum(g["train_images"] for g in rep["groups"].values())}
-    rows = [("all", rep["top1"], total)]
-    rows += [(name, group["accuracy"], group) for name, group in rep["groups"].items()]
+    images = sum(group["train_images"] for group in rep["groups"].values())
+    total: GroupScore = {"accuracy": rep["top1"], "classes": len(rep["per_class"]), "train_images": images}
+    rows = [("all", total), *rep["groups"].items()]
     limits = {"many": f">{MANY_ABOVE}", "medium": f"{FEW_BELOW}-{MANY_ABOVE}", "few": f"<{FEW_BELOW}"}
     lines = [f"{'classes with':<18}{'classes':>8}{'images':>9}{'top-1 %':>10}"]
-    for name, accuracy, size in rows:
+    for name, score in rows:
         label = f"{name} {limits[name]}" if name in limits else name
-        lines.append(f"{label:<18}{size['classes']:>8}{size['train_images']:>9,}{percent(accuracy):>10}")
+        lines.append(f"{label:<18}{score['classes']:>8}{score['train_images']:>9,}{percent(score['accuracy']):>10}")
     lines.append(f"{'all, top-5':<35}{percent(rep['top5']):>10}")
     return "\n".join(lines)
 
 
-def per_class_rows(rep: Report, class_names: Sequence[str], class_counts: Sequence[int]) -> list[dict[str, Any]]:
+def per_class_rows(rep: Report, class_names: Sequence[str], class_counts: Sequence[int]) -> list[ClassRow]:
     """One row per class in label order: class, name, group, train_images, test_images, accuracy."""
     return [
         {
@@ -254,6 +288,8 @@ def per_class_rows(rep: Report, class_names: Sequence[str], class_counts: Sequen
     ]
 
 
-def per_class_csv(rows: Sequence[Mapping[str, Any]]) -> str:
+def per_class_csv(rows: Sequence[Mapping[str, object]]) -> str:
     """The rows of :func:`per_class_rows` as CSV text."""
+    import pandas as pd  # here, since it is slow to import
+
     return str(pd.DataFrame(rows).to_csv(index=False))

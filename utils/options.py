@@ -8,100 +8,41 @@ the default, the published value. Only what the user typed leaves the parser; ev
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import difflib
-import errno
-import io
+import itertools
 import math
-import os
 import re
-import shutil
-import sys
-import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import wraps
-from pathlib import Path
-from typing import Any, Generic, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Generic, NoReturn, TypeVar
 
-from utils import signals
+from utils.console import show
+from utils.errors import UsageError
 
-T = TypeVar("T")
-_UNSET = object()
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
-
-class UsageError(Exception):
-    """A mistake in what was asked for. Shown as two lines, the problem and what is allowed; exit status 2."""
-
-    def __init__(self, problem: str, allowed: str) -> None:
-        super().__init__(problem, allowed)
-
-    def __str__(self) -> str:
-        problem, allowed = (text.replace("\n", " ") for text in self.args)
-        return f"error: {problem}\nallowed: {allowed}"
+T = TypeVar("T", bound="DataclassInstance")
+T_co = TypeVar("T_co", bound="DataclassInstance", covariant=True)
+D = TypeVar("D")
 
 
-class Diverged(Exception):
-    """Training cannot go on (a loss that is not finite). Shown without a traceback; exit status 1."""
+class _Unset:
+    """No value, where None is one."""
 
 
-class Unsaved(Exception):
-    """Finished weights that could not be put where they belong. Shown without a traceback; exit status 1."""
+_UNSET = _Unset()
+#: The headings of --help, in their order.
+GROUPS = ("before a run", "data", "network", "optimisation", "recipe", "evaluation", "files", "machine")
 
 
-#: What a disk says that is full, over a quota or a limit, broken, gone or not to be written to.
-DISK = (
-    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENXIO, errno.ENODEV, errno.ESTALE),
-    *(errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTCONN, errno.ETIMEDOUT),
-)
-
-
-def disk_words(error: OSError) -> str:
-    """A disk's error in one line: what it is, the file, and how much is free on the disk of its folder."""
-    words = error.strerror or str(error)
-    if not error.filename:
-        return words
-    place = Path(os.fsdecode(error.filename)).absolute()
-    there = next(folder for folder in place.parents if folder.is_dir())
-    try:
-        free = f" ({shutil.disk_usage(there).free / 1e6:,.0f} MB free on the disk of {there})"
-    except OSError:
-        free = ""
-    return f"{words}: {os.fsdecode(error.filename)}{free}"
-
-
-def command(main: Callable[..., T]) -> Callable[..., T]:
-    """Wraps a script's ``main(argv)``: a mistake of the user's ends in its message and an exit status, no traceback."""
-
-    @wraps(main)
-    def wrapper(argv: Sequence[str] | None = None) -> T:
-        for stream in (sys.stdout, sys.stderr):  # a "±" must not end a run where the locale has none
-            if isinstance(stream, io.TextIOWrapper):
-                stream.reconfigure(errors="replace")
-        try:
-            with signals.handled():
-                return main(sys.argv[1:] if argv is None else list(argv))
-        except UsageError as error:
-            status, message = 2, str(error)
-        except (Diverged, Unsaved) as error:
-            status, message = 1, f"stopped: {error}"
-        except KeyboardInterrupt as error:
-            notes = "".join(f"\n{note}" for note in getattr(error, "__notes__", ()))
-            status, message = getattr(error, "status", 130), f"\nended by {str(error) or 'SIGINT'}{notes}"
-        except BrokenPipeError:  # the reader of our output has gone, as in "| head"
-            sys.stdout = open(os.devnull, "w")
-            status, message = 141, "stopped: standard output was closed"
-        except OSError as error:
-            if error.errno not in DISK:
-                raise
-            status, message = 1, f"stopped: {disk_words(error)}"
-        with contextlib.suppress(OSError):  # nobody listens
-            print(message, file=sys.stderr)
-        raise SystemExit(status)
-
-    return wrapper
-
+#: What an option's value may be.
+Value = bool | int | float | str | tuple[float, ...] | None
+#: {option: its values}, of those that a sweep runs over.
+Axes = Mapping[str, tuple[Value, ...]]
+#: {option: value} as typed, or as a file or a recipe has it; several typed values are a tuple.
+Values = Mapping[str, object]
 
 # What a value may be. Each kind turns text into a value, raises ValueError otherwise, and says what it allows.
 
@@ -110,15 +51,17 @@ def command(main: Callable[..., T]) -> Callable[..., T]:
 class Number:
     """A finite int or float in [low, high] (``above`` excludes low itself), or one of ``words``."""
 
-    type: Callable[[Any], Any]
+    type: Callable[[str | float], float]
     low: float | None = None
     high: float | None = None
     above: bool = False
     words: tuple[str, ...] = ()
 
-    def __call__(self, value: Any) -> Any:
-        if value in self.words:
+    def __call__(self, value: object) -> float | str:
+        if isinstance(value, str) and value in self.words:
             return value
+        if not isinstance(value, str | int | float):
+            raise ValueError
         number = self.type(value)
         if not math.isfinite(number) or (not isinstance(value, str) and number != value):
             raise ValueError
@@ -145,9 +88,10 @@ class Choice:
     names: Iterable[str]
     prefix: str | None = None
 
-    def __call__(self, value: Any) -> str:
-        if value in self.names or (self.prefix and re.fullmatch(rf"{self.prefix}[\w.-]+", str(value))):
-            return str(value)
+    def __call__(self, value: object) -> str:
+        name = str(value)
+        if name in set(self.names) or (self.prefix and re.fullmatch(rf"{self.prefix}[\w.-]+", name)):
+            return name
         raise ValueError
 
     @property
@@ -161,7 +105,7 @@ class Text:
 
     allowed: str = "a path"
 
-    def __call__(self, value: Any) -> str:
+    def __call__(self, value: object) -> str:
         if not str(value):
             raise ValueError
         return str(value)
@@ -173,27 +117,10 @@ class Flag:
 
     allowed: str = "given or not"
 
-    def __call__(self, value: Any) -> bool:
+    def __call__(self, value: object) -> bool:
         if not isinstance(value, bool):
             raise ValueError
         return value
-
-
-@dataclass(frozen=True)
-class Many:
-    """One or more values of a kind, each different; a single one stands for itself. Each is a run of its own."""
-
-    kind: Number | Choice
-
-    def __call__(self, value: Any) -> tuple[Any, ...]:
-        values = tuple(self.kind(each) for each in (value if isinstance(value, list | tuple) else [value]))
-        if not values or len(set(values)) < len(values):
-            raise ValueError
-        return values
-
-    @property
-    def allowed(self) -> str:
-        return f"{self.kind.allowed}; each value once"
 
 
 @dataclass(frozen=True)
@@ -202,32 +129,75 @@ class Vector:
 
     kind: Number
 
-    def __call__(self, value: Any) -> tuple[Any, ...]:
-        return tuple(self.kind(each) for each in (value if isinstance(value, list | tuple) else [value]))
+    def __call__(self, value: object) -> tuple[float, ...]:
+        values = value if isinstance(value, list | tuple) else [value]
+        return tuple(float(self.kind(each)) for each in values)
 
     @property
     def allowed(self) -> str:
         return f"{self.kind.allowed}, for each channel"
 
 
-Kind = Number | Choice | Text | Flag | Many | Vector
+Kind = Number | Choice | Text | Flag | Vector
 
 
-def ratio_number(value: Any) -> float:
+def ratio_number(value: str | float) -> float:
     """A float, kept as an int where it is whole, so that 100 and 100.0 name the same file."""
     number = float(value)
     return int(number) if number.is_integer() and number < 2**53 else number
 
 
-def option(default: Any, kind: Kind, help: str, *, published: Any = _UNSET, aliases: tuple[str, ...] = ()) -> Any:
-    """A field of an options class. ``published``: the papers' value, used by ``--protocol published``."""
-    metadata: dict[str, Any] = {"kind": kind, "help": help, "aliases": aliases}
-    if published is not _UNSET:
-        metadata["published"] = published
-    return dataclasses.field(default=default, metadata=metadata)
+@dataclass(frozen=True)
+class Spec:
+    """What is known of an option beside its name, type and default.
+
+    Attributes:
+        kind: what its values may be.
+        help: one line.
+        group: the heading under which --help lists it.
+        sweep: whether a command line may give several values, each of which is a run of its own.
+        several: those that are run where none is given; () for the default alone.
+        published: {"": the papers' value}, used by ``--protocol published``; {} where that is the default.
+        aliases: other names of its flag.
+    """
+
+    kind: Kind
+    help: str
+    group: str
+    sweep: bool = False
+    several: tuple[Value, ...] = ()
+    published: Mapping[str, Value] = dataclasses.field(default_factory=dict)
+    aliases: tuple[str, ...] = ()
+
+    @property
+    def allowed(self) -> str:
+        """What its values may be, in words."""
+        return f"{self.kind.allowed}; each value once" if self.sweep else self.kind.allowed
 
 
-def check(options: Any) -> None:
+def option(
+    default: D,
+    kind: Kind,
+    help: str,
+    group: str,
+    *,
+    sweep: bool = False,
+    several: tuple[Value, ...] = (),
+    published: Value | _Unset = _UNSET,
+    aliases: tuple[str, ...] = (),
+) -> D:
+    """A field of an options class; see :class:`Spec`."""
+    papers: dict[str, Value] = {} if isinstance(published, _Unset) else {"": published}
+    spec = Spec(kind, help, group, sweep or bool(several), several, papers, aliases)
+    return dataclasses.field(default=default, metadata={"spec": spec})
+
+
+def spec_of(cls: type[DataclassInstance] | DataclassInstance) -> dict[str, Spec]:
+    """What is known of every option of an options class, in the order of its fields."""
+    return {field.name: field.metadata["spec"] for field in dataclasses.fields(cls)}
+
+
+def check(options: DataclassInstance) -> None:
     """Passes every field of a newly built options object through its kind (call it from ``__post_init__``).
 
     Raises:
@@ -237,19 +207,40 @@ def check(options: Any) -> None:
         value = getattr(options, field.name)
         if value is None and field.default is None:
             continue
-        object.__setattr__(options, field.name, convert(field, value))
+        object.__setattr__(options, field.name, convert(field.name, field.metadata["spec"], value))
 
 
-def convert(field: dataclasses.Field[Any], value: Any) -> Any:
-    """A value through its option's kind; UsageError where it is not allowed."""
-    kind: Kind = field.metadata["kind"]
+def convert(name: str, spec: Spec, value: object) -> Value:
+    """A single value through its option's kind; UsageError where it is not allowed."""
     try:
-        return kind(value)
+        return spec.kind(value)
     except (ValueError, TypeError, OverflowError):
-        raise UsageError(f"--{field.name} {shown(value)}", kind.allowed) from None
+        raise UsageError(f"--{name} {shown(value)}", spec.allowed) from None
 
 
-def shown(value: Any) -> str:
+def convert_typed(name: str, spec: Spec, value: object) -> Value | tuple[Value, ...]:
+    """What was typed of an option: one value, or the tuple of values of one that a sweep may run over."""
+    if not spec.sweep:
+        return convert(name, spec, value)
+    values = value if isinstance(value, list | tuple) else [value]
+    converted = tuple(convert(name, spec, each) for each in values)
+    if not converted or len(set(converted)) < len(converted):
+        raise UsageError(f"--{name} {shown(value)}", spec.allowed)
+    return converted
+
+
+def flags(typed: Values) -> list[str]:
+    """The words of a command line that sets these options."""
+    words: list[str] = []
+    for name, value in typed.items():
+        if isinstance(value, bool):
+            words.append(f"--{'' if value else 'no_'}{name}")
+        else:
+            words += [f"--{name}", *(map(str, value) if isinstance(value, list | tuple) else [str(value)])]
+    return words
+
+
+def shown(value: object) -> str:
     """A value as it is typed: several with a space between."""
     return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
@@ -257,22 +248,40 @@ def shown(value: Any) -> str:
 class _Values(argparse.Action):
     """Stores several values; says so where a flag comes twice, since the first values do not join the last."""
 
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: str | Sequence[object] | None,
+        option_string: str | None = None,
+    ) -> None:
         if hasattr(namespace, self.dest):
-            print(f"{option_string} is given twice: {shown(values)} counts")
+            show(f"{option_string} is given twice: {shown(values)} counts")
         setattr(namespace, self.dest, values)
 
 
 class _OnOff(argparse.Action):
     """Stores True for --name, False for --no-name and --no_name."""
 
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: str | Sequence[object] | None,
+        option_string: str | None = None,
+    ) -> None:
         setattr(namespace, self.dest, option_string is not None and option_string[:5] not in ("--no-", "--no_"))
 
 
 class _Parser(argparse.ArgumentParser):
-    def __init__(self, **arguments: Any) -> None:
-        super().__init__(**arguments)
+    def __init__(self, prog: str, description: str | None) -> None:
+        super().__init__(
+            prog=prog,
+            description=description,
+            allow_abbrev=False,
+            argument_default=argparse.SUPPRESS,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
         # argparse knows -1 and -0.5 for numbers, but takes -1e-5 for a flag.
         self._negative_number_matcher = re.compile(r"^-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")
 
@@ -280,97 +289,151 @@ class _Parser(argparse.ArgumentParser):
         raise UsageError(f"{self.prog}: {message}", f"what {self.prog} --help lists")
 
 
-def make_parser(cls: type[Any], prog: str, description: str | None) -> argparse.ArgumentParser:
+def make_parser(cls: type[DataclassInstance], prog: str, description: str | None) -> argparse.ArgumentParser:
     """The parser of an options class: every field as ``--a_b`` and ``--a-b``, no abbreviations, no defaults."""
-    parser = _Parser(
-        prog=prog,
-        description=description,
-        allow_abbrev=False,
-        argument_default=argparse.SUPPRESS,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    for field in dataclasses.fields(cls):
-        kind: Kind = field.metadata["kind"]
-        names = [f"--{name}" for name in (field.name, *field.metadata["aliases"])]
+    parser = _Parser(prog, description)
+    groups = {group: parser.add_argument_group(group) for group in GROUPS}
+    defaults = {field.name: field.default for field in dataclasses.fields(cls)}
+    for name, spec in spec_of(cls).items():
+        kind = spec.kind
+        flags = [f"--{each}" for each in (name, *spec.aliases)]
         if isinstance(kind, Flag):
-            names += [f"--{no}{field.name}" for no in ("no_", "no-")]
-        names = list(dict.fromkeys([*names, *(f"--{name[2:].replace('_', '-')}" for name in names)]))
-        text = f"{field.metadata['help']} (default: {shown(field.default)}"
-        if "published" in field.metadata:
-            text += f"; --protocol published: {field.metadata['published']}"
+            flags += [f"--{no}{name}" for no in ("no_", "no-")]
+        flags = list(dict.fromkeys([*flags, *(f"--{flag[2:].replace('_', '-')}" for flag in flags)]))
+        text = f"{spec.help} (default: {shown(spec.several or defaults[name])}"
+        text += f"; --protocol published: {spec.published['']}" if spec.published else ""
         text = (text + ")").replace("%", "%%")
+        group = groups[spec.group]
         if isinstance(kind, Flag):
-            parser.add_argument(*names, dest=field.name, action=_OnOff, nargs=0, help=text)
+            group.add_argument(*flags, dest=name, action=_OnOff, nargs=0, help=text)
+            continue
+        each = kind.kind if isinstance(kind, Vector) else kind
+        if isinstance(each, Choice) or (isinstance(each, Number) and (each.low is not None or each.words)):
+            text += f" [{spec.allowed.replace('%', '%%')}]"
+        metavar = name.split("_")[-1].upper()
+        if spec.sweep or isinstance(kind, Vector):
+            group.add_argument(*flags, dest=name, metavar=metavar, help=text, nargs="+", action=_Values)
         else:
-            one = kind.kind if isinstance(kind, Many | Vector) else kind
-            if isinstance(one, Choice) or (isinstance(one, Number) and (one.low is not None or one.words)):
-                text += f" [{kind.allowed.replace('%', '%%')}]"
-            metavar = field.name.split("_")[-1].upper()
-            many: dict[str, Any] = {"nargs": "+", "action": _Values} if isinstance(kind, Many | Vector) else {}
-            parser.add_argument(*names, dest=field.name, metavar=metavar, help=text, **many)
+            group.add_argument(*flags, dest=name, metavar=metavar, help=text)
     return parser
 
 
-def parse_typed(cls: type[Any], argv: Sequence[str], prog: str, description: str | None) -> dict[str, Any]:
+def parse_typed(cls: type[DataclassInstance], argv: Sequence[str], prog: str, description: str | None) -> Values:
     """What the user typed, and nothing else, as {field name: checked value}.
 
     Raises:
         UsageError: an unknown flag (with the nearest known ones), a missing or a forbidden value.
     """
-    parser = make_parser(cls, prog, description)
+    specs, parser = spec_of(cls), make_parser(cls, prog, description)
     namespace, unknown = parser.parse_known_args(argv)
     if unknown and not unknown[0].startswith("-"):
-        several = [field.name for field in dataclasses.fields(cls) if isinstance(field.metadata["kind"], Many)]
+        several = [name for name, spec in specs.items() if spec.sweep]
         takers = f", several of {', '.join(several)}" if several else ""
         raise UsageError(f"{prog}: {unknown[0]!r} is one value too many", f"one value an option{takers}")
     if unknown:
-        flags = [name for name in parser._option_string_actions if name.startswith("--") and "-" not in name[2:]]
-        wanted = unknown[0].split("=")[0].replace("--", "").replace("-", "_")
-        near = [flag for flag in flags if wanted and (wanted in flag or wanted.endswith(flag[2:]))]
-        near += [f for f in difflib.get_close_matches(f"--{wanted}", flags, cutoff=0.5) if f not in near]
-        hint = f"{', '.join(near[:3])}, and " if near else ""
+        near = nearest(unknown[0].split("=")[0].lstrip("-").replace("-", "_"), specs)
+        hint = f"{', '.join(f'--{name}' for name in near)}, and " if near else ""
         raise UsageError(f"{prog} has no {unknown[0]}", f"{hint}what {prog} --help lists")
-    fields = {field.name: field for field in dataclasses.fields(cls)}
-    return {name: convert(fields[name], value) for name, value in vars(namespace).items()}
+    return {name: convert_typed(name, specs[name], value) for name, value in vars(namespace).items()}
 
 
-def published_values(cls: type[Any]) -> dict[str, Any]:
+def nearest(wanted: str, specs: Mapping[str, Spec]) -> list[str]:
+    """Up to three options that somebody who typed ``wanted`` may have meant: by name, then by what they are for."""
+    names = {flag: name for name, spec in specs.items() for flag in (name, *spec.aliases)}
+    near = [name for flag, name in names.items() if wanted and (wanted in flag or wanted.endswith(f"_{flag}"))]
+    near += [names[flag] for flag in difflib.get_close_matches(wanted, names, cutoff=0.75)]
+    words = [word.removesuffix("s") for word in wanted.split("_") if len(word) > 3]
+    near += [name for name, spec in specs.items() if words and all(word in spec.help for word in words)]
+    return list(dict.fromkeys(near))[:3]
+
+
+def changed(options: T, values: Values) -> T:
+    """The options with other values, checked as all are."""
+    return dataclasses.replace(options, **values)
+
+
+def published_values(cls: type[DataclassInstance]) -> Values:
     """The published values of those fields of which the default departs from them."""
-    return {f.name: f.metadata["published"] for f in dataclasses.fields(cls) if "published" in f.metadata}
+    return {name: spec.published[""] for name, spec in spec_of(cls).items() if spec.published}
 
 
 @dataclass(frozen=True)
-class Resolved(Generic[T]):
-    """An options object and, for every field, where its value came from."""
+class Resolved(Generic[T_co]):
+    """An options object and what belongs to it.
 
-    options: T
+    Attributes:
+        options: a single value of every option; of those in ``axes`` the first.
+        axes: the options that have several values, {name: values}; a sweep runs their product.
+        sources: where each option's value came from, {name: "typed", a layer's name or "default"}.
+    """
+
+    options: T_co
+    axes: Axes
     sources: Mapping[str, str]
 
+    def values(self, name: str) -> tuple[Value, ...]:
+        """The values of an option; one where it is not swept."""
+        return self.axes.get(name) or (getattr(self.options, name),)
+
+    def swept(self, name: str, values: tuple[Value, ...]) -> Resolved[T_co]:
+        """The same with an option that runs over these values."""
+        return Resolved(changed(self.options, {name: values[0]}), {**self.axes, name: values}, self.sources)
+
+    def stored(self) -> dict[str, Value | tuple[Value, ...]]:
+        """Every option with its value, or its values where it is swept."""
+        return {**vars(self.options), **self.axes}
+
+    def runs(self, outermost: str) -> list[T_co]:
+        """The product of the axes, an options object for each combination; ``outermost`` varies slowest."""
+        names = sorted(self.axes, key=lambda name: name != outermost)
+        combinations = itertools.product(*(self.axes[name] for name in names))
+        return [changed(self.options, dict(zip(names, values))) for values in combinations]
+
     def describe(self) -> str:
-        """The values grouped by where they came from, one line a group."""
+        """The values that are not the defaults, and in brackets where they came from: "lr 0.05 (--dataset digits)"."""
         groups: dict[str, list[str]] = {}
+        values, defaults = self.stored(), {field.name: field.default for field in dataclasses.fields(self.options)}
         for name, source in self.sources.items():
-            groups.setdefault(source, []).append(f"{name} {shown(getattr(self.options, name))}")
-        last = groups.pop("default", None)
-        if last is not None:
-            groups["default"] = last
-        width = max(map(len, groups)) + 2
-        return "\n".join(
-            textwrap.fill(", ".join(values), 120, initial_indent=source.ljust(width), subsequent_indent=" " * width)
-            for source, values in groups.items()
+            if source != "default" and values[name] != defaults[name]:
+                groups.setdefault(source, []).append(f"{name} {shown(values[name])}")
+        return (
+            "; ".join(f"{', '.join(words)} ({source})" for source, words in groups.items()) or "all at their defaults"
         )
 
+    def table(self) -> str:
+        """Every option, in the groups of --help: its value and where that came from."""
+        values, lines = self.stored(), []
+        width, specs = max(map(len, self.sources)), spec_of(self.options)
+        for group in GROUPS:
+            members = [name for name in self.sources if specs[name].group == group]
+            lines += [f"{group}:"] * bool(members)
+            lines += [
+                f"  {name:<{width}}  {shown(values[name])!s:<28}  {self.sources[name]}".rstrip() for name in members
+            ]
+        return "\n".join(lines)
 
-def resolve(cls: Callable[..., T], typed: Mapping[str, Any], layers: Mapping[str, Mapping[str, Any]]) -> Resolved[T]:
+
+def resolve(cls: type[T], typed: Values, layers: Mapping[str, Values]) -> Resolved[T]:
     """Fills an options class: what was typed wins, then each layer in its order, then the field's default.
 
     Layers are named by their source ("--dataset digits", a checkpoint's path) and may hold keys this class lacks.
     """
-    values: dict[str, Any] = {}
+    values: dict[str, object] = {}
+    axes: dict[str, tuple[Value, ...]] = {}
     sources: dict[str, str] = {}
-    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
-        for source, layer in [("typed", typed), *layers.items(), ("default", {field.name: field.default})]:
-            if field.name in layer:
-                values[field.name], sources[field.name] = layer[field.name], source
+    specs = spec_of(cls)
+    for field in dataclasses.fields(cls):
+        name, spec = field.name, specs[field.name]
+        default: Values = {name: spec.several or field.default}
+        for source, layer in [("typed", typed), *layers.items(), ("default", default)]:
+            if name in layer:
+                value, sources[name] = layer[name], source
                 break
-    return Resolved(cls(**values), sources)
+        if spec.sweep and isinstance(value, tuple):
+            if len(value) > 1:
+                axes[name] = value
+            values[name] = value[0]
+        else:
+            values[name] = value
+    make: Callable[..., T] = cls
+    return Resolved(make(**values), axes, sources)

@@ -6,14 +6,14 @@ import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from matplotlib import colormaps
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 from torch import Tensor
 
-from utils.metrics import GROUPS, Report, percent
+from utils.metrics import GROUPS, ClassRow, Report, percent
+from utils.types import Record
 
 #: Colour-blind safe (Okabe and Ito, 2008).
 COLOURS = {
@@ -26,7 +26,14 @@ COLOURS = {
 }
 
 
+#: A value of an option, and mean and deviation of {all, many, medium, few} at it; None for an empty group.
+Point = tuple[float, dict[str, tuple[float, float] | None]]
+
+
 def _figure(width: float, height: float) -> Figure:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # here, since it is slow to import
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
@@ -37,7 +44,7 @@ def plain(text: str) -> str:
     return text.replace("$", r"\$")
 
 
-def learning_curves(epochs: Sequence[Mapping[str, Any]], title: str, path: Path) -> None:
+def learning_curves(epochs: Sequence[Record], title: str, path: Path) -> None:
     """Loss on the left, accuracy of train, test and the three groups on the right, against the epoch.
 
     Args:
@@ -51,7 +58,7 @@ def learning_curves(epochs: Sequence[Mapping[str, Any]], title: str, path: Path)
     loss_axes.set(xlabel="epoch", ylabel="training loss (nats)")
     curves = {"train": "train_top1", "test": "test_top1", **{group: f"test_{group}" for group in GROUPS}}
     for name, key in curves.items():
-        points = [(r["epoch"], 100 * r[key]) for r in epochs if r.get(key) is not None]
+        points = [(r["epoch"], 100 * value) for r in epochs if (value := r.get(key)) is not None]
         if points:
             marker = "o" if len(points) < 30 and name != "train" else None
             label = name if name in ("train", "test") else f"test, {name}"
@@ -65,7 +72,7 @@ def learning_curves(epochs: Sequence[Mapping[str, Any]], title: str, path: Path)
     figure.savefig(path, format="png")
 
 
-def per_class_accuracy(rep: Report, rows: Sequence[Mapping[str, Any]], title: str, path: Path) -> None:
+def per_class_accuracy(rep: Report, rows: Sequence[ClassRow], title: str, path: Path) -> None:
     """A bar per class, the most frequent first, with many/medium/few shaded and the training images as a line.
 
     Args:
@@ -97,7 +104,7 @@ def per_class_accuracy(rep: Report, rows: Sequence[Mapping[str, Any]], title: st
     figure.savefig(path, format="png")
 
 
-def option_curves(curves: Mapping[str, Sequence[tuple[float, Any]]], option: str, title: str, path: Path) -> None:
+def option_curves(curves: Mapping[str, Sequence[Point]], option: str, title: str, path: Path) -> None:
     """Test accuracy of all classes and the three groups against an option's values, one panel per method.
 
     Args:
@@ -147,6 +154,8 @@ def class_profiles(
         title: heading of the figure.
         path: PNG to write.
     """
+    from matplotlib import colormaps
+
     figure = _figure(12, 4.2)
     panels = figure.subplots(1, 3)
     order = sorted(range(len(class_counts)), key=lambda i: class_counts[i])

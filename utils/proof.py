@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from utils.options import UsageError
+from utils.errors import UsageError
 
 #: Tensors -> tensors.
 Function = Callable[..., tuple[Tensor, ...]]

@@ -17,18 +17,19 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from utils import signals
-from utils.distributed import broadcast_bytes, gather_bytes, largest, processes, rank
+from utils.distributed import all_reduce_max, broadcast_bytes, gather_bytes, rank, world_size
+from utils.errors import UsageError, disk_words
 from utils.files import atomic
-from utils.options import UsageError, disk_words
 from utils.run import Run
 from utils.system import machine
+from utils.types import StateDict
 
 R = TypeVar("R")
 FORMAT = 1
@@ -41,8 +42,8 @@ FINISHED = "finished.json"
 class Stateful(Protocol):
     """What can be saved and taken up again, as PyTorch's modules and optimizers."""
 
-    def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state: Any) -> object: ...
+    def state_dict(self) -> StateDict: ...
+    def load_state_dict(self, state: StateDict) -> object: ...
 
 
 class TrainState:
@@ -77,7 +78,7 @@ class TrainState:
         measured: what each of those measured, as tensors.
 
     Raises:
-        UsageError: the folder holds a state of other inputs, or no file of it can be read.
+        UsageError: the folder holds a state of other inputs, or the disk refuses to read one.
     """
 
     def __init__(
@@ -86,7 +87,7 @@ class TrainState:
         device: torch.device,
         every: int | None,
         keep: int,
-        inputs: Mapping[str, Any],
+        inputs: Mapping[str, object],
         **always: Stateful,
     ) -> None:
         self.run, self.device, self.every, self.keep, self.inputs = run, device, every, keep, dict(inputs)
@@ -94,6 +95,7 @@ class TrainState:
         self.name = ""
         self.parts: dict[str, Stateful] = {}
         self._number = 0
+        self._damaged: list[Path] = []
         self._last_save = time.monotonic()
         self._begin_epoch(0)
         self._waiting = self._read()
@@ -151,7 +153,7 @@ class TrainState:
         return time.monotonic() - self._last_save >= INTERVAL
 
     def _save_if(self, is_due: bool) -> None:
-        stop, due = largest([signals.requested() or 0, int(is_due)])
+        stop, due = all_reduce_max([signals.requested() or 0, int(is_due)])
         if stop:
             raise signals.Interrupted(stop, between_steps=True)
         if self.run.stopped.is_set():
@@ -184,11 +186,13 @@ class TrainState:
             self.run.say(f"note: step {self.step} of epoch {self.epoch + 1} was not saved: {disk_words(error)}")
             return
         self._number += 1
-        for path in state_files(self.run.folder)[self.keep :]:
+        whole = [path for path in state_files(self.run.folder) if path not in self._damaged]
+        for path in [*self._damaged, *whole[self.keep :]]:
             with suppress(OSError):
                 path.unlink()
+        self._damaged = []
 
-    def _own(self) -> dict[str, Any]:
+    def _own(self) -> StateDict:
         """What this process alone has."""
         return {
             "spent": self.seconds,
@@ -197,32 +201,34 @@ class TrainState:
             "parts": {name: part.own_state() for name, part in self.parts.items() if hasattr(part, "own_state")},
         }
 
-    def _read(self) -> dict[str, Any] | None:
+    def _read(self) -> StateDict | None:
         """The newest state that is whole; None where there is none."""
-        blob, content, damaged = b"", None, []
+        blob, content = b"", None
         for path in state_files(self.run.folder) if self.run.writes else []:
             self._number = max(self._number, int(path.stem.removeprefix("state-")))
             try:
                 blob = path.read_bytes()
+            except OSError as error:  # it may be whole
+                raise UsageError(
+                    f"{path}: {disk_words(error)}", "the same once more, when the disk can be read"
+                ) from None
+            try:
                 content = _load(blob)
                 break
-            except (OSError, ValueError):
+            except ValueError:
                 blob = b""
-                damaged.append(path)
-        names = ", ".join(path.name for path in damaged)
-        if damaged and not blob:
-            raise UsageError(f"{self.run.folder}: {names} cannot be read", "a start without --resume")
-        if damaged:
-            self.run.say(f"note: {names} cannot be read; the state before it is taken")
-        for path in damaged:  # so that it does not count among those that are kept
-            with suppress(OSError):
-                path.unlink()
-        if processes() > 1:
+                self._damaged.append(path)
+        names = ", ".join(path.name for path in self._damaged)
+        if self._damaged and not blob:
+            raise UsageError(f"{self.run.folder}: {names} damaged, and no other state", "a start without --resume")
+        if self._damaged:
+            self.run.say(f"note: {names} is damaged; the state before it is taken")
+        if world_size() > 1:
             blob = broadcast_bytes(blob)
             content = _load(blob) if blob else None
         return content
 
-    def _require_same(self, state: Mapping[str, Any]) -> None:
+    def _require_same(self, state: StateDict) -> None:
         found = state.get("format")
         if found != FORMAT:
             raise UsageError(f"{self.run.folder} has a state of format {found}", f"{FORMAT}, or a new run")
@@ -236,7 +242,7 @@ class TrainState:
         if changed:
             self.run.say(f"note: results may differ by rounding from an uninterrupted run's: {'; '.join(changed)}")
 
-    def _take_up(self, state: Mapping[str, Any]) -> None:
+    def _take_up(self, state: StateDict) -> None:
         for name, part in self.parts.items():
             part.load_state_dict(state["parts"][name])
         own = state["own"][min(rank(), len(state["own"]) - 1)]
@@ -250,6 +256,18 @@ class TrainState:
         date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         self.run.resumed.append({"date": date, "at": where, **machine(self.device)})
         self.run.say(f"resumed after {where}")
+
+
+def can_go_on(folder: Path) -> bool:
+    """Whether a run could be resumed: a state of it is whole, or there is none yet. That of every run of a sweep."""
+    for place in {path.parent for path in folder.rglob("state-*.pt")}:
+        for path in state_files(place):
+            with suppress(ValueError):
+                _load(path.read_bytes())
+                break
+        else:
+            return not state_files(place)
+    return True
 
 
 def state_files(folder: Path) -> list[Path]:
@@ -266,7 +284,7 @@ def complete(run: Run, result: R) -> R:
     return result
 
 
-def completed_run(folder: Path) -> dict[str, Any] | None:
+def completed_run(folder: Path) -> StateDict | None:
     """What :func:`complete` noted in a run folder, {"result": ...}; None where the run is not complete.
 
     States that a complete run still has, since it was killed in its last moment, are removed.
@@ -283,7 +301,7 @@ def completed_run(folder: Path) -> dict[str, Any] | None:
     return noted
 
 
-def random_states(device: torch.device) -> dict[str, Any]:
+def random_states(device: torch.device) -> StateDict:
     """The global random generators: Python's, NumPy's, PyTorch's and the GPU's."""
     version, words, gauss = random.getstate()
     kind, keys, *rest = np.random.get_state(legacy=True)
@@ -295,7 +313,7 @@ def random_states(device: torch.device) -> dict[str, Any]:
     }
 
 
-def set_random_states(states: Mapping[str, Any], device: torch.device) -> None:
+def set_random_states(states: StateDict, device: torch.device) -> None:
     """Puts the global generators back to what :func:`random_states` gave."""
     version, words, gauss = states["python"]
     random.setstate((version, tuple(words), gauss))
@@ -306,19 +324,22 @@ def set_random_states(states: Mapping[str, Any], device: torch.device) -> None:
         torch.cuda.set_rng_state(states["cuda"], device)
 
 
-def _dump(content: Any) -> bytes:
+def _dump(content: object) -> bytes:
     file = io.BytesIO()
     torch.save(content, file)
     return file.getvalue()
 
 
-def _load(blob: bytes) -> Any:
+def _load(blob: bytes) -> StateDict:
     """The content of a file that torch wrote; ValueError where a byte of it is not what was written."""
     file = io.BytesIO(blob)
     try:
         if zipfile.ZipFile(file).testzip() is not None:
             raise ValueError
         file.seek(0)
-        return torch.load(file, map_location="cpu", weights_only=True)
+        state: StateDict = torch.load(file, map_location="cpu", weights_only=True)
+        return state
+    except MemoryError:
+        raise
     except Exception as error:  # zipfile and torch.load raise nearly anything on a damaged file
         raise ValueError("damaged") from error

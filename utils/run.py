@@ -3,30 +3,25 @@
 from __future__ import annotations
 
 import datetime
-import io
 import json
 import os
-import socket
-import sys
 import textwrap
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from itertools import count
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
-
-from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-from tensorboard.compat.proto.summary_pb2 import Summary
-from tensorboard.summary.writer.record_writer import RecordWriter
+from typing import TypeVar
 
 from utils.bar import bar
+from utils.console import duration, show
 from utils.distributed import interruptible
-from utils.files import atomic, lock, naming, require_writable, sweep
+from utils.errors import Unsaved, UsageError, disk_words
+from utils.files import AppendedFile, atomic, lock, require_writable, sweep
 from utils.metrics import percent
-from utils.options import Unsaved, UsageError, disk_words
+from utils.types import Record, StateDict, epoch_of
 
 T = TypeVar("T")
 
@@ -42,10 +37,15 @@ COLUMNS: tuple[tuple[str, str, str], ...] = (
     ("test_medium", "medium %", "%"),
     ("test_few", "few %", "%"),
     ("seconds", "s", ".1f"),
+    ("left", "left", "time"),
 )
 
 
-def table_row(record: dict[str, Any] | None, columns: Iterable[tuple[str, str, str]] = COLUMNS) -> str:
+#: Steps after which the pace is measured, and seconds after which the time that a training takes is told.
+WARM_UP, TELL_AFTER = 5, 3.0
+
+
+def table_row(record: Record | None, columns: Iterable[tuple[str, str, str]] = COLUMNS) -> str:
     """One line of the epoch table; without a record, its heading. Missing values print as "-"."""
     cells = []
     for key, heading, form in columns:
@@ -54,6 +54,8 @@ def table_row(record: dict[str, Any] | None, columns: Iterable[tuple[str, str, s
             text = heading
         elif form == "%":
             text = percent(value)
+        elif form == "time":
+            text = "-" if value is None else duration(value)
         else:
             text = "-" if value is None else format(value, form)
         cells.append(text.rjust(max(len(heading), 8 if form == ".2e" else 6)))
@@ -83,83 +85,6 @@ def make_folder(out: str, name: str, label: str) -> Path:
     return folder
 
 
-class _Added:
-    """A file that a run adds to as it goes. A disk that refuses costs what is added meanwhile, not the run.
-
-    Args:
-        path: the file; what it holds already stays.
-        warn: is told of every such loss.
-    """
-
-    def __init__(self, path: Path, warn: Callable[[str], None]) -> None:
-        self.path, self.warn = path, warn
-        self._file = open(path, "ab", buffering=0)  # nothing stays behind that would be written later, or fail then
-
-    def empty(self) -> bool:
-        """Removes what it holds; whether that was nothing."""
-        with suppress(OSError):
-            size = os.fstat(self._file.fileno()).st_size
-            os.ftruncate(self._file.fileno(), 0)
-            return size == 0
-        return True
-
-    def write(self, content: bytes) -> None:
-        try:
-            with naming(self.path):
-                end = os.fstat(self._file.fileno()).st_size
-                try:
-                    left = memoryview(content)
-                    while left:
-                        left = left[self._file.write(left) :]
-                except OSError:
-                    with suppress(OSError):
-                        os.ftruncate(self._file.fileno(), end)  # no half line for the next one to follow
-                    raise
-        except OSError as error:
-            self.warn(f"note: {disk_words(error)}; the run goes on without what belongs there")
-
-    def close(self) -> None:
-        with suppress(OSError):
-            self._file.close()
-
-
-class _Board:
-    """TensorBoard's file of scalars. Its own writer has a thread, which prints a traceback where the disk is full."""
-
-    def __init__(self, folder: Path, warn: Callable[[str], None]) -> None:
-        place = f"{time.time():.0f}.{socket.gethostname()}.{os.getpid()}"
-        self._added = _Added(folder / f"events.out.tfevents.{place}", warn)
-        self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))
-
-    def add(self, step: int, scalars: dict[str, float]) -> None:
-        values = [Summary.Value(tag=tag, simple_value=float(value)) for tag, value in scalars.items()]
-        self._write(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
-
-    def forget(self, step: int) -> None:
-        """What was added from this step on counts no longer."""
-        restart = SessionLog(status=SessionLog.START)
-        self._write(Event(wall_time=time.time(), step=step, session_log=restart))
-
-    def _write(self, event: Any) -> None:
-        record = io.BytesIO()
-        RecordWriter(record).write(event.SerializeToString())
-        self._added.write(record.getvalue())
-
-    def close(self) -> None:
-        self._added.close()
-
-
-def show(text: str) -> None:
-    """Prints a text; without standard output, as after "| head" or on a full disk, the run goes on."""
-    try:
-        print(text, flush=True)
-    except OSError as error:
-        sys.stdout = open(os.devnull, "w")
-        if not isinstance(error, BrokenPipeError):
-            with suppress(OSError):
-                print(f"note: standard output: {disk_words(error)}; the run goes on without", file=sys.stderr)
-
-
 class Run:
     """What a run prints, measures and draws, in a folder of its own.
 
@@ -184,8 +109,8 @@ class Run:
 
     def __init__(self, folder: Path | None, prefix: str = "", is_locked: bool = False) -> None:
         self.folder, self.prefix, self.writes = folder or Path(os.devnull), prefix, folder is not None
-        self.epochs: list[dict[str, Any]] = []
-        self.resumed: list[dict[str, Any]] = []
+        self.epochs: list[Record] = []
+        self.resumed: list[dict[str, object]] = []
         self.resume_by = ""
         self.is_sweep = False
         self.stopped = threading.Event()
@@ -193,12 +118,19 @@ class Run:
         self._open = ExitStack()
         self._is_warned = False
         self._lines: list[str] = []
+        self._epochs = self._steps = 0  # that are still to be done when training begins
+        self._every, self._has_heading = 1, False
+        self._began, self._done, self._has_told = 0.0, 0, False
         self._log = self._metrics = self._board = None
         if folder and is_locked:
             self._open.enter_context(lock(folder, wait=0, doing="run"))
         if folder:
-            self._log, self._metrics = (_Added(folder / name, self._warn) for name in ("log.txt", "metrics.jsonl"))
-            self._board = _Board(folder, self._warn)
+            self._log, self._metrics = (
+                AppendedFile(folder / name, self._warn) for name in ("log.txt", "metrics.jsonl")
+            )
+            from utils.board import Board  # here, since it is slow to import
+
+            self._board = Board(folder, self._warn)
             for each in (self._log, self._metrics, self._board):
                 self._open.callback(each.close)
 
@@ -234,15 +166,15 @@ class Run:
                     if self._log:
                         self._log.write(f"to continue: {self.resume_by}\n".encode(errors="surrogateescape"))
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> StateDict:
         """The records so far, see :class:`utils.resume.TrainState`."""
         return {"seconds": self.seconds, "epochs": self.epochs, "lines": self._lines, "resumed": self.resumed}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: StateDict) -> None:
         """Goes on after these records; what was written after them is forgotten."""
         self.started = time.perf_counter() - state["seconds"]
         self.epochs, self.resumed = state["epochs"], state["resumed"]
-        self.forget(1 + max((record["epoch"] for record in self.epochs), default=0))
+        self.forget(1 + max(map(epoch_of, self.epochs), default=0))
         self._lines = state["lines"]
         if self._metrics:
             self._metrics.write("".join(f"{line}\n" for line in self._lines).encode())
@@ -284,43 +216,84 @@ class Run:
         except Exception as error:  # a disk, or a library that a name or a number does not suit
             self.say(f"note: no {name}: {one_line(error)}")
 
-    def write_json(self, name: str, content: Any) -> None:
+    def write_json(self, name: str, content: object) -> None:
         """Writes a small JSON file into the folder."""
         if self.writes:
             with self.side_output(name) as path:
                 path.write_text(json.dumps(content, indent=1) + "\n")
 
+    def plan(self, epochs: int, steps: int, every: int) -> None:
+        """Training begins: so many epochs of so many steps, of which the run will say how long they take.
+
+        Of those that are evaluated, every so many and the last are rows of its table; all are in metrics.jsonl.
+        """
+        self._epochs, self._steps, self._every, self._done, self._has_told = epochs, steps, every, 0, False
+        self._began = time.perf_counter()
+
+    @property
+    def left(self) -> float | None:
+        """Seconds that the planned epochs still take at the pace so far; None before the first is over."""
+        if not self._done:
+            return None
+        return (time.perf_counter() - self._began) / self._done * (self._epochs - self._done)
+
     def bar(self, steps: Iterable[T], total: int, label: str) -> Iterator[T]:
         """Passes ``steps`` through with a progress bar, see :func:`utils.bar.bar`."""
         steps = interruptible(steps)
-        return bar(steps, total, label) if self.writes else steps
+        if not self.writes:
+            return steps
+        words = "" if self.left is None else f", {duration(self.left)} left"
+        return bar(self._timed(steps) if self._epochs and not self._has_told else steps, total, f"{label}{words}")
 
-    def log(self, record: dict[str, Any]) -> None:
+    def _timed(self, steps: Iterable[T]) -> Iterator[T]:
+        """Says after the first steps how long the training will take; the very first are slower than the others."""
+        began = 0.0
+        for number, step in enumerate(steps):
+            if number == WARM_UP:
+                began = time.perf_counter()
+            elapsed, timed = time.perf_counter() - began, number - WARM_UP
+            if not self._has_told and timed >= WARM_UP and elapsed > TELL_AFTER:
+                self._has_told = True
+                whole = elapsed / timed * self._steps * self._epochs
+                self.say(
+                    f"about {duration(whole)} for {self._epochs} epochs of {self._steps} steps, and the evaluations"
+                )
+            yield step
+
+    def log(self, record: Record) -> None:
         """One epoch: a table line, a line of metrics.jsonl, TensorBoard scalars. None stands for "not measured"."""
-        if not self.epochs:
-            self.say(table_row(None))
+        self._done += 1
         self.epochs.append(record)
-        self.say(table_row(record))
+        if "test_top1" in record and self._has_row(record):  # on a terminal the bar shows the others
+            if not self._has_heading:
+                self._has_heading = True
+                self.say(table_row(None))
+            self.say(table_row({**record, "left": self.left}))
         self._measured(record)
         if self._board:
             known = {key: value for key, value in record.items() if key != "epoch" and value is not None}
-            self._board.add(record["epoch"], {key.replace("_", "/", 1): value for key, value in known.items()})
+            self._board.add(epoch_of(record), {key.replace("_", "/", 1): value for key, value in known.items()})
 
-    def _measured(self, record: dict[str, Any]) -> None:
+    def _has_row(self, record: Record) -> bool:
+        return epoch_of(record) % self._every == 0 or self._done == self._epochs
+
+    def _measured(self, record: Mapping[str, object]) -> None:
         self._lines.append(json.dumps(record))
         if self._metrics:
             self._metrics.write(f"{self._lines[-1]}\n".encode())
 
-    def log_many(self, records: dict[str, dict[str, Any]], heading: str) -> None:
+    def log_many(self, records: dict[str, Record], heading: str) -> None:
         """One epoch of some classifiers, {setting: record}: as :meth:`log` does, or in a sweep as one line for all."""
         if not self.is_sweep:
             for record in records.values():
                 self.log(record)
             return
+        self._done += 1
         for name, record in records.items():
             self._measured({"setting": name, **record})
-        measured = [record["test_top1"] for record in records.values() if "test_top1" in record]
-        if measured:
+        measured = [value for record in records.values() if (value := record.get("test_top1")) is not None]
+        if measured and self._has_row(next(iter(records.values()))):
             last = next(reversed(records.values()))
             low, high = percent(min(measured)), percent(max(measured))
-            self.say(f"{heading}, epoch {last['epoch']}: {len(measured)} classifiers, test {low} to {high} %")
+            left = "" if self.left is None else f", {duration(self.left)} left"
+            self.say(f"{heading}, epoch {last['epoch']}: {len(measured)} classifiers, test {low} to {high} %{left}")

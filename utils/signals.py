@@ -20,12 +20,13 @@ class Interrupted(KeyboardInterrupt):
 
     Attributes:
         between_steps: it was raised where everything is in a state that can be saved, not by the signal itself.
+        is_second: one has come before, which has not ended the process yet.
         status: the exit status that shells give to the signal: 130 or 143.
     """
 
-    def __init__(self, number: int, between_steps: bool = False, why: str = "") -> None:
+    def __init__(self, number: int, between_steps: bool = False, why: str = "", is_second: bool = False) -> None:
         super().__init__(why or signal.Signals(number).name)
-        self.between_steps, self.status = between_steps, 128 + number
+        self.between_steps, self.is_second, self.status = between_steps, is_second, 128 + number
 
 
 class _Requests:
@@ -44,8 +45,8 @@ class _Requests:
         if is_echo and time.monotonic() - self.came < ECHO:
             return
         if self.number is not None or not self.looking:
-            self.number = number
-            raise Interrupted(number)
+            is_second, self.number = self.number is not None, number
+            raise Interrupted(number, is_second=is_second)
         self.number, self.came = number, time.monotonic()
         if int(os.environ.get("RANK", 0)) == 0 and os.getpid() == self.process:  # not in its workers
             name = signal.Signals(number).name
@@ -64,7 +65,8 @@ def handled() -> Iterator[None]:
         yield
         return
     _requests.number, _requests.process = None, os.getpid()
-    before = {number: signal.signal(number, _requests.handle) for number in HANDLED}
+    wanted = [number for number in HANDLED if signal.getsignal(number) != signal.SIG_IGN]  # as nohup has it
+    before = {number: signal.signal(number, _requests.handle) for number in wanted}
     try:
         yield
     finally:

@@ -14,15 +14,17 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypedDict, TypeVar
 
 import numpy
 import torch
-import torchvision
 
-from utils.distributed import launcher, local, processes
-from utils.options import UsageError
+from utils import signals
+from utils.console import show
+from utils.distributed import launcher, local_rank_and_size, world_size
+from utils.errors import UsageError
 
 #: glibc's names of what mallopt sets, and values in bytes: what free memory stays, and from which size it never does.
 MALLOPT = {"M_TRIM_THRESHOLD": (-1, 2**30), "M_TOP_PAD": (-2, 2**24), "M_MMAP_THRESHOLD": (-3, 2**25)}
@@ -106,11 +108,11 @@ def pick_device(
     """
     make_deterministic(deterministic)
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    mine, here = local()
+    mine, here = local_rank_and_size()
     if device == "cpu" and gpu is not None:
         raise UsageError(f"--gpu {gpu} with --device cpu", "one of the two")
-    if gpu is not None and processes() > 1:
-        raise UsageError(f"--gpu {gpu} with {processes()} processes", "no --gpu: each process takes one of its own")
+    if gpu is not None and world_size() > 1:
+        raise UsageError(f"--gpu {gpu} with {world_size()} processes", "no --gpu: each process takes one of its own")
     if gpu is not None and gpu >= gpus:
         numbers = "none, this machine has no GPU: leave --gpu out" if gpus == 0 else f"0 to {gpus - 1}"
         raise UsageError(f"--gpu {gpu}", numbers)
@@ -190,10 +192,19 @@ def side_by_side(
         try:
             wait(futures, return_when=FIRST_EXCEPTION)
             return [future.result() for future in futures if future.done()]
-        except BaseException:
-            print("stopping the other runs", flush=True)
+        except BaseException as error:
+            show("stopping the other runs")
             stopped.set()
             pool.shutdown(wait=False, cancel_futures=True)
+            stop = error
+            try:
+                if not (isinstance(error, signals.Interrupted) and error.is_second):
+                    wait(futures)
+            except signals.Interrupted as second:
+                stop = second
+            if isinstance(stop, signals.Interrupted) and stop.is_second:  # Python would wait for the threads first
+                os.write(2, f"\nended by {stop}\n".encode())
+                os._exit(stop.status)
             raise
 
 
@@ -225,7 +236,7 @@ def pick_graph(graph: str, device: torch.device) -> str:
     """
     if graph == "on" and device.type != "cuda":
         raise UsageError("--graph on: CUDA graphs need a GPU", "auto, off")
-    return graph if device.type == "cuda" and processes() == 1 else "off"
+    return graph if device.type == "cuda" and world_size() == 1 else "off"
 
 
 def cpu_has_bf16() -> bool:
@@ -246,7 +257,7 @@ def _git(*arguments: str) -> str | None:
     return done.stdout.strip()
 
 
-def machine(device: torch.device) -> dict[str, Any]:
+def machine(device: torch.device) -> dict[str, object]:
     """What the rounding of a run on a device depends on."""
     return {
         "torch": str(torch.__version__),
@@ -256,7 +267,26 @@ def machine(device: torch.device) -> dict[str, Any]:
     }
 
 
-def provenance(script: str, argv: Sequence[str], device: torch.device, seconds: float) -> dict[str, Any]:
+class Provenance(TypedDict, total=False):
+    """What made a result."""
+
+    command: str
+    commit: str | None
+    uncommitted_changes: bool | None
+    versions: dict[str, object]
+    device: str
+    cpu: dict[str, str | None]
+    processes: int
+    threads: int
+    deterministic: bool
+    environment: dict[str, str]
+    platform: str
+    seconds: float
+    date: str
+    resumed: list[dict[str, object]]
+
+
+def provenance(script: str, argv: Sequence[str], device: torch.device, seconds: float) -> Provenance:
     """What made a result: command, commit (and whether files differ from it), versions, machine, seconds, date."""
     changed, on_gpu = _git("status", "--porcelain", "--untracked-files=no"), device.type == "cuda"
     return {
@@ -266,14 +296,14 @@ def provenance(script: str, argv: Sequence[str], device: torch.device, seconds: 
         "versions": {
             "python": platform.python_version(),
             "torch": str(torch.__version__),  # a str subclass, which weights_only refuses
-            "torchvision": str(torchvision.__version__),
+            "torchvision": version("torchvision"),
             "numpy": str(numpy.__version__),
             "cuda": torch.version.cuda if on_gpu else None,
             "cudnn": torch.backends.cudnn.version() if on_gpu else None,
         },
         "device": torch.cuda.get_device_name(device) if on_gpu else f"cpu ({platform.machine()})",
         "cpu": {"model": cpu_model(), "capability": torch.backends.cpu.get_cpu_capability()},
-        "processes": processes(),
+        "processes": world_size(),
         "threads": torch.get_num_threads(),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "environment": {name: os.environ[name] for name in KERNEL_VARIABLES if name in os.environ},

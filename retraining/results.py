@@ -1,4 +1,4 @@
-"""What a sweep of stage 2 is made of: the backbone with its data, and one result per setting."""
+"""Stage 1's frozen backbone with its data, and what became of every classifier made on it."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any
 
 from torch import Tensor, nn
 
 from datasets import Batches, LongTailed
 from engine import predict
+from experiment.sweeps import Result
 from retraining.features import FeatureSource, Stream, feature_blocks, head_logits
-from retraining.methods import METHODS, Start
-from retraining.settings import Setting
-from retraining.solver import Trainee
-from sweeps import Outcome
+from retraining.methods import Method, Stage1, Trained
+from retraining.solver import TrainableHead
 from utils.metrics import GROUPS, Logits, accuracies, predicted_classes
+from utils.types import Record, StateDict
 
 
-class Result(Outcome):
+class ClassifierResult(Result):
     """What became of one classifier: its selection's state is the head's, or the network's (``network``).
 
     Attributes:
+        method: the method with its options.
         head: the selected epoch's head, one of models.heads.HEADS, or the whole network; on the CPU, its weights are
             those of the selection's state.
         network: whether the backbone was trained too.
@@ -32,13 +32,12 @@ class Result(Outcome):
         seconds: time spent on the classifier itself; on the whole network where that is trained.
     """
 
-    setting: Setting
-
-    def __init__(self, setting: Setting, select: str) -> None:
-        super().__init__(setting, select)
-        self.network = setting.scope != "fc"
+    def __init__(self, method: Method, select: str) -> None:
+        super().__init__(method.setting, select)
+        self.method = method
+        self.network = method.scope != "fc"
         self.head: nn.Module = nn.Identity()
-        self.records: list[dict[str, Any]] = []
+        self.records: list[Record] = []
 
     @property
     def classifier(self) -> nn.Module:
@@ -50,11 +49,17 @@ class Result(Outcome):
         if self.diverged is None and not math.isfinite(train[0]):
             self.diverged = epoch + 1
         if self.diverged is None:
-            record = {"epoch": epoch + 1, "lr": lr, "train_loss": train[0], "train_top1": train[1], "seconds": seconds}
+            record: Record = {
+                "epoch": epoch + 1,
+                "lr": lr,
+                "train_loss": train[0],
+                "train_top1": train[1],
+                "seconds": seconds,
+            }
             self.records.append(record)
         return self.diverged is None
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> StateDict:
         """The result so far; of its head the weights alone."""
         return {
             "selection": self.selection.state_dict(),
@@ -63,7 +68,7 @@ class Result(Outcome):
             "diverged": self.diverged,
         }
 
-    def take_up(self, state: dict[str, Any], head: nn.Module) -> None:
+    def take_up(self, state: StateDict, head: nn.Module) -> None:
         """Goes on from a state; ``head``, of the right kind, gets the selected epoch's weights."""
         self.selection.load_state_dict(state["selection"])
         self.records, self.seconds, self.diverged = state["records"], state["seconds"], state["diverged"]
@@ -97,46 +102,44 @@ class Result(Outcome):
                 self.records[-1]["val_class_mean"] = val_report["class_mean"]
 
 
-class Lab:
+class FrozenBackbone:
     """One stage-1 network, and what its classifiers are made from and measured on.
 
     Attributes:
         source: where the features come from.
         data: the data set.
-        start: what the methods start from.
+        stage1: what the methods start from.
     """
 
     def __init__(self, source: FeatureSource) -> None:
         self.source, self.data = source, source.data
         clean, held_out = (partial(self._blocks, part) for part in ("train", "val"))
         head = copy.deepcopy(source.model.fc).requires_grad_(False)
-        self.start = Start(head, self.data.trained_counts, clean, held_out if self.data.val else None)
+        self.stage1 = Stage1(head, self.data.trained_counts, clean, held_out if self.data.val else None)
 
     def _blocks(self, part: str) -> Iterator[tuple[Tensor, Tensor]]:
         labels: Tensor = getattr(self.data, part).labels
         return feature_blocks(self.source.evaluated(part), labels, self.data.num_classes, self.source.device)
 
-    def fresh(self, setting: Setting) -> nn.Module:
-        """What a setting's training begins with and its result keeps: the classifier, or the network with it."""
-        method = METHODS[setting.method]
-        head = method.head(self.start, setting.values)
-        if setting.scope == "fc":
+    def fresh(self, method: Method) -> nn.Module:
+        """What a method's training begins with and its result keeps: the classifier, or the network with it."""
+        head = method.head(self.stage1)
+        if method.scope == "fc":
             return method.finished(head)
         model = copy.deepcopy(self.source.model)
         model.fc = head
         return model
 
-    def trainee(self, setting: Setting) -> Trainee:
-        """A fresh classifier of a setting, ready for the solver."""
-        method, values = METHODS[setting.method], setting.values
-        head = method.head(self.start, values)
-        return Trainee(
+    def trainable_head(self, method: Trained) -> TrainableHead:
+        """A fresh classifier of a method, ready for the solver."""
+        head = method.head(self.stage1)
+        return TrainableHead(
             head,
-            lambda progress: method.loss(self.start, values, progress),
-            values["finetune_lr"],
-            values["finetune_wd"],
-            (lambda: method.project(head, self.start, values)) if method.projects else None,
-            values.get("maxnorm_every") == "step",
+            lambda progress: method.loss(self.stage1, progress),
+            method.finetune_lr,
+            method.finetune_wd,
+            (lambda: method.project(head, self.stage1)) if method.projects else None,
+            method.projects_each_step,
         )
 
     def make_features(self, stream: Stream, epoch: int) -> None:
@@ -144,9 +147,9 @@ class Lab:
         for part in ("test", "val") if self.data.val else ("test",):
             self.source.evaluated(part, stream, epoch)
 
-    def measure(self, result: Result, head: nn.Module, epoch: int) -> None:
+    def measure(self, result: ClassifierResult, head: nn.Module, epoch: int) -> None:
         """Evaluates a head on the backbone as it is after an epoch (from 0; -1 for stage 1's)."""
-        stream = result.setting.stream
+        stream = result.method.stream
         val = None if self.data.val is None else self.logits(head, "val", stream, epoch)
         result.offer(epoch + 1, head, self.logits(head, "test", stream, epoch), val, self.data)
 
@@ -154,12 +157,12 @@ class Lab:
         """A head's logits (N, C) on "test" or "val" after an epoch; -1 is stage 1's backbone."""
         return head_logits(head, self.source.evaluated(part, stream, epoch), self.source.eval_batch)
 
-    def logits_of(self, result: Result, part: str, flip: bool = True) -> Logits:
+    def logits_of(self, result: ClassifierResult, part: str, flip: bool = True) -> Logits:
         """The selected epoch's logits (N, C) on "test" or "val"; without flip averaging where ``flip`` is off."""
         head = copy.deepcopy(result.head).to(self.source.device)
         if result.network:
             return self.network_logits(head, part, flip)
-        features = self.source.evaluated(part, result.setting.stream, result.selection.epoch - 1)
+        features = self.source.evaluated(part, result.method.stream, result.selection.epoch - 1)
         return head_logits(head, features if flip else features[:1], self.source.eval_batch)
 
     def network_logits(self, model: nn.Module, part: str, flip: bool = True) -> Tensor:
@@ -168,67 +171,67 @@ class Lab:
         batches = Batches(images.images, images.labels, source.eval_batch, spec.mean, spec.std, source.device)
         return predict(model, batches, source.flip and flip)[0]
 
-    def state_dict(self, result: Result) -> dict[str, Tensor]:
+    def state_dict(self, result: ClassifierResult) -> dict[str, Tensor]:
         """All weights of the selected epoch: the backbone's and the head's."""
         if result.network:
             return result.selection.state
-        backbone = self.source.backbone(result.setting.stream, result.selection.epoch - 1)
+        backbone = self.source.backbone(result.method.stream, result.selection.epoch - 1)
         kept = {name: tensor for name, tensor in backbone.items() if not name.startswith("fc.")}
         return kept | {f"fc.{name}": tensor for name, tensor in result.selection.state.items()}
 
 
 class Results:
-    """The results of some settings that are trained side by side, as one that can be saved."""
+    """The results of some classifiers that are trained side by side, as one that can be saved."""
 
-    def __init__(self, results: Sequence[Result], lab: Lab) -> None:
-        self.results, self.lab = results, lab
+    def __init__(self, results: Sequence[ClassifierResult], frozen: FrozenBackbone) -> None:
+        self.results, self.frozen = results, frozen
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> StateDict:
         """The results so far."""
         return {"results": [result.state_dict() for result in self.results]}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: StateDict) -> None:
         """Goes on from a state."""
         for result, stored in zip(self.results, state["results"]):
-            result.take_up(stored, self.lab.fresh(result.setting))
+            result.take_up(stored, self.frozen.fresh(result.method))
 
 
 class Finished:
-    """The results of settings whose training is over, as a run that is resumed needs them.
+    """The results of classifiers whose training is over, as a run that is resumed needs them.
 
     Attributes:
         fits: how many classifiers of a group were trained at a time; memory decides it once.
     """
 
-    def __init__(self, lab: Lab, select: str) -> None:
-        self.lab, self.select = lab, select
+    def __init__(self, frozen: FrozenBackbone, select: str) -> None:
+        self.frozen, self.select = frozen, select
         self.fits: dict[str, int] = {}
-        self._states: dict[str, dict[str, Any]] = {}
+        self._states: dict[str, StateDict] = {}
 
-    def add(self, results: Sequence[Result]) -> None:
+    def add(self, results: Sequence[ClassifierResult]) -> None:
         """Notes results that will not change."""
-        self._states |= {name_of(result.setting): result.state_dict() for result in results}
+        self._states |= {name_of(result.method): result.state_dict() for result in results}
 
-    def find(self, settings: Sequence[Setting]) -> list[Result] | None:
-        """The results of these settings, where they are there."""
-        states = [self._states.get(name_of(setting)) for setting in settings]
+    def find(self, methods: Sequence[Method]) -> list[ClassifierResult] | None:
+        """The results of these methods, where they are there."""
+        states = [self._states.get(name_of(method)) for method in methods]
         results = []
-        for setting, state in zip(settings, states):
+        for method, state in zip(methods, states):
             if state is None:
                 return None
-            results.append(Result(setting, self.select))
-            results[-1].take_up(state, self.lab.fresh(setting))
+            results.append(ClassifierResult(method, self.select))
+            results[-1].take_up(state, self.frozen.fresh(method))
         return results
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> StateDict:
         """The results so far."""
         return {"fits": self.fits, "results": self._states}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: StateDict) -> None:
         """Goes on from a state."""
         self.fits, self._states = state["fits"], state["results"]
 
 
-def name_of(setting: Setting) -> str:
-    """A text that no other setting has."""
-    return json.dumps([setting.method, *setting.values.items()])
+def name_of(method: Method) -> str:
+    """A text that no other method or options have."""
+    return json.dumps([method.name, *method.setting.values.items()])

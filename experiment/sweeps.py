@@ -3,28 +3,28 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
-
-import pandas as pd
+from typing import Generic, TypeVar
 
 from engine import Selection
+from utils.checkpoints import Sweep
+from utils.errors import Diverged
 from utils.metrics import GROUPS, percent
-from utils.options import Diverged
-from utils.plots import option_curves
+from utils.options import Value
+from utils.plots import Point, option_curves
 from utils.run import Run
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One value for every option of a run or a classifier; ``method`` is the loss of stage 1, the method of stage 2."""
+    """What a table calls one run of a sweep: ``method``, of stage 1 the loss, and the options that a sweep may vary."""
 
     method: str
-    values: Mapping[str, Any]
+    values: Mapping[str, Value]
 
     @property
-    def key(self) -> tuple[tuple[str, Any], ...]:
+    def key(self) -> tuple[tuple[str, Value], ...]:
         """What is the same in all seeds."""
         return (("method", self.method), *((k, v) for k, v in self.values.items() if k != "seed"))
 
@@ -34,14 +34,11 @@ class Setting:
         return " ".join([self.method, *(f"{name} {short(self.values[name])}" for name in names if name in self.values)])
 
 
-S = TypeVar("S", bound=Setting)
-
-
-class Outcome:
-    """What became of a setting.
+class Result:
+    """What became of one run of a sweep.
 
     Attributes:
-        setting: the setting.
+        setting: what tables call it.
         selection: the selected epoch with its reports and weights.
         seconds: time spent on it.
         diverged: the epoch (from 1) in which loss or logits were no longer finite; None where all is well.
@@ -53,16 +50,14 @@ class Outcome:
         self.diverged: int | None = None
 
 
-def distinct(settings: Iterable[S]) -> list[S]:
-    """The settings, each once."""
-    return list({(setting.key, setting.values.get("seed")): setting for setting in settings}.values())
+R = TypeVar("R", bound=Result)
 
 
 def varying(settings: Sequence[Setting]) -> list[str]:
     """The options, beside method and seed, that differ between settings of one method."""
     names = []
     for name in dict.fromkeys(name for setting in settings for name in setting.values):
-        seen: dict[str, set[Any]] = {}
+        seen: dict[str, set[Value]] = {}
         for setting in settings:
             if name in setting.values:
                 seen.setdefault(setting.method, set()).add(setting.values[name])
@@ -71,29 +66,29 @@ def varying(settings: Sequence[Setting]) -> list[str]:
     return names
 
 
-def short(value: Any) -> str:
+def short(value: Value) -> str:
     """A value as tables and messages show it."""
     return f"{value:.5g}" if isinstance(value, float) else str(value)
 
 
 @dataclass
-class Row:
+class Row(Generic[R]):
     """All seeds of one setting, with means over them.
 
     ``score`` is what rows are sorted by: the class mean on held-out images where there are any, else test top-1.
     """
 
-    results: list[Any]
+    results: list[R]
 
     @property
-    def setting(self) -> Any:
+    def setting(self) -> Setting:
         return self.results[0].setting
 
     @property
     def score(self) -> float:
         return statistics.fmean(score_of(result) for result in self.results)
 
-    def figures(self, of: Callable[[Any], float | None]) -> tuple[float, float] | None:
+    def figures(self, of: Callable[[R], float | None]) -> tuple[float, float] | None:
         """Mean and sample standard deviation over seeds (0 for one seed); None where a seed has none."""
         values = [of(result) for result in self.results]
         present = [value for value in values if value is not None]
@@ -102,28 +97,28 @@ class Row:
         return statistics.fmean(present), statistics.stdev(present) if len(present) > 1 else 0.0
 
 
-def score_of(result: Outcome) -> float:
+def score_of(result: Result) -> float:
     """Held-out class mean where there is one, else test top-1."""
     val = result.selection.val
     return float(result.selection.test["top1"] if val is None else val["class_mean"])
 
 
-def rows_of(results: Sequence[Outcome]) -> list[Row]:
+def rows_of(results: Sequence[R]) -> list[Row[R]]:
     """One row per setting, best first; settings of which a seed diverged are left out."""
-    rows: dict[Any, list[Outcome]] = {}
+    rows: dict[Hashable, list[R]] = {}
     for result in results:
         rows.setdefault(result.setting.key, []).append(result)
     whole = [Row(row) for row in rows.values() if all(result.diverged is None for result in row)]
     return sorted(whole, key=lambda row: -row.score)
 
 
-MEASURES: dict[str, Callable[[Outcome], float | None]] = {
+MEASURES: dict[str, Callable[[Result], float | None]] = {
     "all": lambda r: r.selection.test["top1"],
     **{g: lambda r, g=g: r.selection.test["groups"][g]["accuracy"] for g in GROUPS},  # type: ignore[misc]
 }
 
 
-def table_cells(rows: Sequence[Row], names: Sequence[str], heading: str = "method") -> list[dict[str, str]]:
+def table_cells(rows: Sequence[Row[R]], names: Sequence[str], heading: str = "method") -> list[dict[str, str]]:
     """The sorted table: method, the options ``names``, and accuracies in percent, mean ± std over seeds.
 
     ``heading`` is what the column of the settings' methods is called.
@@ -141,13 +136,13 @@ def table_cells(rows: Sequence[Row], names: Sequence[str], heading: str = "metho
     return cells
 
 
-def shown_among(value: Any, name: str, rows: Sequence[Row]) -> str:
+def shown_among(value: Value, name: str, rows: Sequence[Row[R]]) -> str:
     """A value of an option as short as tells it from those of the other rows."""
     others = {row.setting.values.get(name) for row in rows} - {value}
     return str(value) if short(value) in map(short, others) else short(value)
 
 
-def raw_rows(results: Sequence[Outcome], heading: str = "method") -> list[dict[str, Any]]:
+def raw_rows(results: Sequence[Result], heading: str = "method") -> list[dict[str, Value]]:
     """One flat row per setting and seed, accuracies as fractions, for CSV."""
     lines = []
     for result in results:
@@ -161,14 +156,13 @@ def raw_rows(results: Sequence[Outcome], heading: str = "method") -> list[dict[s
     return lines
 
 
-def curves_over(
-    option: str, rows: Sequence[Row]
-) -> dict[str, list[tuple[float, dict[str, tuple[float, float] | None]]]]:
+def curves_over(option: str, rows: Sequence[Row[R]]) -> dict[str, list[Point]]:
     """Per method with several values of an option: (value, :data:`MEASURES` of the best row with it), rising."""
-    best: dict[str, dict[float, Row]] = {}
+    best: dict[str, dict[float, Row[R]]] = {}
     for row in reversed(rows):  # the best comes last and stays
-        if option in row.setting.values:
-            best.setdefault(row.setting.method, {})[row.setting.values[option]] = row
+        value = row.setting.values.get(option)
+        if isinstance(value, int | float):
+            best.setdefault(row.setting.method, {})[value] = row
     return {
         method: [(x, {name: row.figures(of) for name, of in MEASURES.items()}) for x, row in sorted(found.items())]
         for method, found in best.items()
@@ -183,7 +177,7 @@ def plus_minus(pair: tuple[float, float] | None, seeds: int) -> str:
     return percent(pair[0]) if seeds == 1 else f"{percent(pair[0])} ± {percent(pair[1])}"
 
 
-def rows_that_stand(results: Sequence[Any], run: Run, hint: str, heading: str = "method") -> list[Row]:
+def rows_that_stand(results: Sequence[R], run: Run, hint: str, heading: str = "method") -> list[Row[R]]:
     """The sorted rows; says which runs diverged.
 
     Raises:
@@ -203,19 +197,25 @@ def rows_that_stand(results: Sequence[Any], run: Run, hint: str, heading: str = 
     return rows
 
 
-def count(results: Sequence[Any]) -> int:
+def count(results: Sequence[Result]) -> int:
     """How many settings there are, whatever became of them."""
     return len({result.setting.key for result in results})
 
 
-def write_sweep(results: Sequence[Any], run: Run, heading: str = "method") -> None:
+def write_sweep(results: Sequence[Result], run: Run, heading: str = "method") -> None:
     """Writes sweep.csv, a row for every run."""
     with run.side_output("sweep.csv") as path:
+        import pandas as pd  # here, since it is slow to import
+
         pd.DataFrame(raw_rows(results, heading)).convert_dtypes().to_csv(path, index=False)
 
 
-def show_sweep(results: Sequence[Any], rows: Sequence[Row], run: Run, option: str, title: str, heading: str) -> None:
+def show_sweep(
+    results: Sequence[Result], rows: Sequence[Row[R]], run: Run, option: str, title: str, heading: str
+) -> None:
     """Writes sweep.csv, prints the sorted table and, where ``option`` was swept, draws accuracy against it."""
+    import pandas as pd
+
     write_sweep(results, run, heading)
     names = varying([result.setting for result in results])
     run.say(f"\n{pd.DataFrame(table_cells(rows, names, heading)).to_string(index=False)}\n")
@@ -225,13 +225,13 @@ def show_sweep(results: Sequence[Any], rows: Sequence[Row], run: Run, option: st
             option_curves(curves, option, title, path)
 
 
-def choice_in_words(sweep: Mapping[str, Any]) -> str:
+def choice_in_words(sweep: Sweep | None) -> str:
     """How a sweep's result was chosen, from what :func:`chosen_on` says."""
     return f"sorted and chosen by accuracy on {sweep['chosen_on']}" if sweep else "the first seed, nothing was chosen"
 
 
-def chosen_on(results: Sequence[Any]) -> dict[str, Any]:
-    """What a checkpoint says of the sweep that its setting was chosen from; {} where only seeds differ."""
+def chosen_on(results: Sequence[Result]) -> Sweep | None:
+    """What a checkpoint says of the sweep that its setting was chosen from; None where only seeds differ."""
     is_held_out = any(result.selection.val is not None for result in results)
     where = "held-out images" if is_held_out else "the TEST set"
-    return {"settings": count(results), "chosen_on": where} if count(results) > 1 else {}
+    return {"settings": count(results), "chosen_on": where} if count(results) > 1 else None

@@ -1,0 +1,1 @@
+"""What the commands share: options, data, checkpoints to networks, records, sweeps."""

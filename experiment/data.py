@@ -1,0 +1,66 @@
+"""The data set of a run and its batches for evaluation."""
+
+from __future__ import annotations
+
+import torch
+
+import datasets
+from datasets import Batches, ImageOptions, ImageSet, LongTailed
+from experiment.options import DataOptions
+from utils.console import show
+from utils.distributed import main_process_first, rank, world_size
+from utils.errors import UsageError
+
+#: Images per step of an evaluation, by device; constants, so that stored and later figures agree to the last digit.
+EVAL_BATCH = {"cpu": 50, "cuda": 500}
+
+
+def load_data(
+    options: DataOptions, val_fraction: float = 0.0, val_seed: int = 0, val_indices: list[int] | None = None
+) -> LongTailed:
+    """The long-tailed data set of the options; the others go to :func:`datasets.load`.
+
+    Raises:
+        UsageError: also where --num_class disagrees with the data.
+    """
+    image_options = ImageOptions(
+        options.image_size,
+        options.mean,
+        options.std,
+        options.jitter,
+        options.flip,
+        options.input,
+        options.workers,
+    )
+    with main_process_first():
+        data = datasets.load(
+            options.dataset,
+            options.data_dir,
+            image_options=image_options,
+            imb_type=options.imb_type,
+            imb_ratio=options.imb_ratio,
+            subset=options.subset,
+            subset_seed=options.subset_seed,
+            val_fraction=val_fraction,
+            val_seed=val_seed,
+            val_indices=val_indices,
+        )
+    untested = sorted(set(range(data.num_classes)) - set(data.test.labels.tolist()))
+    if untested:
+        some = ", ".join(data.class_names[i] for i in untested[:5]) + (" ..." if len(untested) > 5 else "")
+        show(f"note: no test images of {len(untested)} classes, which count in no accuracy: {some}")
+    if options.num_class not in (None, data.num_classes):
+        raise UsageError(f"--num_class {options.num_class}", f"{data.num_classes}, as {options.dataset} has")
+    return data
+
+
+def eval_batches(data: LongTailed, part: ImageSet, device: torch.device) -> Batches:
+    """The plain batches of a test or validation split, of several processes each one's own."""
+    size, share = EVAL_BATCH[device.type], (rank(), world_size())
+    return Batches(part.images, part.labels, size, data.spec.mean, data.spec.std, device, share=share)
+
+
+def require_val(data: LongTailed, select: str) -> None:
+    """Raises UsageError where epochs are to be chosen on held-out images and there are none."""
+    if select == "best_val" and data.val is None:
+        raise UsageError("--select best_val without held-out images", "--val_split F beside it, 0.1 for instance")

@@ -1,0 +1,340 @@
+"""A run from beginning to end: its folder, the evaluation of its epochs, its checkpoint and figures."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import textwrap
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from datasets import DATASETS, NATURAL, LongTailed
+from engine import Selection, TrainStats, evaluate, is_due, predict
+from experiment.data import eval_batches
+from experiment.options import DataOptions, TrainOptions, data_name
+from experiment.restore import final_path, published_path
+from experiment.resuming import Resumed
+from models import TIMM, build_model, pick_stem
+from utils import checkpoints
+from utils.checkpoints import Checkpoint, Chosen, Metrics, Sweep
+from utils.console import duration
+from utils.distributed import barrier, launcher, on_main_process, rank, world_size
+from utils.errors import Unsaved, UsageError
+from utils.files import require_room, require_writable, write_text
+from utils.metrics import GROUPS, Logits, Report, fit_temperature, per_class_csv, per_class_rows, percent, report
+from utils.options import Resolved, Values, flags
+from utils.plots import learning_curves, per_class_accuracy
+from utils.resume import completed_run
+from utils.run import Run, make_folder, one_line
+from utils.system import ROOT, deterministic_words, pick_graph, provenance
+from utils.types import Record, StateDict
+
+T = TypeVar("T", bound=TrainOptions)
+#: Checkpoints of a run that its folder needs room for: one, and another that replaces it.
+COPIES = 2
+#: What a state takes beside a checkpoint: weights, momentum, averaged weights, and those selected so far.
+STATE = 4
+
+
+def begin(
+    resolved: Resolved[T],
+    stage: str,
+    data: LongTailed,
+    device: torch.device,
+    typed: Values,
+    start: Checkpoint | None,
+    resumed: Resumed | None,
+    state: int,
+    runs: int = 1,
+) -> Run:
+    """Opens the folder of a run, or of so many, and says what will run; fails now what would fail later.
+
+    ``typed`` are the flags that --resume, beside the seeds, begins with again; ``start`` is the file it begins from;
+    ``state`` is about how many bytes a save takes.
+    """
+    options, seeds = resolved.options, resolved.values("seed")
+    pick_graph(options.graph, device)
+    label = f"seed{seeds[0]}" if len(seeds) == 1 else f"{len(seeds)}seeds"
+    label = f"{runs}runs" if runs > 1 else label
+
+    script = "compare.py" if stage == "compare" else f"main_{stage}.py"
+    parameters, size = model_size(options, data)
+
+    def make() -> Path:
+        check_places(options, 0 if stage == "compare" else size, state, resumed, runs)
+        if resumed:
+            return resumed.folder
+        folder = make_folder(options.out, final_path(options, stage).stem, label)
+        begun = {
+            "script": script,
+            "typed": {name: value for name, value in typed.items() if name != "resume"},
+            "seed": seeds,
+            "start": None if start is None else start.sha256,
+            "processes": world_size(),
+            "options": resolved.stored(),
+            "sources": dict(resolved.sources),
+        }  # without which nothing that the run saves could be taken up again
+        write_text(folder / "options.json", json.dumps(begun, indent=1) + "\n")
+        return folder
+
+    folder = on_main_process(make)
+    run = Run(folder if rank() == 0 else None, is_locked=True)
+    if resumed and on_main_process(lambda: completed_run(folder)):
+        run.__exit__(None, None, None)
+        raise UsageError(f"another process has completed {folder} meanwhile", "the same once more")
+    if resumed and not on_main_process(lambda: [*folder.rglob("state-*.pt")]):
+        run.say("nothing had been saved when it was cut off: it begins anew")
+    where = f"{device}, {torch.get_num_threads()} threads" if device.type == "cpu" else str(device)
+    if world_size() > 1:
+        where = f"{where.replace(':0', '')} in each of {world_size()} processes"
+    block = {
+        "command": shlex.join([*launcher(), script, *flags(typed)]),
+        "data": data.describe(),
+        "network": f"{options.network}, {parameters / 1e6:.2f} M parameters, on {where}",
+        "options": resolved.describe(),
+        "folder": str(run.folder),
+    }
+    run.say("\n".join(hanging(name, text) for name, text in block.items()))
+    if options.deterministic:
+        run.say(deterministic_words(device))
+    here = script if Path(script).is_file() else str(ROOT / script)
+    run.resume_by = shlex.join([*launcher(), here, f"--resume={run.folder}"])
+    return run
+
+
+def hanging(name: str, text: str) -> str:
+    """A line of the block that a run begins with, wrapped where it is long."""
+    return textwrap.fill(
+        text,
+        120,
+        initial_indent=f"{name:<9}",
+        subsequent_indent=" " * 9,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+
+
+def check_places(options: TrainOptions, size: int, state: int, resumed: Resumed | None, runs: int) -> None:
+    """Raises UsageError where so many checkpoints of ``size`` bytes, and states, could not be written."""
+    require_writable("the folder", checkpoints.FOLDER)
+    require_writable("--resume" if resumed else "--out", resumed.folder if resumed else Path(options.out))
+    saves, files = (1, 1) if resumed else (options.keep_states + 1, COPIES * runs)
+    room = {resumed.folder if resumed else options.out: saves * state + files * size, checkpoints.FOLDER: size}
+    require_room(room, f"a run with checkpoints of {size / 1e6:,.0f} MB and states of {state / 1e6:,.0f} MB")
+
+
+def model_size(options: DataOptions, data: LongTailed) -> tuple[int, int]:
+    """The number of parameters of the options' network, and about how many bytes a checkpoint of it takes."""
+    stem = pick_stem(options.network, data.train.side, options.stem)
+    device = "cpu" if options.network.startswith(TIMM) else "meta"  # some of timm's look at values while they are built
+    with torch.random.fork_rng(devices=[]), torch.device(device):
+        model = build_model(options.network, data.num_classes, data.channels, stem=stem)
+    size = sum(value.numel() * value.element_size() for value in model.state_dict().values())
+    return sum(parameter.numel() for parameter in model.parameters()), size
+
+
+def calibrated(logits: Logits, labels: Tensor, class_counts: list[int]) -> Report:
+    """The report of held-out images, with the ``temperature`` that suits them."""
+    return {**report(logits, labels, class_counts), "temperature": fit_temperature(logits, labels)}
+
+
+class Evaluator:
+    """Evaluates a model after the epochs that are due, logs every epoch, and keeps the selected one."""
+
+    def __init__(self, run: Run, data: LongTailed, device: torch.device, options: TrainOptions, epochs: int) -> None:
+        self.run, self.class_counts, self.epochs = run, data.class_counts, epochs
+        self.every, self.flip_tta = options.eval_every, options.flip_tta
+        self.test = eval_batches(data, data.test, device)
+        self.val = eval_batches(data, data.val, device) if data.val else None
+        self.selection = Selection(options.select)
+
+    def state_dict(self) -> StateDict:
+        """What has been selected so far."""
+        return self.selection.state_dict()
+
+    def load_state_dict(self, state: StateDict) -> None:
+        """Goes on from a state."""
+        self.selection.load_state_dict(state)
+
+    def after(self, epoch: int, model: nn.Module, train: TrainStats, lr: float, seconds: float) -> None:
+        """Logs epoch (from 0); ``seconds`` is the time of its training part."""
+        record: Record = {
+            "epoch": epoch + 1,
+            "lr": lr,
+            "train_loss": train.loss,
+            "train_top1": train.top1,
+            "seconds": seconds,
+        }
+        if is_due(epoch, self.epochs, self.every):
+            test = evaluate(model, self.test, self.class_counts, self.flip_tta)
+            val = calibrated(*predict(model, self.val, self.flip_tta), self.class_counts) if self.val else None
+            self.selection.offer(epoch + 1, model, test, val)
+            record |= {"test_top1": test["top1"], "test_top5": test["top5"]}
+            record |= {f"test_{group}": test["groups"][group]["accuracy"] for group in GROUPS}
+            if val is not None:
+                record["val_class_mean"] = val["class_mean"]
+        self.run.log(record)
+        barrier()
+
+
+def packed(
+    run: Run,
+    stage: str,
+    options: TrainOptions,
+    data: LongTailed,
+    selection: Selection,
+    argv: Sequence[str],
+    device: torch.device,
+    parent: Checkpoint | None = None,
+    stored: Values | None = None,
+    head: str = "linear",
+    sweep: Sweep | None = None,
+) -> Checkpoint:
+    """The checkpoint of a run that has ended.
+
+    ``stored`` are the options to keep where the run had several values of one, ``head`` the kind of the classifier,
+    ``sweep`` how many settings it was chosen from and on what.
+    """
+    stem = pick_stem(options.network, data.train.side, options.stem)
+    metrics = cast(Metrics, dict(selection.test))
+    metrics |= {"epoch": selection.epoch, "select": selection.rule, "flip_tta": options.flip_tta}
+    if sweep:
+        metrics["sweep"] = sweep
+    if selection.val is not None:
+        metrics["temperature"] = selection.val["temperature"]
+    return Checkpoint(
+        stage=stage,
+        network=options.network,
+        num_classes=data.num_classes,
+        in_channels=data.channels,
+        model=selection.state,
+        options=dict(stored or vars(options)),
+        data={
+            "dataset": options.dataset,
+            "imb_type": options.imb_type,
+            "imb_ratio": options.imb_ratio,
+            "subset": options.subset,
+            "subset_seed": options.subset_seed,
+            "image_size": data.train.side,
+            "network": options.network,
+            "stem": stem,
+            "name": data_name(options),
+            "train_images": data.train.summary(),
+            "read": data.train.read,
+            "class_names": data.class_names,
+            "class_counts": data.class_counts,
+            "mean": list(data.spec.mean),
+            "std": list(data.spec.std),
+            "val_indices": [] if data.val is None else data.val.indices.tolist(),
+        },
+        metrics=metrics,
+        parent=None if parent is None else checkpoints.describe_parent(parent),
+        provenance={**provenance(f"main_{stage}.py", argv, device, run.seconds), "resumed": run.resumed},
+        head=head,
+        stem=stem,
+    )
+
+
+def finish(
+    run: Run,
+    file: Checkpoint,
+    selection: Selection,
+    is_final: bool = True,
+    beside: Callable[[], None] | None = None,
+) -> Report:
+    """Writes the checkpoint (final path and run folder), then the plots and the per-class table; returns the report.
+
+    A run that is not ``is_final``, one of several, leaves the final path alone. ``beside`` shows what else there is,
+    once the weights are safe.
+
+    Raises:
+        Unsaved: the final path could not be written to; the run folder's copy then stands.
+    """
+    ending = keep(file, run, published_path(file) if is_final else None)
+    if beside is not None:
+        beside()
+    rows = per_class_rows(selection.test, file.data["class_names"], file.data["class_counts"])
+    with run.side_output("per_class.csv") as path:
+        path.write_bytes(per_class_csv(rows).encode(errors="surrogateescape"))
+    method = f" {file.options['method']}" if "method" in file.options else ""
+    title = f"{file.data['dataset']}, ratio {file.data['imb_ratio']}, {file.network}, {file.stage}{method}"
+    if run.epochs:  # some methods train nothing
+        with run.side_output("curves.png") as path:
+            learning_curves(run.epochs, title, path)
+    with run.side_output("per_class.png") as path:
+        per_class_accuracy(selection.test, rows, f"{title}: {percent(selection.test['top1'])} %", path)
+
+    test, (best_epoch, best) = selection.test, selection.oracle
+    groups = ", ".join(f"{group} {percent(test['groups'][group]['accuracy'])}" for group in GROUPS)
+    run.say(f"test top-1 {percent(test['top1'])} % ({groups}); {selection_words(file.metrics)}")
+    for words in ancestors(file):
+        run.say(words)
+    if selection.rule != "best_test" and "sweep" not in file.metrics:
+        run.say(f"best on the test set, not used: {percent(best['top1'])} % at epoch {best_epoch}")
+    next = f"; next: {following(file)}" if is_final else ""
+    run.say(f"{percent(test['top1'])} %, {ending()}, in {duration(run.seconds)}{next}")
+    return test
+
+
+def following(file: Checkpoint) -> str:
+    """The command that comes after the one that made a file."""
+    data, spec = file.data, DATASETS[file.data["dataset"]]
+    usual: dict[str, object] = {"dataset": "cifar100", "imb_ratio": 100, "imb_type": "exp", "network": "resnet34"}
+    usual |= next(iter(spec.recipes.values()))
+    usual |= {"imb_ratio": NATURAL} if spec.natural or spec.own else {}
+    stated = {name: value for name, value in data.items() if name in usual and value != usual[name]}
+    stated |= {"data_dir": file.options["data_dir"]} if spec.own else {}
+    return shlex.join(["python", "main_stage2.py" if file.stage == "stage1" else "evaluate.py", *flags(stated)])
+
+
+def keep(file: Checkpoint, run: Run, final: Path | None) -> Callable[[], str]:
+    """Writes finished weights to their final path and to the run folder.
+
+    A disk that refuses one does not keep the other back. Returns what to call at the very end: it gives the line that
+    says where they are.
+
+    Raises:
+        Unsaved: what is returned, where the final path could not be written to; with where the weights are.
+    """
+    failed: Exception | None = None
+    line = ""
+    if final is not None:
+        try:
+            line = checkpoints.publish(file, final)
+        except (OSError, UsageError) as error:
+            failed = error
+    copy = run.folder / "checkpoint.pt"
+    with run.side_output(copy.name) as path:
+        file.save(path)
+    line = line or (f"saved {copy}" if copy.is_file() else "trained")
+
+    def ending() -> str:
+        if failed is None:
+            return line
+        where = f"the weights are in {copy}" if copy.is_file() else "there is no copy of the weights"
+        raise Unsaved(f"{final} has not been written: {one_line(failed)}; {where}") from failed
+
+    return ending
+
+
+def selection_words(metrics: Metrics | Chosen) -> str:
+    """How the stored epoch was chosen, in words: "epoch 200, the last; no flip averaging"."""
+    rule = {"last": "the last", "best_test": "the best on the TEST set", "best_val": "the best on held-out images"}
+    flip = "with flip averaging" if metrics["flip_tta"] else "no flip averaging"
+    swept = metrics.get("sweep")
+    setting = f"; the best of {swept['settings']} settings on {swept['chosen_on']}" if swept else ""
+    return f"epoch {metrics['epoch']}, {rule[metrics['select']]}{setting}; {flip}"
+
+
+def ancestors(file: Checkpoint) -> list[str]:
+    """How the weights that a file began from were chosen, a line for each file before it."""
+    lines, parent = [], file.parent
+    while parent:
+        if parent.get("chosen"):  # older files do not say
+            lines.append(f"began from {parent['path']}: {selection_words(parent['chosen'])}")
+        parent = parent.get("parent")
+    return lines

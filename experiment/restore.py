@@ -1,0 +1,174 @@
+"""From checkpoint files to networks: which file, what is in it, whether it fits the data."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from datasets import DATASETS, LongTailed
+from experiment.options import DataOptions, data_name, flags_of, recipe_layers
+from models import BACKBONES, HEADS, TIMM, Network, build_model, imagenet_weights, recognise
+from models.foreign import translate, translate_timm
+from utils import checkpoints
+from utils.checkpoints import Checkpoint, NoCheckpoint
+from utils.console import show
+from utils.distributed import main_process_first
+from utils.errors import UsageError
+from utils.options import Values, resolve
+
+
+def open_checkpoint(typed: Values, stage: str, cls: type[DataOptions]) -> Checkpoint:
+    """The file of --pretrained_pth, or the default file of a stage that the typed flags choose.
+
+    Raises:
+        UsageError: see :func:`utils.checkpoints.find` and :func:`utils.checkpoints.read`; or not a known network.
+    """
+    if "pretrained_pth" in typed:
+        path = Path(str(typed["pretrained_pth"]))
+    else:
+        dataset = str(typed.get("dataset", "cifar100"))
+        options = resolve(cls, typed, recipe_layers(dataset, typed)).options
+        path = checkpoints.find(
+            data_name(options),
+            options.imb_type,
+            options.imb_ratio,
+            options.network,
+            stage,
+            exact="network" in typed,
+            flags=flags_of(options, "dataset", *(["data_dir"] if DATASETS[dataset].own else [])),
+        )
+    file = checkpoints.read(path)
+    if file.stage is not None:
+        if "pretrained_pth" not in typed and path.name != published_path(file).name:
+            raise UsageError(f"{path} holds what belongs at {published_path(file)}", "--pretrained_pth, if it is meant")
+        return file
+    wanted = str(typed.get("network", ""))
+    if wanted.startswith(TIMM):
+        timm, classes, channels = translate_timm(file.foreign, wanted.removeprefix(TIMM), str(path))
+        show(f"{path}: {timm.known_as}")
+        return dataclasses.replace(
+            file,
+            network=wanted,
+            stem="imagenet",
+            num_classes=classes,
+            in_channels=channels,
+            model=timm.model,
+            foreign={},
+        )
+    found = translate(file.foreign, str(path))
+    known = None if found is None else recognise(found.model, found.head)
+    if found is None or known is None:
+        named = "" if found is None else f", {found.known_as}, of no network known here"
+        raise UsageError(
+            f"{path} is a checkpoint of another program{named}",
+            f"names and shapes of one of {', '.join(BACKBONES)}; {checkpoints.listing()}",
+        )
+    show(f"{path}: {found.known_as}")
+    network, stem, num_classes, in_channels = known
+    return dataclasses.replace(
+        file,
+        network=network,
+        stem=stem,
+        num_classes=num_classes,
+        in_channels=in_channels,
+        model=found.model,
+        head=found.head,
+        foreign={},
+    )
+
+
+def open_latest(typed: Values, cls: type[DataOptions]) -> Checkpoint:
+    """The file of --cur_stage; without it stage 2's default file or, where there is none, stage 1's."""
+    if "cur_stage" in typed or "pretrained_pth" in typed:
+        return open_checkpoint(typed, str(typed.get("cur_stage", "stage2")), cls)
+    try:
+        return open_checkpoint(typed, "stage2", cls)
+    except NoCheckpoint:
+        return open_checkpoint(typed, "stage1", cls)
+
+
+def published_path(file: Checkpoint) -> Path:
+    """The default path of a checkpoint, by what it says of itself."""
+    data = file.data
+    name = data.get("name", data["dataset"])  # older files have none, and are not of data of one's own
+    return checkpoints.default_path(name, data["imb_type"], data["imb_ratio"], file.network, str(file.stage))
+
+
+def final_path(options: DataOptions, stage: str) -> Path:
+    """Where a stage of these options puts its final file."""
+    return checkpoints.default_path(data_name(options), options.imb_type, options.imb_ratio, options.network, stage)
+
+
+def published_start(network: str) -> Checkpoint:
+    """torchvision's ImageNet weights of a network, as a file to start from."""
+    with main_process_first():  # it may be a download
+        state, place = imagenet_weights(network), Path("torchvision", f"{network}-IMAGENET1K_V1")
+    return Checkpoint(None, network, len(state["fc.weight"]), 3, state, stem="imagenet", path=place)
+
+
+def restore(file: Checkpoint, data: LongTailed, head: str | None = None) -> Network:
+    """The network of a checkpoint with its weights, checked against the data and, where given, the kind of its head.
+
+    Raises:
+        UsageError: another kind of head, another number of classes or channels, other class counts, or weights that do
+            not fit.
+    """
+    if (file.num_classes, file.in_channels) != (data.num_classes, data.channels):
+        raise UsageError(
+            f"{file.path} has {file.num_classes} classes and {file.in_channels} input channels",
+            f"{data.num_classes} and {data.channels}, as {data.spec.name} has",
+        )
+    stated, spec = file.data, data.spec
+    known: dict[str, tuple[Sequence[object], Sequence[object]]] = {}
+    if stated:
+        known = {
+            "class_names": (stated["class_names"], data.class_names),
+            "class_counts": (stated["class_counts"], data.class_counts),
+            "mean": (stated["mean"], list(spec.mean)),
+            "std": (stated["std"], list(spec.std)),
+        }
+    for key, (theirs_all, ours_all) in known.items():
+        if theirs_all != ours_all:
+            theirs, ours = next((a, b) for a, b in zip([*theirs_all, "none"], [*ours_all, "none"]) if a != b)
+            where = f"; it was --data_dir {file.options['data_dir']}" if data.spec.own else ""
+            raise UsageError(
+                f"{file.path} was trained with other {key}: {theirs} where the data has {ours}",
+                f"the data that it was trained on{where}",
+            )
+    if file.data.get("train_images", data.train.summary()) != data.train.summary():
+        show(f"note: the training images are not those that {file.path} was trained on")
+    if file.head not in HEADS or head not in (None, file.head):
+        fitting = f"--head {file.head}, or another file" if file.head in ("linear", "cosine") else "another file"
+        raise UsageError(f"{file.path} has a {file.head} head", fitting)
+    return built(file)
+
+
+def starting_weights(file: Checkpoint, data: LongTailed, head: str) -> dict[str, Tensor]:
+    """A checkpoint's weights to train on from; without its classifier where that is of another number of classes.
+
+    Raises:
+        UsageError: see :func:`restore`.
+    """
+    if file.num_classes == data.num_classes:
+        return restore(file, data, head).state_dict()
+    if file.in_channels != data.channels:
+        raise UsageError(
+            f"{file.path} has {file.in_channels} input channels", f"{data.channels}, as {data.spec.name} has"
+        )
+    return {name: value for name, value in built(file).state_dict().items() if not name.startswith("fc.")}
+
+
+def built(file: Checkpoint) -> Network:
+    """The network of a checkpoint with its weights; UsageError where there is no such network or they do not fit."""
+    is_known = file.network.startswith(TIMM) or file.stem in BACKBONES.get(file.network, {})
+    if not is_known:
+        raise UsageError(f"{file.path} holds a {file.network} with the {file.stem} stem", ", ".join(BACKBONES))
+    model = build_model(file.network, file.num_classes, file.in_channels, file.head, file.stem)
+    try:
+        model.load_state_dict(file.model)
+    except RuntimeError:
+        raise UsageError(f"{file.path}: its weights do not fit {file.network}", "an undamaged checkpoint") from None
+    return model

@@ -1,0 +1,145 @@
+"""Which run --resume goes on with, and what is saved for it; the state itself is in utils/resume.py."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypedDict, cast
+
+import torch
+
+from datasets import LongTailed
+from experiment.options import INCIDENTAL, MAY_MOVE, TrainOptions
+from experiment.restore import published_path
+from utils import checkpoints
+from utils.console import show
+from utils.distributed import launched, world_size
+from utils.errors import UsageError
+from utils.options import Values, convert_typed, shown, spec_of
+from utils.resume import Stateful, TrainState, can_go_on, completed_run
+from utils.run import Run
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """A run to go on with: its folder and, where it is complete, what its command returned."""
+
+    folder: Path
+    result: object = None
+    is_complete: bool = False
+
+
+def find_run(
+    cls: type[TrainOptions], typed: Values, script: str, start_of: Callable[[Values], str | None]
+) -> tuple[Values, Resumed | None]:
+    """The run that --resume names, and the typed flags with those that it was begun with; None for a new run.
+
+    ``start_of`` gives the hash of the checkpoint that typed flags choose to start from: a run that was begun from
+    another is another run.
+
+    Raises:
+        UsageError: no such run, one of another command, or flags or a checkpoint that contradict it.
+    """
+    wanted = typed.get("resume")
+    if wanted is None:
+        return typed, None
+    if wanted == "auto":
+        out = Path(str(typed.get("out", cls.out)))
+        for path in sorted(out.glob("*/*/options.json"), key=lambda path: path.parent.name, reverse=True):
+            begun = read_begun(path)
+            is_same = begun and begun["script"] == script and comparable(begun["typed"]) == as_json(comparable(typed))
+            is_same = is_same and begun is not None and begun.get("processes", 1) == launched()
+            if begun and is_same and begun["start"] == start_of(typed):
+                if can_go_on(path.parent):
+                    return find_run(cls, {**typed, "resume": str(path.parent)}, script, start_of)
+                show(f"note: all states of {path.parent} are damaged")
+        show(f"--resume auto: no earlier run of this command in {out}; a new one begins")
+        return typed, None
+    folder = Path(str(wanted))
+    begun = read_begun(folder / "options.json")
+    if begun is None:
+        raise UsageError(f"--resume {wanted}: no run that can be resumed", "auto, or the folder of a run")
+    if begun["script"] != script:
+        other = begun["script"]
+        raise UsageError(f"--resume {wanted}: a run of {other}", f"python {other} --resume {wanted}")
+    stored = typed_again(cls, begun["typed"], folder)
+    for name, value in typed.items():
+        if name not in MAY_MOVE and stored.get(name) != value:
+            was = f"with --{name} {shown(stored[name])}" if name in stored else "without it"
+            raise UsageError(f"--{name} {shown(value)}: {wanted} was begun {was}", "the same, or a new run")
+    fixed: Values = {name: begun["options"][name] for name in ("amp", "compile") if name in begun["options"]}
+    moved = {name: value for name, value in typed.items() if name in MAY_MOVE}
+    found: dict[str, object] = {**stored, **fixed, **moved, "seed": tuple(begun["seed"])}
+    done = completed_run(folder)
+    if done is None and begun["start"] != start_of(found):
+        raise UsageError(f"--resume {wanted} was begun from another checkpoint", "the same file, or a new run")
+    return found, Resumed(folder, done and done["result"], done is not None)
+
+
+def comparable(typed: Values) -> dict[str, object]:
+    """The typed flags that make a run what it is."""
+    return {name: value for name, value in typed.items() if name not in INCIDENTAL}
+
+
+def as_json(content: object) -> object:
+    """A value as it comes back from a JSON file."""
+    back: object = json.loads(json.dumps(content))
+    return back
+
+
+def typed_again(cls: type[TrainOptions], stored: Values, place: Path) -> dict[str, object]:
+    """Typed flags as options.json has them; UsageError where a value cannot be one."""
+    specs = spec_of(cls)
+    unknown = set(stored) - set(specs)
+    if unknown:
+        raise UsageError(f"{place}: {', '.join(sorted(unknown))} is no option", "a run of this version")
+    return {name: convert_typed(name, specs[name], value) for name, value in stored.items()}
+
+
+class Begun(TypedDict):
+    """options.json of a run folder."""
+
+    script: str
+    typed: dict[str, object]
+    seed: list[int]
+    start: str | None
+    processes: int
+    options: dict[str, object]
+
+
+def read_begun(path: Path) -> Begun | None:
+    """What :func:`experiment.record.begin` wrote into a run's options.json; None where it has not."""
+    kinds = {"script": str, "typed": dict, "seed": list, "start": str | None, "options": dict, "processes": int}
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError):
+        return None
+    is_whole = isinstance(content, dict) and all(isinstance(content.get(k, 0), kind) for k, kind in kinds.items())
+    return cast(Begun, content) if is_whole else None
+
+
+def say_complete(resumed: Resumed) -> object:
+    """Says that a run is complete, and publishes it where another has been since; returns what its command returned."""
+    show(f"{resumed.folder} is complete: nothing to resume. Without --resume it is made anew.")
+    weights = resumed.folder / "checkpoint.pt"
+    if weights.is_file():
+        file = checkpoints.read(weights)
+        if not checkpoints.same_run(file, published_path(file)):
+            show(checkpoints.publish(file, published_path(file), weights.read_bytes()))
+    return resumed.result
+
+
+def make_state(
+    run: Run, options: TrainOptions, stored: Values, data: LongTailed, device: torch.device, **always: Stateful
+) -> TrainState:
+    """What is saved of a run while it trains, and taken up again by --resume; only with the same ``stored`` options."""
+    parts = {"training": data.train, "test": data.test, "held-out": data.val}
+    inputs: dict[str, object] = {"number of processes": world_size()}
+    inputs["set of options"] = as_json({name: v for name, v in stored.items() if name not in MAY_MOVE})
+    for name, part in parts.items():
+        inputs[f"set of {name} images"] = part and f"{part.summary()} {part.sample()}"
+        inputs[f"set of {name} labels"] = part and hashlib.sha256(part.labels.numpy().tobytes()).hexdigest()
+    return TrainState(run, device, options.save_every, options.keep_states, inputs, **always)

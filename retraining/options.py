@@ -1,0 +1,195 @@
+"""The options of stage 2, and what must hold of them beside stage 1's file and the data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Generic, NamedTuple, TypeVar
+
+import torch
+
+from datasets import SAMPLERS, LongTailed
+from experiment.data import load_data
+from experiment.options import HUGE, TrainOptions, fill_options, flags_of, stage_option
+from experiment.restore import open_checkpoint
+from retraining.features import DTYPES, FEATURES
+from retraining.methods import METHODS, Method
+from retraining.settings import TUNABLE
+from utils.checkpoints import IDENTITY, Checkpoint
+from utils.console import show
+from utils.errors import UsageError
+from utils.options import Choice, Number, Resolved, Text, Value, Values, option, shown
+from utils.system import pick_device
+
+T = TypeVar("T", bound="Options")
+SCOPES = ("fc", "last_block", "all")
+
+
+@dataclass(frozen=True)
+class Options(TrainOptions):
+    """Stage 2's own options; those of every command are in experiment/options.py. None is the method's own value."""
+
+    cur_stage: str = stage_option("stage2")
+    method: str = option(
+        "los", Choice(METHODS), "how the classifier is re-trained; see retraining/methods.py", "recipe", sweep=True
+    )
+    finetune_epoch: int = option(20, Number(int, 1), "epochs", "optimisation", sweep=True)
+    finetune_lr: float | None = option(
+        None, Number(float, 0, HUGE, above=True), "learning rate, cosine to 0", "optimisation", sweep=True
+    )
+    finetune_wd: float | None = option(
+        None, Number(float, 0, HUGE), "weight decay of the classifier", "optimisation", sweep=True
+    )
+    sampler: str | None = option(None, Choice(SAMPLERS), "which images an epoch shows", "recipe", sweep=True)
+    finetune_scope: str = option(
+        "fc", Choice(SCOPES), "what is trained: the classifier, or more with it", "network", sweep=True
+    )
+    label_smooth: float | str | None = option(
+        None,
+        Number(float, 0, 1, words=("auto",)),
+        "label smoothing d: true class 1 - d + d/C, others d/C; auto is C/(C+2.04), which is 0.98 at C = 100",
+        "recipe",
+        sweep=True,
+    )
+    tau: float | str | None = option(
+        None, Number(float, 0, 10, words=("val",)), "tau-norm: power of the norm; val chooses it", "recipe", sweep=True
+    )
+    ncm_metric: str | None = option(
+        None, Choice(("centred", "cosine", "l2")), "ncm: how distances are measured", "recipe", sweep=True
+    )
+    cb_form: str | None = option(
+        None, Choice(("ce", "bce")), "class-balanced loss: cross-entropy, or BCE on softmax", "recipe", sweep=True
+    )
+    drw: float | None = option(
+        None, Number(float, 0, 1), "ldam: share of the epochs after which classes are weighted", "recipe", sweep=True
+    )
+    maxnorm_radius: float | str | None = option(
+        None,
+        Number(float, 0, HUGE, above=True, words=("published",)),
+        "maxnorm: radius of the projection",
+        "recipe",
+        sweep=True,
+    )
+    maxnorm_every: str | None = option(
+        None, Choice(("epoch", "step")), "maxnorm: when to project", "recipe", sweep=True
+    )
+    features: str = option(
+        "views",
+        Choice(FEATURES),
+        "the frozen backbone's BatchNorm and augmentation: views, eval mode and --views augmented views; orbit, eval "
+        "mode and all crops and flips; replay, train mode, so that its statistics drift",
+        "network",
+        published="replay",
+    )
+    views: int = option(
+        20,
+        Number(int, 0, 10_000),
+        "augmented views of an image; epoch e shows view e mod V; 0: the image as it is",
+        "data",
+    )
+    view_seed: int = option(
+        0, Number(int, 0, 2**31 - 1), "seed of the views' crops and flips, shared by all --seed", "data"
+    )
+    feature_dtype: str = option(
+        "float32",
+        Choice(DTYPES),
+        "how the cache stores features of training images; heads compute in float32 anyway",
+        "machine",
+    )
+    cache_dir: str = option(
+        "cache", Text("a folder"), "where features are kept; it may be deleted between runs", "files"
+    )
+    pretrained_pth: str | None = option(
+        None, Text(), "stage 1's checkpoint; without it, the one it left by default", "files"
+    )
+
+
+class Prepared(NamedTuple, Generic[T]):
+    """What a command of stage 2 begins with: stage 1's file, the options, the device and the data."""
+
+    parent: Checkpoint
+    resolved: Resolved[T]
+    device: torch.device
+    data: LongTailed
+
+
+def prepare(cls: type[T], typed: Values, flag: str | None = None) -> Prepared[T]:
+    """Stage 1's file that the typed flags choose, with all options, the device and the data that follow from it.
+
+    Where methods are compared and none is typed, they are those that can follow stage 1's classifier. ``flag`` is an
+    option of the command that needs held-out images.
+
+    Raises:
+        UsageError: see :func:`experiment.restore.open_checkpoint` and :func:`experiment.options.fill_options`; a
+            stage-2 file, a method that cannot follow stage 1's classifier, or no held-out images where they are needed.
+    """
+    parent = open_checkpoint(typed, "stage1", cls)
+    if parent.stage == "stage2":
+        raise UsageError(f"--pretrained_pth {parent.path} is a stage-2 file", "a stage-1 file")
+    resolved = fill_options(cls, typed, "stage2", file=parent)
+    if parent.head != "linear" and "method" not in typed and "method" in resolved.axes:
+        resolved = resolved.swept("method", fitting(parent.head))
+        show(f"{parent.path} has a {parent.head} head: {shown(resolved.values('method'))}")
+    refuse_head(parent, resolved.values("method"))
+    device = pick_device(*resolved.options.place)
+    data = load_data(resolved.options, val_indices=parent.data.get("val_indices", []))
+    require_held_out(parent, resolved, data, flag if flag and typed.get(flag) else None)
+    return Prepared(parent, resolved, device, data)
+
+
+def hash_of_stage1(typed: Values) -> str | None:
+    """The hash of stage 1's file that the typed flags choose."""
+    return open_checkpoint(typed, "stage1", Options).sha256
+
+
+def wanted(resolved: Resolved[T]) -> dict[str, tuple[Value, ...]]:
+    """The values of every option that a classifier may take."""
+    return {name: resolved.values(name) for name in TUNABLE}
+
+
+def refuse_unused(typed: Values, resolved: Resolved[T], methods: Sequence[Method]) -> None:
+    """Raises UsageError where an option is typed that none of the methods has a use for."""
+    options, names = resolved.options, shown(resolved.values("method"))
+    scopes = shown(resolved.values("finetune_scope"))
+    if not any(method.stream for method in methods):
+        for name in ("momentum", "nesterov", "eval_every", "views", "view_seed"):
+            if name in typed:
+                raise UsageError(f"--{name} with --method {names}", "a method that trains something")
+    for name in ("views", "view_seed"):
+        if name in typed and options.features != "views":
+            raise UsageError(f"--{name} with --features {options.features}", "--features views")
+        if name in typed and all(method.scope != "fc" for method in methods):
+            raise UsageError(f"--{name} with --finetune_scope {scopes}", "fc too")
+    if "feature_dtype" in typed and not any(m.scope == "fc" and (m.stream or m.name == "ncm") for m in methods):
+        used = f"--method {names} --finetune_scope {scopes}"
+        raise UsageError(f"--feature_dtype with {used}", "a method that takes features of training images, scope fc")
+
+
+def refuse_head(parent: Checkpoint, names: Sequence[Value]) -> None:
+    """Raises UsageError where stage 1's classifier is not of the kind that a method continues from."""
+    unfit = [name for name in names if METHODS[str(name)].needs_linear]
+    if parent.head != "linear" and unfit:
+        raise UsageError(
+            f"--method {shown(unfit)}: {parent.path} has a {parent.head} head", shown(fitting(parent.head))
+        )
+
+
+def fitting(head: str) -> tuple[str, ...]:
+    """The methods that can follow a stage 1 with this kind of classifier."""
+    return tuple(name for name, method in METHODS.items() if head == "linear" or not method.needs_linear)
+
+
+def require_held_out(parent: Checkpoint, resolved: Resolved[T], data: LongTailed, flag: str | None = None) -> None:
+    """Checks that there are held-out images, stage 1's or the data set's, where ``flag`` or another option needs them.
+
+    Raises:
+        UsageError: there are none.
+    """
+    options = resolved.options
+    needed = {"--select best_val": options.select == "best_val", "--tau val": "val" in resolved.values("tau")}
+    flags = [name for name, is_on in needed.items() if is_on] + ([f"--{flag}"] if flag else [])
+    if flags and data.val is None:
+        head = "" if parent.head == "linear" else f" --head {parent.head}"
+        again = f"python main_stage1.py{flags_of(options, *IDENTITY)}{head} --val_split 0.1"
+        allowed = "last, best_test, or first" if flags[0].startswith("--select") else "without it, or first"
+        raise UsageError(f"{flags[0]}: {parent.path} was trained without held-out images", f"{allowed}: {again}")

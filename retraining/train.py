@@ -1,0 +1,207 @@
+"""Every classifier of a command, made on one pass over the frozen backbone: the loops of stage 2.
+
+main_stage2.py and compare.py both run them, which is why they are here and not in a script.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Sequence
+
+import torch
+
+from datasets import LongTailed
+from engine import TrainStep, cosine, is_due, make_sgd, set_lr, train_epoch
+from experiment.data import EVAL_BATCH
+from experiment.record import STATE
+from experiment.restore import restore
+from experiment.resuming import make_state
+from models import trained_part
+from retraining.features import FEATURES, Progress, Stream, unseen
+from retraining.methods import Method, Trained
+from retraining.options import Options
+from retraining.results import ClassifierResult, Finished, FrozenBackbone, Results, name_of
+from retraining.settings import by_stream
+from retraining.solver import Solver, heads_that_fit
+from utils.checkpoints import Checkpoint
+from utils.errors import Diverged
+from utils.files import require_room
+from utils.options import Resolved
+from utils.resume import TrainState
+from utils.run import Run
+
+#: What may help where every classifier diverges.
+HINT = "a lower --finetune_lr may help"
+
+
+def freeze(
+    parent: Checkpoint, data: LongTailed, device: torch.device, options: Options, progress: Progress = unseen
+) -> FrozenBackbone:
+    """Stage 1's network with its feature source."""
+    source = FEATURES[options.features](
+        restore(parent, data),
+        data,
+        device,
+        options.cache_dir,
+        str(parent.sha256),
+        options.flip_tta,
+        progress,
+        EVAL_BATCH[device.type],
+        options.views,
+        options.view_seed,
+        options.feature_dtype,
+    )
+    return FrozenBackbone(source)
+
+
+def state_bytes(methods: Sequence[Method], parent: Checkpoint) -> int:
+    """About how many bytes a save takes: three copies of every classifier, and a network where one is trained."""
+    sizes = {name: value.numel() * value.element_size() for name, value in parent.model.items()}
+    head, network = sum(size for name, size in sizes.items() if name.startswith("fc.")), sum(sizes.values())
+    trains_network = any(method.scope != "fc" for method in methods)
+    return 3 * head * len(methods) + STATE * network * trains_network
+
+
+def retrain(
+    methods: Sequence[Method], frozen: FrozenBackbone, resolved: Resolved[Options], run: Run
+) -> list[ClassifierResult]:
+    """Makes every classifier: those that see the same batches side by side, on one pass over the backbone."""
+    options, results = resolved.options, list[ClassifierResult]()
+    run.is_sweep = len(methods) > 1
+    finished = Finished(frozen, options.select)
+    state = make_state(run, options, resolved.stored(), frozen.data, frozen.source.device, finished=finished)
+    groups = by_stream(methods)
+    cached = [s for s, group in groups.items() if s is not None and any(method.scope == "fc" for method in group)]
+    arrays, lacking = frozen.source.arrays(cached)
+    require_room({options.cache_dir: lacking * frozen.source.array_bytes}, f"--features {options.features}")
+    if lacking:
+        others = "" if lacking == arrays else f", {arrays - lacking} are in the cache"
+        run.say(f"features of {len(frozen.data.train):,} training images: {lacking} passes over the backbone{others}")
+    for stream, group in groups.items():
+        trained = [method for method in group if isinstance(method, Trained)]
+        if stream is None:
+            results += post_hoc(group, frozen, options.select)
+            continue
+        heads = [method for method in trained if method.scope == "fc"]
+        parts = in_memory(heads, stream, frozen, run, finished) + [[m] for m in trained if m.scope != "fc"]
+        for part in parts:
+            found = finished.find(part)
+            if found is None:
+                train = train_heads if part[0].scope == "fc" else train_network
+                found = train(part, stream, frozen, options, run, state)
+                finished.add(found)
+            results += found
+    return results
+
+
+def post_hoc(methods: Sequence[Method], frozen: FrozenBackbone, select: str) -> list[ClassifierResult]:
+    """Methods that train nothing."""
+    results = []
+    for method in methods:
+        began, passes = time.perf_counter(), frozen.source.seconds
+        method = method.chosen(frozen.stage1)
+        head = method.head(frozen.stage1)
+        result = ClassifierResult(method, select)
+        result.seconds = time.perf_counter() - began - (frozen.source.seconds - passes)
+        frozen.measure(result, head, epoch=-1)
+        results.append(result)
+    return results
+
+
+def in_memory(
+    methods: Sequence[Trained], stream: Stream, frozen: FrozenBackbone, run: Run, finished: Finished
+) -> list[Sequence[Trained]]:
+    """The methods in groups whose classifiers can be trained side by side; says so where they are several.
+
+    Raises:
+        UsageError: see :func:`retraining.solver.heads_that_fit`.
+    """
+    if not methods:
+        return []
+    classes, features = frozen.stage1.weight.shape
+    if stream.describe() not in finished.fits:
+        fit = heads_that_fit(len(methods), classes, features, stream.batch_size, frozen.source.device)
+        finished.fits[stream.describe()] = fit
+    fit = finished.fits[stream.describe()]
+    groups = [methods[first : first + fit] for first in range(0, len(methods), fit)]
+    if len(groups) > 1:
+        heads = f"{len(methods)} heads of {classes} x {features}"
+        run.say(f"{heads}: {fit} fit in memory at a time, {len(groups)} passes")
+    return groups
+
+
+def train_heads(
+    methods: Sequence[Trained], stream: Stream, frozen: FrozenBackbone, options: Options, run: Run, state: TrainState
+) -> list[ClassifierResult]:
+    """Trains classifiers on a frozen backbone, all on the same batches."""
+    results = [ClassifierResult(method, options.select) for method in methods]
+    heads = [frozen.trainable_head(method) for method in methods]
+    solver = Solver(heads, options.momentum, options.nesterov, graph=options.graph, say=run.say)
+
+    with state.training(name_of(methods[0]), solver=solver, results=Results(results, frozen)):
+        run.plan(stream.epochs - state.epoch, 0, options.eval_every)
+        for epoch in range(state.epoch, stream.epochs):
+            rate = cosine(epoch, stream.epochs)
+            train = solver.train_epoch(frozen.source.epoch(stream, epoch), epoch / stream.epochs, rate, state)
+            seconds, due = state.seconds, is_due(epoch, stream.epochs, options.eval_every)
+            if due:
+                frozen.make_features(stream, epoch)
+            for result, head, stats in zip(results, heads, train):
+                is_well = result.after(epoch, head.lr * rate, stats, seconds)
+                if is_well and due:
+                    frozen.measure(result, result.method.finished(head.head), epoch)
+            whole = [result for result in results if result.diverged is None]
+            run.log_many({result.setting.describe(): result.records[-1] for result in whole}, stream.describe())
+            state.next_epoch()
+
+    for result, spent in zip(results, solver.seconds):
+        result.seconds = spent
+    return results
+
+
+def train_network(
+    methods: Sequence[Trained], stream: Stream, frozen: FrozenBackbone, options: Options, run: Run, state: TrainState
+) -> list[ClassifierResult]:
+    """Trains a classifier together with the backbone or its last block: the ordinary loop, for one method."""
+    (method,) = methods
+    result = ClassifierResult(method, options.select)
+    model = copy.deepcopy(frozen.source.model).to(memory_format=torch.channels_last)
+    model.load_state_dict(frozen.source.backbone(None, -1))
+    model.fc = method.head(frozen.stage1)
+    trained = trained_part(model, method.scope)
+    batches = frozen.source.train_batches(stream)
+    lr, wd = method.finetune_lr, method.finetune_wd
+    optimizer = make_sgd(trained.parameters(), lr, options.momentum, wd, options.nesterov)
+    step = TrainStep(model, method.loss(frozen.stage1, 0.0), optimizer)
+
+    with state.training(name_of(method), step=step, result=Results([result], frozen)):
+        run.plan(stream.epochs - state.epoch, len(batches), options.eval_every)
+        for epoch in range(state.epoch, stream.epochs):
+            rate = cosine(epoch, stream.epochs)
+            model.train(options.features == "replay")
+            trained.train()
+            set_lr(optimizer, lr * rate)
+            step.use_loss(method.loss(frozen.stage1, epoch / stream.epochs).to(frozen.source.device))
+            steps = batches.epoch(epoch, first=state.step)
+            bar = run.bar(steps, len(batches) - state.step, f"epoch {epoch + 1}/{stream.epochs}")
+            try:
+                stats = train_epoch(step, bar, epoch, lr * rate, state)
+                if not state.is_trained:
+                    method.project(model.fc, frozen.stage1)
+                    state.is_trained = True
+                seconds, logits = state.seconds, None
+                if is_due(epoch, stream.epochs, options.eval_every):
+                    val = frozen.network_logits(model, "val") if frozen.data.val else None
+                    logits = frozen.network_logits(model, "test"), val
+                result.seconds += seconds
+                result.after(epoch, lr * rate, stats, seconds)
+                if logits:
+                    result.offer(epoch + 1, model, *logits, frozen.data)
+            except Diverged:
+                result.diverged = epoch + 1
+                break
+            words = method.setting.describe(["seed", "finetune_scope"])
+            run.log_many({method.setting.describe(): result.records[-1]}, words)
+            state.next_epoch()
+    return [result]

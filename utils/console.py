@@ -1,0 +1,36 @@
+"""What commands print: lines that a run can do without."""
+
+from __future__ import annotations
+
+import os
+import sys
+from contextlib import suppress
+
+from utils.errors import disk_words
+
+
+def show(text: str, end: str = "\n") -> None:
+    """Prints a text; without standard output, as after "| head" or on a full disk, the run goes on."""
+    try:
+        print(text, end=end, flush=True)
+    except OSError as error:
+        sys.stdout = open(os.devnull, "w")
+        if not isinstance(error, BrokenPipeError):
+            with suppress(OSError):
+                print(f"note: standard output: {disk_words(error)}; the run goes on without", file=sys.stderr)
+
+
+def duration(seconds: float) -> str:
+    """A time as a person says it: "42 s", "12 min", "1 h 53 min", "2 d 4 h"."""
+    minutes = round(seconds / 60)
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    if minutes < 100:
+        return f"{minutes} min"
+    hours, days = round(seconds / 3600), seconds / 86400
+    return f"{minutes // 60} h {minutes % 60} min" if hours < 48 else f"{int(days)} d {hours % 24} h"
+
+
+def show_rest() -> None:
+    """Prints what is still in the buffer of standard output, as :func:`show` does."""
+    show("", end="")
