@@ -160,13 +160,13 @@ def test_rows_are_the_commands_that_they_should_be() -> None:
     assert len({row.name for row in rows}) == len(rows)
     first, second, *others, strong = (vars(row.options) for row in rows)
     assert (first["network"], first["epochs"], first["lr"], first["batch_size"], first["wd"], first["seed"]) == (
-        ("resnet32", 200, (0.1,), (128,), (5e-4,), (0,))
+        ("resnet32", 200, 0.1, 128, 5e-4, 0)
     )
     assert (second["network"], second["epochs"], second["lr"], second["batch_size"], second["wd"], second["seed"]) == (
-        ("resnet34", 48, (0.04,), (64,), (5e-3,), (0,))
+        ("resnet34", 48, 0.04, 64, 5e-3, 0)
     )
-    assert list(others) == [first | {"wd": (1e-3,)}, first | {"wd": (2e-3,)}]
-    assert strong == first | {"aug": ("autoaugment+cutout",), "mixup": (0.2,), "cutmix": (1.0,)}
+    assert list(others) == [first | {"wd": 1e-3}, first | {"wd": 2e-3}]
+    assert strong == first | {"aug": "autoaugment+cutout", "mixup": 0.2, "cutmix": 1.0}
     assert all(
         (row["dataset"], row["imb_ratio"], row["select"]) == ("cifar100", 100, "last") for row in (first, second)
     )
@@ -380,14 +380,14 @@ def rows(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_finished_run_of_the_same_command_is_adopted(lab: Lab, trained: Path) -> None:
     words = ["--state", str(lab.state), "--results", str(lab.results)]
     before = {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()}
-    assert reproduce.queue([*words, "--adopt", str(trained)]) == 0
+    assert reproduce.run_queue([*words, "--adopt", str(trained)]) == 0
     assert {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()} == before
     assert lab.run("--only", "first")[0] == 0 and not lab.calls("first", "flags")  # nothing left to run
-    assert "adopted" in lab.notes("first") and reproduce.queue([*words, "--collect"]) == 0
+    assert "adopted" in lab.notes("first") and reproduce.run_queue([*words, "--collect"]) == 0
     found = reproduce.read_json(lab.results / "first.json")
     assert found["adopted"] is True and found["interruptions"] == 0
     with pytest.raises(UsageError, match="done already"):
-        reproduce.queue([*words, "--adopt", str(trained)])
+        reproduce.run_queue([*words, "--adopt", str(trained)])
 
 
 @pytest.mark.usefixtures("rows")
@@ -417,7 +417,7 @@ def test_what_is_not_a_row_s_finished_run_is_not_adopted(lab: Lab, trained: Path
         file.data["train_images"] = "others"
     file.save(folder / "checkpoint.pt")
     with pytest.raises(UsageError, match=message):
-        reproduce.queue(["--state", str(lab.state), "--adopt", str(folder)])
+        reproduce.run_queue(["--state", str(lab.state), "--adopt", str(folder)])
     assert not (lab.state / "first").exists()
 
 
@@ -427,12 +427,12 @@ def test_an_older_run_lacks_options_that_stand_at_their_default(lab: Lab, traine
     file = checkpoints.read(folder / "checkpoint.pt")
     del file.options["sync_bn"]
     file.save(folder / "checkpoint.pt")
-    assert reproduce.queue(["--state", str(lab.state), "--adopt", str(folder)]) == 0
+    assert reproduce.run_queue(["--state", str(lab.state), "--adopt", str(folder)]) == 0
 
 
 def test_the_state_may_not_lie_in_the_repository() -> None:
     with pytest.raises(UsageError, match="inside the repository"):
-        reproduce.queue(["--list", "--state", str(ROOT / "output" / "reproduce")])
+        reproduce.run_queue(["--list", "--state", str(ROOT / "output" / "reproduce")])
 
 
 @pytest.mark.skipif("resume" not in {f.name for f in fields(main_stage1.Options)}, reason="stage 1 has no --resume")

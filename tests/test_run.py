@@ -51,7 +51,7 @@ def test_a_disk_that_is_full_for_a_while_costs_what_is_written_meanwhile(folder:
     with Run(folder) as run:
         for epoch in range(1, 7):
             Disk.room = 30 if epoch in (2, 3) else None
-            run.log(record(epoch))
+            run.log(record(epoch) | {"test_top1": 0.5})
     monkeypatch.undo()
     records = [json.loads(line)["epoch"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert records == [1, 4, 5, 6]

@@ -57,7 +57,7 @@ def fails(script, arguments: str, capsys) -> str:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_through_the_chain(chain, method: str) -> None:
-    short = " --finetune_epoch 2 --views 2" if METHODS[method].is_trained else ""
+    short = " --finetune_epoch 2 --views 2" if issubclass(METHODS[method], Trained) else ""
     main_stage2.main(f"--dataset digits --seed 0 --method {method}{short}".split())
     file = checkpoints.read(STAGE2)
     result = evaluate.main(["--dataset", "digits"])
