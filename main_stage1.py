@@ -29,10 +29,20 @@ from typing import cast
 import torch
 
 from datasets import LongTailed
-from engine import Selection, TrainStep, cosine, make_sgd, set_lr, train_epoch
+from engine import Selection, cosine, set_lr, train_epoch
 from experiment.data import load_data, require_val
 from experiment.options import START_WORDS, fill_options
-from experiment.record import STATE, Evaluator, begin, check_places, finish, following, keep, model_size, packed
+from experiment.record import (
+    STATE,
+    Evaluator,
+    begin,
+    check_places,
+    finish,
+    following,
+    keep,
+    make_checkpoint,
+    model_size,
+)
 from experiment.restore import final_path, open_checkpoint, published_start, starting_weights
 from experiment.resuming import find_run, make_state, say_complete
 from experiment.sweeps import (
@@ -44,11 +54,10 @@ from experiment.sweeps import (
     varying,
     write_sweep,
 )
-from losses import make_loss
 from models import trained_part
 from training.dry_run import dry_run
 from training.options import Options
-from training.recipe import constraint, deferred_loss, make_batches, make_network, make_runs, resolve_auto
+from training.recipe import deferred_loss, make_batches, make_network, make_runs, make_step, resolve_auto
 from utils import checkpoints
 from utils.checkpoints import Checkpoint, Data
 from utils.command import command
@@ -59,7 +68,7 @@ from utils.metrics import Report, percent
 from utils.options import Values, parse_typed
 from utils.resume import complete, completed_run
 from utils.run import Run
-from utils.system import AMP, pick_device, side_by_side
+from utils.system import pick_device, side_by_side
 from utils.types import StateDict
 
 
@@ -126,7 +135,7 @@ def main(argv: Sequence[str]) -> Report:
             return on_main_process(lambda: complete(run, conclude(results, options, run)))
         selection = train(options, data, device, run, start)
         end = (run, "stage1", options, data, selection, argv, device, start)
-        return on_main_process(lambda: complete(run, finish(run, packed(*end, head=options.head), selection)))
+        return on_main_process(lambda: complete(run, finish(run, make_checkpoint(*end, head=options.head), selection)))
 
 
 def open_start(typed: Values) -> Checkpoint | None:
@@ -144,27 +153,15 @@ def hash_of_start(typed: Values) -> str | None:
 
 def train(options: Options, data: LongTailed, device: torch.device, run: Run, start: Checkpoint | None) -> Selection:
     """The experiment: one run."""
-    class_counts = data.trained_counts
     model = make_network(options, data, device, starting_weights(start, data, options.head) if start else None)
     trained = trained_part(model, options.train_scope)
     batches = make_batches(options, data, device)
-    step = TrainStep(
-        model,
-        make_loss(options.loss, class_counts, options.loss_options).to(device),
-        make_sgd(trained.parameters(), options.lr, options.momentum, options.wd, options.nesterov),
-        amp=AMP[options.amp],
-        ema=options.ema,
-        project=constraint(model.fc, options.constraint, options.constraint_radius),
-        accum=options.accum,
-        compile=options.compile,
-        graph=options.graph,
-        say=run.say,
-    )
+    step = make_step(options, model, data, device, options.compile, options.graph, run.say)
     evaluator = Evaluator(run, data, device, options, options.epochs)
     state = make_state(run, options, vars(options), data, device)
     criterion = deferred = step.criterion
     if options.drw_epoch is not None:
-        deferred = deferred_loss(options, criterion, class_counts).to(device)
+        deferred = deferred_loss(options, criterion, data.trained_counts).to(device)
 
     with state.training("", step=step, evaluator=evaluator):
         run.plan(options.epochs - state.epoch, len(batches), options.eval_every)
@@ -239,7 +236,7 @@ def train_many(
     def end(child: Run, options: Options, mine: LongTailed, result: RunResult) -> None:
         if result.diverged is None:
             what = (child, "stage1", options, mine, result.selection, argv, device, start)
-            result.file = packed(*what, head=options.head)
+            result.file = make_checkpoint(*what, head=options.head)
             finish(child, result.file, result.selection, is_final=False)
         if result.diverged is not None or (child.folder / "checkpoint.pt").is_file():
             complete(child, result.state_dict())

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from typing import cast
 
-from experiment.record import begin, calibrated, check_places, finish, hanging, model_size, packed
+from experiment.record import begin, calibrated, check_places, finish, hanging, make_checkpoint, model_size
 from experiment.resuming import find_run, say_complete
 from experiment.sweeps import choice_in_words, chosen_on, rows_that_stand, show_sweep, varying
 from models.heads import head_name
@@ -97,7 +97,7 @@ def conclude(
     chosen.selection.state = frozen.state_dict(chosen)
     stored = {**vars(options), **dict.fromkeys(TUNABLE), **chosen.setting.values, "method": chosen.method.name}
     device, head = frozen.source.device, head_name(chosen.classifier)
-    file = packed(run, "stage2", options, data, chosen.selection, argv, device, parent, stored, head, sweep)
+    file = make_checkpoint(run, "stage2", options, data, chosen.selection, argv, device, parent, stored, head, sweep)
     return finish(run, file, chosen.selection, beside=table)
 
 

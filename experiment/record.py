@@ -181,7 +181,7 @@ class Evaluator:
         barrier()
 
 
-def packed(
+def make_checkpoint(
     run: Run,
     stage: str,
     options: TrainOptions,

@@ -265,18 +265,8 @@ def test_stage2_names_the_parent_that_it_read(workdir, monkeypatch) -> None:
 
 def test_a_terminal_shows_a_bar_and_a_closed_output_does_not_end_a_training(workdir) -> None:
     terminal, stderr = pty.openpty()
-    command = [
-        sys.executable,
-        str(ROOT / "main_stage1.py"),
-        "--dataset",
-        "digits",
-        "--epochs",
-        "40",
-        "--seed",
-        "0",
-        "--eval_every",
-        "1",
-    ]
+    flags = "--dataset digits --epochs 40 --seed 0 --eval_every 1".split()
+    command = [sys.executable, str(ROOT / "main_stage1.py"), *flags]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True) as process:
         os.close(stderr)
         lines = [process.stdout.readline() for _ in range(20)]

@@ -20,6 +20,7 @@ from datasets import SAMPLERS, Batches
 from losses import LOSSES
 from main_stage1 import Options, train
 from models import build_model
+from training import recipe
 from training.recipe import COMPILE_PAYS, make_batches, make_runs, resolve_auto
 from utils import checkpoints, system
 from utils.errors import UsageError
@@ -342,9 +343,9 @@ def test_the_loss_knows_the_images_that_are_trained_on(workdir) -> None:
     counts = data.trained_counts
     assert sum(counts) == len(data.train) < sum(data.class_counts) and counts[0] == int((data.train.labels == 0).sum())
     made: list[list[int]] = []
-    original = main_stage1.make_loss
+    original = recipe.make_loss
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(main_stage1, "make_loss", lambda name, n, values: made.append(n) or original(name, n, values))
+        patch.setattr(recipe, "make_loss", lambda name, n, values: made.append(n) or original(name, n, values))
         main_stage1.main([*SHORT, "--seed", "1", "--val_split", "0.3", "--loss", "balanced-softmax"])
     assert made == [counts]
 

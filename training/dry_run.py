@@ -10,14 +10,11 @@ from itertools import islice
 import torch
 
 from datasets import LongTailed
-from engine import TrainStep, is_due, make_sgd
+from engine import is_due
 from experiment.data import eval_batches
-from losses import make_loss
-from models import trained_part
 from training.options import Options
-from training.recipe import constraint, make_batches, make_network
+from training.recipe import make_batches, make_network, make_step
 from utils.console import duration
-from utils.system import AMP
 
 #: Steps that are timed, after as many that are not.
 STEPS = 10
@@ -30,17 +27,8 @@ def dry_run(runs: Sequence[Options], data: LongTailed, device: torch.device) -> 
     """
     options = runs[0]
     model = make_network(options, data, device)
-    trained = trained_part(model, options.train_scope)
     batches = make_batches(options, data, device)
-    step = TrainStep(
-        model.train(),
-        make_loss(options.loss, data.trained_counts, options.loss_options).to(device),
-        make_sgd(trained.parameters(), options.lr, options.momentum, options.wd, options.nesterov),
-        amp=AMP[options.amp],
-        ema=options.ema,
-        project=constraint(model.fc, options.constraint, options.constraint_radius),
-        accum=options.accum,
-    )
+    step = make_step(options, model.train(), data, device)
 
     def seconds(passes: int) -> float:
         """Of one step, or one batch of the evaluation."""

@@ -1,11 +1,10 @@
-"""What a run of stage 1 is made of: settings, network, batches, the classifier's constraint, how steps are run."""
+"""What a run of stage 1 is made of: the runs of a sweep, network, batches, training step."""
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
 import shutil
-import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 
@@ -13,14 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from datasets import AUGMENTATIONS, SAMPLERS, Batches, LongTailed, Mix
-from losses import LOSSES, class_balanced_weights, reweighted
-from models import Network, build_model, pick_stem
+from engine import TrainStep, make_sgd
+from losses import LOSSES, class_balanced_weights, make_loss, reweighted
+from models import Network, build_model, pick_stem, trained_part
 from models.heads import project_rows
 from training.options import Options
 from utils.distributed import rank, world_size
 from utils.errors import UsageError
 from utils.options import Resolved, changed, shown
-from utils.system import pick_amp, pick_graph
+from utils.resume import GLOBAL_GENERATORS
+from utils.system import AMP, pick_amp, pick_graph
 
 #: Options of the table of losses, with their defaults; a run has a value for those that :func:`taken_by` names.
 LOSS_OPTIONS = {
@@ -32,7 +33,6 @@ LOSS_OPTIONS = {
 #: training images, epochs counted, from which on this is worth the minute that compiling takes.
 COMPILED_ON_CPU = ("resnet20", "resnet32", "resnet44", "resnet56")
 COMPILE_PAYS = 1_000_000
-_BUILDING = threading.Lock()  # PyTorch's global seed is one for all threads
 
 
 def make_runs(resolved: Resolved[Options], typed: Collection[str]) -> list[Options]:
@@ -145,7 +145,7 @@ def make_network(
 
     With --sync_bn its BatchNorm takes the statistics of all processes' images.
     """
-    with _BUILDING:
+    with GLOBAL_GENERATORS:
         torch.manual_seed(run.drawn_seed)
         stem = pick_stem(run.network, data.train.side, run.stem)
         model = build_model(run.network, data.num_classes, data.channels, run.head, stem)
@@ -174,6 +174,31 @@ def make_batches(run: Options, data: LongTailed, device: torch.device) -> Batche
         policy=AUGMENTATIONS[run.aug],
         mix=Mix(run.mixup, run.cutmix) if run.mixup or run.cutmix else None,
         share=(rank(), world_size()),
+    )
+
+
+def make_step(
+    run: Options,
+    model: Network,
+    data: LongTailed,
+    device: torch.device,
+    compile: str = "off",
+    graph: str = "off",
+    say: Callable[[str], None] = print,
+) -> TrainStep:
+    """The run's training step: its loss, SGD on what --train_scope names, precision, average and constraint."""
+    trained = trained_part(model, run.train_scope)
+    return TrainStep(
+        model,
+        make_loss(run.loss, data.trained_counts, run.loss_options).to(device),
+        make_sgd(trained.parameters(), run.lr, run.momentum, run.wd, run.nesterov),
+        amp=AMP[run.amp],
+        ema=run.ema,
+        project=constraint(model.fc, run.constraint, run.constraint_radius),
+        accum=run.accum,
+        compile=compile,
+        graph=graph,
+        say=say,
     )
 
 

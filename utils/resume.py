@@ -12,6 +12,7 @@ import io
 import json
 import random
 import re
+import threading
 import time
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -37,6 +38,8 @@ FORMAT = 1
 INTERVAL = 600.0
 NAME = re.compile(r"state-(\d{6,})\.pt")
 FINISHED = "finished.json"
+#: The global random generators are one for all threads: held by who seeds them and draws, or puts them back.
+GLOBAL_GENERATORS = threading.Lock()
 
 
 class Stateful(Protocol):
@@ -251,7 +254,8 @@ class TrainState:
         self.epoch, self.step, self._spent = state["epoch"], state["step"], own["spent"]
         self.is_trained = state["is_trained"]
         self.measured = list(zip(*(column.to(self.device).unbind() for column in own["measured"])))
-        set_random_states(own["random"], self.device)
+        with GLOBAL_GENERATORS:
+            set_random_states(own["random"], self.device)
         where = f"step {self.step} of epoch {self.epoch + 1}" if self.step else f"epoch {self.epoch}"
         date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         self.run.resumed.append({"date": date, "at": where, **machine(self.device)})

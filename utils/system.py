@@ -199,7 +199,7 @@ def side_by_side(
             stop = error
             try:
                 if not (isinstance(error, signals.Interrupted) and error.is_second):
-                    wait(futures)
+                    wait([future for future in futures if not future.cancelled()])
             except signals.Interrupted as second:
                 stop = second
             if isinstance(stop, signals.Interrupted) and stop.is_second:  # Python would wait for the threads first
