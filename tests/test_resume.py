@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -30,7 +31,7 @@ from models import build_model
 from retraining.results import Finished
 from utils import signals
 from utils.files import lock, sha256
-from utils.resume import TrainState, state_files
+from utils.resume import GLOBAL_GENERATORS, TrainState, state_files
 from utils.run import Run
 
 DIGITS = ["--dataset", "digits", "--seed", "0"]
@@ -507,3 +508,26 @@ def test_a_second_signal_stops_runs_side_by_side_at_once(workdir) -> None:
     _, error = process.communicate(timeout=60)
     assert time.monotonic() - began < 8 and process.returncode == 143, error
     assert "ended by SIGTERM" in error and "Traceback" not in error
+
+
+def test_generators_are_not_put_back_while_a_network_is_built(workdir) -> None:
+    """Runs of a sweep side by side share them: the one that is resumed waits for the one that begins."""
+    with Run(workdir) as run:
+        state = TrainState(run, torch.device("cpu"), None, 1, {})
+        with state.training(""):
+            state.save()
+    put_back = threading.Event()
+
+    def resume() -> None:
+        with Run(workdir) as run, TrainState(run, torch.device("cpu"), None, 1, {}).training(""):
+            put_back.set()
+
+    thread = threading.Thread(target=resume)
+    with GLOBAL_GENERATORS:
+        torch.manual_seed(0)
+        thread.start()
+        assert not put_back.wait(0.5)
+        drawn = torch.rand(3)
+    thread.join(30)
+    torch.manual_seed(0)
+    assert put_back.is_set() and torch.equal(torch.rand(3), drawn)
