@@ -68,7 +68,7 @@ SCRIPTS = ROOT  # where main_stage1.py and main_stage2.py are
 NICE, POLL, GRACE = 10, 1.0, 300.0  # seconds between looks at a run, and that it may take to save
 EVALUATION = 0.5  # of an epoch's time on CIFAR-100-LT: measured 0.45 (ResNet-32) and 0.56 (ResNet-34)
 #: Options that do not say which row a run is of: how it was run, which its result states, and where.
-FREE = {*checkpoints.INCIDENTAL, "amp", "compile", "graph", "resume", "save_every", "keep_states"}
+FREE = {*checkpoints.INCIDENTAL, "amp", "compile", "graph"}
 
 
 @dataclass(frozen=True)

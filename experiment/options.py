@@ -11,7 +11,7 @@ import torch
 
 from datasets import DATASETS, IMB_TYPES, INPUTS, NATURAL, SUBSETS
 from models import BACKBONES, STEMS, TIMM, pick_stem
-from utils.checkpoints import IDENTITY, SELECT, STAGES, Checkpoint
+from utils.checkpoints import HOW_IT_RUNS, IDENTITY, SELECT, STAGES, Checkpoint
 from utils.console import show
 from utils.distributed import on_main_process
 from utils.errors import UsageError
@@ -36,13 +36,8 @@ T = TypeVar("T", bound="DataOptions")
 SEED = Number(int, 0, 2**31 - 1, words=("None",))
 #: --pretrained_pth of stage 1 that is no file: torchvision's ImageNet weights, or random ones.
 START_WORDS = ("imagenet", "none")
-#: Options that do not make a run another one, since they change nothing that it computes but perhaps its rounding; and
-#: those that may change beside them when a run is resumed by its folder, since files may have been moved.
-INCIDENTAL = (
-    *("resume", "save_every", "keep_states", "print_options", "dry_run"),
-    *("out", "workers", "threads", "device", "gpu", "parallel"),
-)
-MAY_MOVE = (*INCIDENTAL, "data_dir", "cache_dir", "pretrained_pth")
+#: Options that may change when a run is resumed by its folder, since files may have been moved.
+MAY_MOVE = (*HOW_IT_RUNS, "data_dir", "cache_dir", "pretrained_pth")
 HUGE = 1e30  # the largest learning rate or weight decay: beyond, float32 overflows
 
 

@@ -12,9 +12,10 @@ from typing import TypedDict, cast
 import torch
 
 from datasets import LongTailed
-from experiment.options import INCIDENTAL, MAY_MOVE, TrainOptions
+from experiment.options import MAY_MOVE, TrainOptions
 from experiment.restore import published_path
 from utils import checkpoints
+from utils.checkpoints import HOW_IT_RUNS
 from utils.console import show
 from utils.distributed import launched, world_size
 from utils.errors import UsageError
@@ -81,7 +82,7 @@ def find_run(
 
 def comparable(typed: Values) -> dict[str, object]:
     """The typed flags that make a run what it is."""
-    return {name: value for name, value in typed.items() if name not in INCIDENTAL}
+    return {name: value for name, value in typed.items() if name not in HOW_IT_RUNS}
 
 
 def as_json(content: object) -> object:

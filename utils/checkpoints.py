@@ -36,24 +36,13 @@ SELECT = ("last", "best_test", "best_val")
 #: Replaced files that are kept beside a final one.
 KEPT = 5
 IDENTITY = ("dataset", "imb_type", "imb_ratio", "subset", "subset_seed", "image_size", "network", "stem")
-#: Options that do not change what a run computes: two files that differ in these alone are the same result.
-INCIDENTAL = (
-    "out",
-    "data_dir",
-    "device",
-    "gpu",
-    "workers",
-    "cur_stage",
-    "pretrained_pth",
-    "cache_dir",
-    "threads",
-    "parallel",
-    "resume",
-    "save_every",
-    "keep_states",
-    "print_options",
-    "dry_run",
+#: Options that say how a run is run, and change nothing that it computes but perhaps its rounding.
+HOW_IT_RUNS = (
+    *("resume", "save_every", "keep_states", "print_options", "dry_run"),
+    *("out", "workers", "threads", "device", "gpu", "parallel"),
 )
+#: Those, and where its files are: two checkpoints that differ in these options alone are the same result.
+INCIDENTAL = (*HOW_IT_RUNS, "cur_stage", "data_dir", "cache_dir", "pretrained_pth")
 
 
 class Data(TypedDict, total=False):
