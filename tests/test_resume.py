@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import errno
 import gc
@@ -30,7 +31,7 @@ from engine import Selection, TrainStep, make_sgd
 from models import build_model
 from retraining.results import Finished
 from utils import signals
-from utils.files import lock, sha256
+from utils.files import atomic, lock, sha256
 from utils.resume import GLOBAL_GENERATORS, TrainState, state_files
 from utils.run import Run
 
@@ -531,3 +532,27 @@ def test_generators_are_not_put_back_while_a_network_is_built(workdir) -> None:
     thread.join(30)
     torch.manual_seed(0)
     assert put_back.is_set() and torch.equal(torch.rand(3), drawn)
+
+
+def test_a_state_that_has_no_room_costs_a_line(workdir, interruptions, monkeypatch, capsys) -> None:
+    """The run goes on; when it is cut off, the state before is there."""
+    arguments = [*DIGITS, "--epochs", "4", "--save_every", "1"]
+    report = main_stage1.main([*arguments, "--out", "whole"])
+    saved = atomic
+
+    @contextlib.contextmanager
+    def full(path: Path):
+        if path.name > "state-000001.pt":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        with saved(path) as temporary:
+            yield temporary
+
+    interruptions.at = {interruptions.count * 7 // 4}
+    with monkeypatch.context() as patch:
+        patch.setattr("utils.resume.atomic", full)
+        with pytest.raises(SystemExit):
+            main_stage1.main(arguments)
+    said = capsys.readouterr().out
+    assert "was not saved: No space left on device" in said and "MB free on the disk of" in said
+    assert [path.name for path in state_files(run_folder("output"))] == ["state-000001.pt"]
+    assert equal(main_stage1.main([*arguments, "--resume", "auto"]), report)
