@@ -273,14 +273,30 @@ class _OnOff(argparse.Action):
         setattr(namespace, self.dest, option_string is not None and option_string[:5] not in ("--no-", "--no_"))
 
 
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """One spelling of every flag, and of a switch how it is turned off."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=32, width=120)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if isinstance(action, _OnOff):
+            return f"--{action.dest}, --no_{action.dest}"
+        if action.dest == "help":
+            return "--help"
+        values = " ..." if action.nargs == "+" else ""
+        return f"--{action.dest} {action.metavar}{values}"
+
+
 class _Parser(argparse.ArgumentParser):
     def __init__(self, prog: str, description: str | None) -> None:
         super().__init__(
             prog=prog,
+            usage=f"{prog} [options]",
             description=description,
             allow_abbrev=False,
             argument_default=argparse.SUPPRESS,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+            formatter_class=_Help,
         )
         # argparse knows -1 and -0.5 for numbers, but takes -1e-5 for a flag.
         self._negative_number_matcher = re.compile(r"^-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")
