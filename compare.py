@@ -25,6 +25,7 @@ from retraining.measures import Measures, measure
 from retraining.methods import METHODS, Method
 from retraining.options import (
     SCOPES,
+    continue_stage1,
     hash_of_stage1,
     prepare,
     refuse_unused,
@@ -83,18 +84,18 @@ def main(argv: Sequence[str]) -> list[dict[str, Value]]:
     typed, resumed = find_run(Options, typed, "compare.py", hash_of_stage1)
     if resumed and resumed.is_complete:
         return cast(list[dict[str, Value]], say_complete(resumed))
+    if typed.get("print_options"):
+        show(continue_stage1(Options, typed)[1].table())
+        return []
     parent, resolved, device, data = prepare(Options, typed, "tune")
     options, names = resolved.options, resolved.values("method")
     if "show" in typed and not set(resolved.values("show")) <= set(names):
         raise UsageError(f"--show {shown(resolved.values('show'))}", f"methods that are compared: {shown(names)}")
     methods = choose_methods(resolved, typed, data.num_classes)
     refuse_unused(typed, resolved, methods)
-    if options.print_options:
-        show(resolved.table())
-        return []
     state = state_bytes(methods, parent)
     if options.dry_run:
-        check_places(options, 0, state, resumed, 1)
+        check_places(options, device, 0, state, resumed, 1)
         show(dry_run(methods, freeze(parent, data, device, options)))
         return []
     with begin(resolved, "compare", data, device, typed, parent, resumed, state) as run:

@@ -106,6 +106,9 @@ def main(argv: Sequence[str]) -> Report:
     start = open_start(typed)
     resolved = fill_options(Options, typed, "stage1", file=start)
     runs = make_runs(resolved, typed)
+    if resolved.options.print_options:
+        show(resolved.table())
+        return Report()
     device = pick_device(*resolved.options.place)
     data = load_data(resolved.options, val_fraction=runs[0].val_split, val_seed=runs[0].drawn_seed)
     runs = resolve_auto(runs, device, len(data.train), data.train.is_photos)
@@ -115,13 +118,10 @@ def main(argv: Sequence[str]) -> Report:
         start = published_start(options.network)
     if start:
         starting_weights(start, data, options.head)  # fails now where it would fail later
-    resolved = replace(resolved, options=options)
-    if options.print_options:
-        show(resolved.table())
-        return Report()
+    resolved = resolved.settled(options)
     state = STATE * model_size(options, data)[1] * (options.parallel or 1)
     if options.dry_run:
-        on_main_process(lambda: check_places(options, model_size(options, data)[1], state, resumed, len(runs)))
+        on_main_process(lambda: check_places(options, device, model_size(options, data)[1], state, resumed, len(runs)))
         show(dry_run(runs, data, device))
         return Report()
     with begin(resolved, "stage1", data, device, typed, start, resumed, state, len(runs)) as run:

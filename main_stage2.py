@@ -22,6 +22,7 @@ from models.heads import head_name
 from retraining.dry_run import dry_run
 from retraining.options import (
     Options,
+    continue_stage1,
     hash_of_stage1,
     prepare,
     refuse_unused,
@@ -48,16 +49,16 @@ def main(argv: Sequence[str]) -> Report:
     typed, resumed = find_run(Options, typed, "main_stage2.py", hash_of_stage1)
     if resumed and resumed.is_complete:
         return cast(Report, say_complete(resumed))
+    if typed.get("print_options"):
+        show(continue_stage1(Options, typed)[1].table())
+        return Report()
     parent, resolved, device, data = prepare(Options, typed)
     options, names = resolved.options, [str(name) for name in resolved.values("method")]
     methods = make_methods(names, wanted(resolved), typed, data.num_classes, options.protocol == "published")
     refuse_unused(typed, resolved, methods)
-    if options.print_options:
-        show(resolved.table())
-        return Report()
     state = state_bytes(methods, parent)
     if options.dry_run:
-        check_places(options, model_size(options, data)[1], state, resumed, 1)
+        check_places(options, device, model_size(options, data)[1], state, resumed, 1)
         show(dry_run(methods, freeze(parent, data, device, options)))
         return Report()
     with begin(resolved, "stage2", data, device, typed, parent, resumed, state) as run:

@@ -57,7 +57,6 @@ def begin(
     ``state`` is about how many bytes a save takes.
     """
     options, seeds = resolved.options, resolved.values("seed")
-    pick_graph(options.graph, device)
     label = f"seed{seeds[0]}" if len(seeds) == 1 else f"{len(seeds)}seeds"
     label = f"{runs}runs" if runs > 1 else label
 
@@ -65,7 +64,7 @@ def begin(
     parameters, size = model_size(options, data)
 
     def make() -> Path:
-        check_places(options, 0 if stage == "compare" else size, state, resumed, runs)
+        check_places(options, device, 0 if stage == "compare" else size, state, resumed, runs)
         if resumed:
             return resumed.folder
         folder = make_folder(options.out, final_path(options, stage).stem, label)
@@ -101,8 +100,7 @@ def begin(
     run.say("\n".join(hanging(name, text) for name, text in block.items()))
     if options.deterministic:
         run.say(deterministic_words(device))
-    here = script if Path(script).is_file() else str(ROOT / script)
-    run.resume_by = shlex.join([*launcher(), here, f"--resume={run.folder}"])
+    run.resume_by = shlex.join([*launcher(), place_of(script), f"--resume={run.folder}"])
     return run
 
 
@@ -118,8 +116,11 @@ def hanging(name: str, text: str) -> str:
     )
 
 
-def check_places(options: TrainOptions, size: int, state: int, resumed: Resumed | None, runs: int) -> None:
-    """Raises UsageError where so many checkpoints of ``size`` bytes, and states, could not be written."""
+def check_places(
+    options: TrainOptions, device: torch.device, size: int, state: int, resumed: Resumed | None, runs: int
+) -> None:
+    """Raises UsageError where --graph cannot be had, or so many files of ``size`` bytes, and states, be written."""
+    pick_graph(options.graph, device)
     require_writable("the folder", checkpoints.FOLDER)
     require_writable("--resume" if resumed else "--out", resumed.folder if resumed else Path(options.out))
     saves, files = (1, 1) if resumed else (options.keep_states + 1, COPIES * runs)
@@ -288,7 +289,13 @@ def following(file: Checkpoint) -> str:
     usual |= {"imb_ratio": NATURAL} if spec.natural or spec.own else {}
     stated = {name: value for name, value in data.items() if name in usual and value != usual[name]}
     stated |= {"data_dir": file.options["data_dir"]} if spec.own else {}
-    return shlex.join(["python", "main_stage2.py" if file.stage == "stage1" else "evaluate.py", *flags(stated)])
+    script = "main_stage2.py" if file.stage == "stage1" else "evaluate.py"
+    return shlex.join(["python", place_of(script), *flags(stated)])
+
+
+def place_of(script: str) -> str:
+    """A script as it can be typed in the current folder."""
+    return script if Path(script).is_file() else str(ROOT / script)
 
 
 def keep(file: Checkpoint, run: Run, final: Path | None) -> Callable[[], str]:

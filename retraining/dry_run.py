@@ -55,7 +55,8 @@ def dry_run(methods: Sequence[Method], frozen: FrozenBackbone) -> str:
             continue
         epochs += stream.epochs * (len(trained) - len(heads))
         if heads:
-            rows = torch.arange(stream.batch_size, device=device) % len(features)
+            size = min(stream.batch_size, len(data.train))
+            rows = torch.arange(size, device=device) % len(features)
             batch, solver = (features[rows].float(), labels[rows]), Solver(heads)
             of_step = timed(partial(solver_steps, solver, batch))
             steps += of_step * stream.epochs * -(-len(data.train) // stream.batch_size)
@@ -72,5 +73,5 @@ def dry_run(methods: Sequence[Method], frozen: FrozenBackbone) -> str:
     return (
         f"dry run: about {duration(passes + steps)} for {len(methods)} classifiers, {memory}, {disk}; "
         f"the backbone takes {duration(passes)} ({1000 * of_image:.3g} ms an image, {lacking} of {arrays} passes over "
-        f"the training images), the classifiers {duration(steps)}. Nothing was trained."
+        f"the training images), the classifiers {duration(steps)}. No run was made."
     )

@@ -113,15 +113,14 @@ class Prepared(NamedTuple, Generic[T]):
     data: LongTailed
 
 
-def prepare(cls: type[T], typed: Values, flag: str | None = None) -> Prepared[T]:
-    """Stage 1's file that the typed flags choose, with all options, the device and the data that follow from it.
+def continue_stage1(cls: type[T], typed: Values) -> tuple[Checkpoint, Resolved[T]]:
+    """Stage 1's file that the typed flags choose, and all options with it.
 
-    Where methods are compared and none is typed, they are those that can follow stage 1's classifier. ``flag`` is an
-    option of the command that needs held-out images.
+    Where methods are compared and none is typed, they are those that can follow stage 1's classifier.
 
     Raises:
         UsageError: see :func:`experiment.restore.open_checkpoint` and :func:`experiment.options.fill_options`; a
-            stage-2 file, a method that cannot follow stage 1's classifier, or no held-out images where they are needed.
+            stage-2 file, or a method that cannot follow stage 1's classifier.
     """
     parent = open_checkpoint(typed, "stage1", cls)
     if parent.stage == "stage2":
@@ -131,6 +130,18 @@ def prepare(cls: type[T], typed: Values, flag: str | None = None) -> Prepared[T]
         resolved = resolved.swept("method", fitting(parent.head))
         show(f"{parent.path} has a {parent.head} head: {shown(resolved.values('method'))}")
     refuse_head(parent, resolved.values("method"))
+    return parent, resolved
+
+
+def prepare(cls: type[T], typed: Values, flag: str | None = None) -> Prepared[T]:
+    """What :func:`continue_stage1` gives, with the device and the data that follow from it.
+
+    ``flag`` is an option of the command that needs held-out images.
+
+    Raises:
+        UsageError: see there; or no held-out images where they are needed.
+    """
+    parent, resolved = continue_stage1(cls, typed)
     device = pick_device(*resolved.options.place)
     data = load_data(resolved.options, val_indices=parent.data.get("val_indices", []))
     require_held_out(parent, resolved, data, flag if flag and typed.get(flag) else None)
@@ -190,6 +201,7 @@ def require_held_out(parent: Checkpoint, resolved: Resolved[T], data: LongTailed
     flags = [name for name, is_on in needed.items() if is_on] + ([f"--{flag}"] if flag else [])
     if flags and data.val is None:
         head = "" if parent.head == "linear" else f" --head {parent.head}"
-        again = f"python main_stage1.py{flags_of(options, *IDENTITY)}{head} --val_split 0.1"
+        names = [name for name in IDENTITY if name not in ("image_size", "stem") or data.train.is_photos]
+        again = f"python main_stage1.py{flags_of(options, *names)}{head} --val_split 0.1"
         allowed = "last, best_test, or first" if flags[0].startswith("--select") else "without it, or first"
         raise UsageError(f"{flags[0]}: {parent.path} was trained without held-out images", f"{allowed}: {again}")

@@ -64,8 +64,9 @@ def dry_run(runs: Sequence[Options], data: LongTailed, device: torch.device) -> 
     else:
         memory = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.1f} GB of memory"
     each = f"{len(runs)} runs, one after the other, of " if len(runs) > 1 else ""
+    size = min(options.batch_size, len(data.train))
     return (
-        f"dry run: about {duration(whole)} for {each}{options.epochs} epochs, {memory}; a step of {options.batch_size} "
-        f"images takes {1000 * of_step:.3g} ms, an epoch {duration(epoch)}, each of {due} evaluations "
-        f"{duration(of_evaluation)}. Nothing was written."
+        f"dry run: about {duration(whole)} for {each}{options.epochs} epochs, {memory}; a step of {size} images takes "
+        f"{1000 * of_step:.3g} ms, an epoch {duration(epoch)}, each of {due} evaluations {duration(of_evaluation)}. "
+        "No run was made."
     )

@@ -395,6 +395,12 @@ class Resolved(Generic[T_co]):
         """The same with an option that runs over these values."""
         return Resolved(changed(self.options, {name: values[0]}), {**self.axes, name: values}, self.sources)
 
+    def settled(self, options: T) -> Resolved[T]:
+        """The same with options of which some that were auto, or left open, have a value now."""
+        before, after = vars(self.options), vars(options)
+        sources = {name: "auto" if before[name] != after[name] else source for name, source in self.sources.items()}
+        return Resolved(options, self.axes, sources)
+
     def stored(self) -> dict[str, Value | tuple[Value, ...]]:
         """Every option with its value, or its values where it is swept."""
         return {**vars(self.options), **self.axes}
@@ -410,7 +416,8 @@ class Resolved(Generic[T_co]):
         groups: dict[str, list[str]] = {}
         values, defaults = self.stored(), {field.name: field.default for field in dataclasses.fields(self.options)}
         for name, source in self.sources.items():
-            if source != "default" and values[name] != defaults[name]:
+            is_plain = source == "auto" and values[name] in ("off", 1)
+            if source != "default" and values[name] != defaults[name] and not is_plain:
                 groups.setdefault(source, []).append(f"{name} {shown(values[name])}")
         return (
             "; ".join(f"{', '.join(words)} ({source})" for source, words in groups.items()) or "all at their defaults"

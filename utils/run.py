@@ -252,17 +252,21 @@ class Run:
             if number == WARM_UP:
                 began = time.perf_counter()
             elapsed, timed = time.perf_counter() - began, number - WARM_UP
-            if not self._has_told and timed >= WARM_UP and elapsed > TELL_AFTER:
-                self._has_told = True
-                whole = elapsed / timed * self._steps * self._epochs
-                self.say(
-                    f"about {duration(whole)} for {self._epochs} epochs of {self._steps} steps, and the evaluations"
-                )
+            if timed >= WARM_UP and elapsed > TELL_AFTER:
+                self._tell(elapsed / timed * self._steps * self._epochs)
             yield step
+
+    def _tell(self, seconds: float | None) -> None:
+        """Says once how long the planned epochs take."""
+        is_long = seconds is not None and seconds > 2 * TELL_AFTER and time.perf_counter() - self._began > TELL_AFTER
+        if seconds is not None and is_long and not self._has_told:
+            self._has_told = True
+            self.say(f"about {duration(seconds)} left for {self._epochs - self._done} epochs")
 
     def log(self, record: Record) -> None:
         """One epoch: a table line, a line of metrics.jsonl, TensorBoard scalars. None stands for "not measured"."""
         self._done += 1
+        self._tell(self.left)
         self.epochs.append(record)
         if "test_top1" in record and self._has_row(record):  # on a terminal the bar shows the others
             if not self._has_heading:
@@ -289,6 +293,7 @@ class Run:
                 self.log(record)
             return
         self._done += 1
+        self._tell(self.left)
         for name, record in records.items():
             self._measured({"setting": name, **record})
         measured = [value for record in records.values() if (value := record.get("test_top1")) is not None]
