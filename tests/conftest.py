@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import pickle
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 SHARED = Path(os.environ.get("LT_SHARED", ROOT.parent / "shared" / "data"))
+signal.signal(signal.SIGINT, signal.default_int_handler)  # as in a terminal, also where it was ignored at the start
 torch.set_num_threads(1)  # the networks here are small, and tests must not fight over cores
 torch.backends.cudnn.allow_tf32 = False  # on a GPU, equalities are those of float32
 
