@@ -60,7 +60,7 @@ from utils.files import atomic, lock, sha256
 from utils.metrics import percent, scores
 from utils.options import Values, parse_typed
 from utils.resume import state_files
-from utils.system import AMP, ROOT, cpu_has_bf16, pick_amp, pick_device, provenance
+from utils.system import AMP, ROOT, cpu_has_bf16, cpu_model, pick_amp, pick_device, provenance
 from utils.types import Json
 
 STATE = os.environ.get("LT_REPRODUCE", "~/.cache/long-tailed-recognition/reproduce")
@@ -175,10 +175,7 @@ def commit() -> str:
 
 def cpu_name() -> str:
     """The CPU's model."""
-    with contextlib.suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown")
-    return platform.processor() or "unknown"
+    return cpu_model() or platform.processor() or "unknown"
 
 
 def precision() -> str:
