@@ -2,7 +2,7 @@
 
     make torture                                        everything: an hour on one core
     python -m benchmarks.torture --kills 20 --faults 0  a part of it
-    python -m benchmarks.torture --only compare
+    python -m benchmarks.torture --only compare --signal SIGTERM
 
 Each command below is run undisturbed once. Then it is killed at a random moment, started again with --resume auto and
 killed again, until it ends by itself; weights, metrics, records and what the command returns must then be equal to the
@@ -39,6 +39,7 @@ from utils.system import ROOT, provenance
 from utils.types import Json
 
 RESULTS = ROOT / "benchmarks" / "results" / "torture.jsonl"
+SIGNALS = "SIGKILL", "SIGTERM"
 DIGITS = "--dataset digits --threads 1 --save_every 1"
 
 
@@ -224,12 +225,13 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--kills", type=int, default=100, help="of each command by each signal")
     parser.add_argument("--faults", type=int, default=10**9, help="of each command, of all that there are")
     parser.add_argument("--only", nargs="+", choices=[*COMMANDS, *FAULTS], help="of the commands")
+    parser.add_argument("--signal", nargs="+", choices=SIGNALS, default=SIGNALS)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(argv)
     about = provenance("-m benchmarks.torture", argv, torch.device("cpu"), 0)
     trials: list[tuple[str, dict[str, str], Callable[[Path], Json]]] = []
     for name, part in COMMANDS.items():
-        for number in (signal.SIGKILL, signal.SIGTERM) if options.kills else ():
+        for number in map(signal.Signals.__getitem__, options.signal if options.kills else ()):
             draw = random.Random(options.seed)
             call = partial(tortured, part, kills=options.kills, number=number, draw=draw)
             trials.append((name, {"signal": number.name}, call))

@@ -19,6 +19,7 @@ from utils.checkpoints import HOW_IT_RUNS
 from utils.console import show
 from utils.distributed import launched, world_size
 from utils.errors import UsageError
+from utils.files import sweep
 from utils.options import Values, convert_typed, shown, spec_of
 from utils.resume import Stateful, TrainState, can_go_on, completed_run
 from utils.run import Run
@@ -125,6 +126,7 @@ def read_begun(path: Path) -> Begun | None:
 def say_complete(resumed: Resumed) -> object:
     """Says that a run is complete, and publishes it where another has been since; returns what its command returned."""
     show(f"{resumed.folder} is complete: nothing to resume. Without --resume it is made anew.")
+    sweep(resumed.folder.parent, deep=True)  # it may have been killed after its result was written
     weights = resumed.folder / "checkpoint.pt"
     if weights.is_file():
         file = checkpoints.read(weights)

@@ -31,7 +31,8 @@ from engine import Selection, TrainStep, make_sgd
 from models import build_model
 from retraining.results import Finished
 from utils import signals
-from utils.files import atomic, lock, sha256
+from utils.command import command
+from utils.files import _place, atomic, lock, sha256
 from utils.resume import GLOBAL_GENERATORS, TrainState, state_files
 from utils.run import Run
 
@@ -430,6 +431,32 @@ def test_a_signal_that_is_ignored_stays_ignored(workdir) -> None:
             assert signal.getsignal(signal.SIGTERM) != signal.SIG_DFL
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def test_what_a_signal_leaves_half_built_is_not_spoken_of(capfd) -> None:
+    class Half:
+        def __init__(self) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+            self.whole = True
+
+        def __del__(self) -> None:
+            self.whole  # noqa: B018
+
+    with pytest.raises(SystemExit) as stop:
+        command(lambda argv: Half())([])
+    assert stop.value.code == 143 and capfd.readouterr().err == "\nended by SIGTERM\n"
+
+
+def test_a_complete_run_sweeps_up_what_it_left_when_it_was_killed(workdir) -> None:
+    """As after its result was written, before its lock was let go."""
+    main_stage1.main([*DIGITS, "--epochs", "1"])
+    folder = run_folder("output")
+    for left in (folder.with_name(f".{folder.name}.lock"), folder / f".a.1-1-{'0' * 8}-{'0' * 8}.{'0' * 8}.tmp"):
+        left.touch()
+    place = _place()
+    (folder / f".b.1-1-{place[0]}-{place[1]}.{'0' * 8}.tmp").touch()
+    main_stage1.main([*DIGITS, "--epochs", "1", "--resume", "auto"])
+    assert [path.name[:3] for path in Path("output").rglob(".*")] == [".a."]  # of another host
 
 
 def test_photos_of_other_content_are_not_gone_on_with(workdir, interruptions, capsys) -> None:

@@ -26,31 +26,31 @@ def command(main: Callable[..., T]) -> Callable[..., T]:
         for stream in (sys.stdout, sys.stderr):  # a "±" must not end a run where the locale has none
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="replace")
-        try:
-            with signals.handled():
+        with signals.handled():
+            try:
                 result = main(sys.argv[1:] if argv is None else list(argv))
-            show_rest()
-            return result
-        except UsageError as error:
-            status, message = 2, str(error)
-        except (Diverged, Unsaved) as error:
-            status, message = 1, f"stopped: {error}"
-        except KeyboardInterrupt as error:
-            notes = "".join(f"\n{note}" for note in getattr(error, "__notes__", ()))
-            status, message = getattr(error, "status", 130), f"\nended by {str(error) or 'SIGINT'}{notes}"
-        except BrokenPipeError:  # the reader of our output has gone, as in "| head"
-            sys.stdout = open(os.devnull, "w")
-            status, message = 141, "stopped: standard output was closed"
-        except OSError as error:
-            if error.errno not in DISK:
-                raise
-            status, message = 1, f"stopped: {disk_words(error)}"
-        except Exception:
-            number = signals.requested()
-            if number is None:
-                raise
-            # the signal came where something made another error of it, the import of a library for instance
-            status, message = 128 + number, f"\nended by {signal.Signals(number).name}"
+                show_rest()
+                return result
+            except UsageError as error:
+                status, message = 2, str(error)
+            except (Diverged, Unsaved) as error:
+                status, message = 1, f"stopped: {error}"
+            except KeyboardInterrupt as error:
+                notes = "".join(f"\n{note}" for note in getattr(error, "__notes__", ()))
+                status, message = getattr(error, "status", 130), f"\nended by {str(error) or 'SIGINT'}{notes}"
+            except BrokenPipeError:  # the reader of our output has gone, as in "| head"
+                sys.stdout = open(os.devnull, "w")
+                status, message = 141, "stopped: standard output was closed"
+            except OSError as error:
+                if error.errno not in DISK:
+                    raise
+                status, message = 1, f"stopped: {disk_words(error)}"
+            except Exception:
+                number = signals.requested()
+                if number is None:
+                    raise
+                # the signal came where something made another error of it, the import of a library for instance
+                status, message = 128 + number, f"\nended by {signal.Signals(number).name}"
         with contextlib.suppress(OSError):  # nobody listens
             print(message, file=sys.stderr)
         raise SystemExit(status)

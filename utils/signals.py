@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -60,16 +61,23 @@ _requests = _Requests()
 
 @contextmanager
 def handled() -> Iterator[None]:
-    """Handles both signals until the block ends. Does nothing outside of the main thread."""
+    """Handles both signals until the block ends. Does nothing outside of the main thread.
+
+    What a signal leaves half built, in the import of a library for instance, may fail again when it is removed: then
+    nothing is printed about that.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     _requests.number, _requests.process = None, os.getpid()
     wanted = [number for number in HANDLED if signal.getsignal(number) != signal.SIG_IGN]  # as nohup has it
     before = {number: signal.signal(number, _requests.handle) for number in wanted}
+    report = sys.unraisablehook
+    sys.unraisablehook = lambda error: report(error) if _requests.number is None else None
     try:
         yield
     finally:
+        sys.unraisablehook = report
         for number, handler in before.items():
             signal.signal(number, handler)
 
