@@ -12,14 +12,15 @@ be typed here too.
 from __future__ import annotations
 
 import json
+import shlex
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import cast
 
-from experiment.record import begin, check_places, hanging
+from experiment.record import begin, check_places, place_of, wrapped_line
 from experiment.resuming import find_run, say_complete
-from experiment.sweeps import MEASURES, Row, plus_minus, rows_that_stand, score_of, varying, write_sweep
+from experiment.sweeps import MEASURES, Row, plus_minus, ranked_rows, score_of, varying, write_sweep
 from retraining.dry_run import dry_run
 from retraining.measures import Measures, measure
 from retraining.methods import METHODS, Method
@@ -29,7 +30,7 @@ from retraining.options import (
     hash_of_stage1,
     prepare,
     refuse_unused,
-    wanted,
+    tunable_values,
 )
 from retraining.options import (
     Options as Stage2Options,
@@ -38,11 +39,11 @@ from retraining.results import ClassifierResult
 from retraining.settings import TUNABLE, make_methods
 from retraining.train import HINT, freeze, retrain, state_bytes
 from utils.command import command
-from utils.console import show
+from utils.console import duration, show
 from utils.distributed import require_single
 from utils.errors import UsageError
 from utils.metrics import spread
-from utils.options import Choice, Flag, Resolved, Value, Values, option, parse_typed, shown
+from utils.options import Choice, Flag, Resolved, Value, Values, flags, option, parse_typed, shown
 from utils.plots import class_profiles
 from utils.resume import complete
 from utils.system import provenance
@@ -100,10 +101,10 @@ def main(argv: Sequence[str]) -> list[dict[str, Value]]:
         return []
     with begin(resolved, "compare", data, device, typed, parent, resumed, state) as run:
         frozen = freeze(parent, data, device, options, run.bar)
-        run.say(hanging("from", f"{parent.path}: {len(methods)} classifiers"))
+        run.say(wrapped_line("from", f"{parent.path}: {len(methods)} classifiers"))
         results = retrain(methods, frozen, resolved, run)
         run.say(frozen.source.size)
-        rows = rows_that_stand(results, run, HINT)
+        rows = ranked_rows(results, run, HINT)
         if len(results) > 1:
             write_sweep(results, run)
         settings = [method.setting for method in methods] if options.tune else [row.setting for row in rows]
@@ -147,12 +148,18 @@ def main(argv: Sequence[str]) -> list[dict[str, Value]]:
         figure = ", class_profiles.png" if profiles else ""
         run.say(f"{how(options, typed, methods)}; sorted by test accuracy")
         run.say(f"compare.csv, compare.md, results.jsonl{figure}: {run.folder}")
+        best = rows[0]
+        accuracy = plus_minus(best.figures(MEASURES["all"]), len(best.results))
+        run.say(
+            f"highest test accuracy: {accuracy} % of {label(best, differing)}, in {duration(run.seconds)}; "
+            f"next: {following(typed, best, differing)}"
+        )
         return complete(run, numbers)
 
 
 def choose_methods(resolved: Resolved[Options], typed: Values, num_classes: int) -> list[Method]:
     """Every method on the frozen backbone, and one that also trains the backbone."""
-    options, values = resolved.options, wanted(resolved)
+    options, values = resolved.options, tunable_values(resolved)
     names, scopes = ([str(value) for value in resolved.values(name)] for name in ("method", "finetune_scope"))
     beyond = tuple(scope for scope in scopes if scope != "fc")
     published = options.protocol == "published"
@@ -169,6 +176,15 @@ def choose_methods(resolved: Resolved[Options], typed: Values, num_classes: int)
             f"--finetune_scope {shown(scopes)} leaves out {shown(left_out)}", f"fc too, or --method {SCOPE_METHOD}"
         )
     return methods
+
+
+def following(typed: Values, row: Row[ClassifierResult], differing: Collection[str]) -> str:
+    """The command that makes a row's classifier and saves it."""
+    method, values = row.setting.method, row.setting.values
+    own = {name: values[name] for name in differing if name in values}
+    others = {*TUNABLE, "tune", "show", "resume"} - METHODS[method].options().keys()
+    kept = {name: value for name, value in typed.items() if name not in others}
+    return shlex.join(["python", place_of("main_stage2.py"), *flags({**kept, "method": method, **own})])
 
 
 def how(options: Options, typed: Iterable[str], methods: Sequence[Method]) -> str:

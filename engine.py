@@ -20,7 +20,7 @@ from torch.optim import SGD, Optimizer
 
 from datasets import Batches
 from datasets.batches import Batch
-from losses import mass
+from losses import total_weight
 from utils.distributed import all_reduce_sum, broadcast_model, gather_in_order, interruptible, world_size
 from utils.errors import Diverged, UsageError
 from utils.graphs import Graphed
@@ -81,7 +81,7 @@ class TrainStep:
     nor stepped, so a frozen backbone costs a forward pass only.
 
     Of several processes each has its part of the batch, and with ``accum`` goes through it in smaller parts. The
-    gradients, weighted by the parts' masses (:func:`losses.mass`), add up to the whole batch's; the mean of the
+    gradients, each times its part's :func:`losses.total_weight`, add up to the whole batch's; the mean of all
     processes' losses is its loss.
 
     Args:
@@ -148,7 +148,7 @@ class TrainStep:
         self, images: Tensor, labels: Tensor, partners: Tensor | None = None, share: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """The step itself, operation by operation."""
-        mean_mass = self._mean_mass(labels)
+        mean_weight = self._mean_weight(labels)
         parts = zip(*(t.tensor_split(self.accum) for t in (images, labels, labels if partners is None else partners)))
         losses, hits = [], []
         self.optimizer.zero_grad(set_to_none=True)
@@ -156,9 +156,9 @@ class TrainStep:
             with self._adding_up(number == self.accum):
                 with torch.autocast(self.device.type, self.amp, enabled=self.amp is not None, cache_enabled=False):
                     logits = forward(self.network, image)
-                loss = self._loss(logits, label, mean_mass)
+                loss = self._loss(logits, label, mean_weight)
                 if share is not None:
-                    loss = share * loss + (1 - share) * self._loss(logits, partner, mean_mass)
+                    loss = share * loss + (1 - share) * self._loss(logits, partner, mean_weight)
                 self.scaler.scale(loss).backward()
             losses.append(loss.detach())
             hits.append((logits.detach().argmax(dim=1) == label).sum())
@@ -170,16 +170,16 @@ class TrainStep:
             self._average()
         return torch.stack(losses).sum(), torch.stack(hits).sum()
 
-    def _mean_mass(self, labels: Tensor) -> Tensor | None:
-        """The mass of the batch over the number of processes; None where a single part is the batch."""
+    def _mean_weight(self, labels: Tensor) -> Tensor | None:
+        """The weight of the batch over the number of processes; None where a single part is the batch."""
         if world_size() * self.accum == 1:
             return None
-        return all_reduce_sum(mass(self.criterion, labels)) / world_size()
+        return all_reduce_sum(total_weight(self.criterion, labels)) / world_size()
 
-    def _loss(self, logits: Tensor, labels: Tensor, mean_mass: Tensor | None) -> Tensor:
-        """The loss of a part, scaled to its mass."""
+    def _loss(self, logits: Tensor, labels: Tensor, mean_weight: Tensor | None) -> Tensor:
+        """The loss of a part, scaled to its weight."""
         loss: Tensor = self.criterion(logits, labels)
-        return loss if mean_mass is None else loss * (mass(self.criterion, labels) / mean_mass)
+        return loss if mean_weight is None else loss * (total_weight(self.criterion, labels) / mean_weight)
 
     def _adding_up(self, is_last: bool) -> AbstractContextManager[None]:
         """In the last part DDP takes the mean of the processes' gradients; those before stay with their process."""
@@ -345,7 +345,7 @@ class Selection:
 
     Attributes:
         epoch, test, val, state: of the selected epoch (from 1), its reports and weights (on the CPU).
-        oracle: (epoch, test report) of the best epoch on the test set, for comparison with papers that select so.
+        best_on_test: (epoch, test report) of the best epoch on the test set, for comparison with papers that select so.
     """
 
     def __init__(self, rule: str) -> None:
@@ -354,13 +354,13 @@ class Selection:
         self.test: Report = {}
         self.val: Report | None = None
         self.state: dict[str, Tensor] = {}
-        self.oracle: tuple[int, Report] = (0, {})
+        self.best_on_test: tuple[int, Report] = (0, {})
         self._best = -1.0
 
     def offer(self, epoch: int, model: nn.Module, test: Report, val: Report | None) -> None:
         """Shows the rule an evaluated epoch (from 1)."""
-        if not self.oracle[1] or test["top1"] >= self.oracle[1]["top1"]:
-            self.oracle = (epoch, test)
+        if not self.best_on_test[1] or test["top1"] >= self.best_on_test[1]["top1"]:
+            self.best_on_test = (epoch, test)
         scores = {"last": float(epoch), "best_test": test["top1"], "best_val": val["class_mean"] if val else -1.0}
         score = scores[self.rule]
         if score >= self._best:
@@ -372,7 +372,7 @@ class Selection:
 
     def state_dict(self) -> StateDict:
         """What has been selected so far."""
-        return {name: getattr(self, name) for name in ("epoch", "test", "val", "state", "oracle", "_best")}
+        return {name: getattr(self, name) for name in ("epoch", "test", "val", "state", "best_on_test", "_best")}
 
     def load_state_dict(self, state: StateDict) -> None:
         """Goes on from a state."""

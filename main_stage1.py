@@ -39,17 +39,17 @@ from experiment.record import (
     check_places,
     finish,
     following,
-    keep,
     make_checkpoint,
     model_size,
+    save_weights,
 )
-from experiment.restore import final_path, open_checkpoint, published_start, starting_weights
+from experiment.restore import final_path, imagenet_start, open_checkpoint, starting_weights
 from experiment.resuming import find_run, make_state, say_complete
 from experiment.sweeps import (
     Result,
     choice_in_words,
     chosen_on,
-    rows_that_stand,
+    ranked_rows,
     show_sweep,
     varying,
     write_sweep,
@@ -115,7 +115,7 @@ def main(argv: Sequence[str]) -> Report:
     options = runs[0]
     require_val(data, options.select)
     if options.pretrained_pth == "imagenet":
-        start = published_start(options.network)
+        start = imagenet_start(options.network)
     if start:
         starting_weights(start, data, options.head)  # fails now where it would fail later
     resolved = resolved.settled(options)
@@ -164,7 +164,7 @@ def train(options: Options, data: LongTailed, device: torch.device, run: Run, st
         deferred = deferred_loss(options, criterion, data.trained_counts).to(device)
 
     with state.training("", step=step, evaluator=evaluator):
-        run.plan(options.epochs - state.epoch, len(batches), options.eval_every)
+        run.begin_training(options.epochs - state.epoch, len(batches), options.eval_every)
         for epoch in range(state.epoch, options.epochs):
             lr = options.lr * cosine(epoch, options.epochs, options.warmup_epochs)
             set_lr(step.optimizer, lr)
@@ -251,12 +251,12 @@ def train_many(
 
 def conclude(results: Sequence[RunResult], options: Options, run: Run) -> Report:
     """Shows the sorted table of a sweep and makes the best setting's first seed stage 1's result: its test report."""
-    rows = rows_that_stand(results, run, "a lower --lr or --wd may help", "loss")
+    rows = ranked_rows(results, run, "a lower --lr or --wd may help", "loss")
     chosen = rows[0].results[0]
     sweep = chosen_on(results)
     if sweep:
         chosen.file.metrics["sweep"] = sweep
-    ending = keep(chosen.file, run, final_path(options, "stage1"))
+    ending = save_weights(chosen.file, run, final_path(options, "stage1"))
     show_sweep(results, rows, run, "wd", f"{options.dataset}, ratio {options.imb_ratio}, {options.network}", "loss")
     name = chosen.setting.describe(["seed", *varying([result.setting for result in results])])
     run.say(f"{choice_in_words(sweep)}; saved: {name}")

@@ -15,9 +15,9 @@ import sys
 from collections.abc import Sequence
 from typing import cast
 
-from experiment.record import begin, calibrated, check_places, finish, hanging, make_checkpoint, model_size
+from experiment.record import begin, calibrated, check_places, finish, make_checkpoint, model_size, wrapped_line
 from experiment.resuming import find_run, say_complete
-from experiment.sweeps import choice_in_words, chosen_on, rows_that_stand, show_sweep, varying
+from experiment.sweeps import choice_in_words, chosen_on, ranked_rows, show_sweep, varying
 from models.heads import head_name
 from retraining.dry_run import dry_run
 from retraining.options import (
@@ -26,7 +26,7 @@ from retraining.options import (
     hash_of_stage1,
     prepare,
     refuse_unused,
-    wanted,
+    tunable_values,
 )
 from retraining.results import ClassifierResult, FrozenBackbone
 from retraining.settings import TUNABLE, make_methods
@@ -54,7 +54,7 @@ def main(argv: Sequence[str]) -> Report:
         return Report()
     parent, resolved, device, data = prepare(Options, typed)
     options, names = resolved.options, [str(name) for name in resolved.values("method")]
-    methods = make_methods(names, wanted(resolved), typed, data.num_classes, options.protocol == "published")
+    methods = make_methods(names, tunable_values(resolved), typed, data.num_classes, options.protocol == "published")
     refuse_unused(typed, resolved, methods)
     state = state_bytes(methods, parent)
     if options.dry_run:
@@ -67,7 +67,7 @@ def main(argv: Sequence[str]) -> Report:
         what = methods[0].setting.describe(own) if len(methods) == 1 else f"{len(methods)} classifiers"
         is_auto = "los" in names and {"auto", None} & set(resolved.values("label_smooth"))
         words = " (auto: extrapolated from 0.98 at 100 classes)"
-        run.say(hanging("from", f"{parent.path}: {what}{words if is_auto and data.num_classes != 100 else ''}"))
+        run.say(wrapped_line("from", f"{parent.path}: {what}{words if is_auto and data.num_classes != 100 else ''}"))
         results = retrain(methods, frozen, resolved, run)
         run.say(frozen.source.size)
         return complete(run, conclude(results, frozen, options, run, argv, parent))
@@ -82,7 +82,7 @@ def conclude(
     parent: Checkpoint,
 ) -> Report:
     """Shows the sorted table of a sweep and saves the best classifier; returns its test report."""
-    rows, data, settings = rows_that_stand(results, run, HINT), frozen.data, [result.setting for result in results]
+    rows, data, settings = ranked_rows(results, run, HINT), frozen.data, [result.setting for result in results]
     chosen, sweep = rows[0].results[0], chosen_on(results)
 
     def table() -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from utils.checkpoints import Checkpoint
+from utils.system import synchronize
 from utils.types import Json
 
 
@@ -18,8 +19,7 @@ def timed(part: Callable[[], object], device: torch.device) -> float:
     """Seconds of one call."""
     began = time.perf_counter()
     part()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    synchronize(device)
     return time.perf_counter() - began
 
 

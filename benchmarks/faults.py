@@ -74,7 +74,7 @@ class _Disk:
         self.number, self.folder, self.count = fault.number, os.path.realpath(fault.folder), 0
         self.operations: list[str] = []
 
-    def meet(self, operation: str, path: Any) -> None:
+    def maybe_fail(self, operation: str, path: Any) -> None:
         """Counts an operation on a path or a descriptor; raises OSError where it is to fail."""
         if isinstance(path, int):
             path = os.readlink(f"/proc/self/fd/{path}")
@@ -96,14 +96,14 @@ class _Disk:
 
         class Raw(io.FileIO):
             def write(self, content: Any) -> int:
-                disk.meet("write", self.fileno())
+                disk.maybe_fail("write", self.fileno())
                 return super().write(content)
 
         def open_file(file: Any, mode: str = "r", buffering: int = -1, *args: Any, **kwargs: Any) -> Any:
             if isinstance(file, int) or not set(mode) & set("wax+"):
                 return opened(file, mode, buffering, *args, **kwargs)
             if not os.path.exists(file) or "w" in mode:
-                disk.meet("make", file)
+                disk.maybe_fail("make", file)
             raw = Raw(file, mode.replace("b", "").replace("t", ""))
             if buffering == 0:
                 return raw
@@ -112,17 +112,17 @@ class _Disk:
 
         def os_open(path: Any, flags: int, *args: Any, **kwargs: Any) -> Any:
             if flags & os.O_CREAT and not os.path.exists(path):
-                disk.meet("make", path)
+                disk.maybe_fail("make", path)
             return plain["open"](path, flags, *args, **kwargs)
 
         def hooked(operation: str, call: Callable[..., Any], first: Any, *args: Any, **kwargs: Any) -> Any:
             is_there = operation != "remove" or os.path.lexists(first)
             if is_there:
-                disk.meet(operation, first)
+                disk.maybe_fail(operation, first)
             return call(first, *args, **kwargs)
 
         def to_second(operation: str, call: Callable[..., Any], first: Any, second: Any, **kwargs: Any) -> Any:
-            disk.meet(operation, second)
+            disk.maybe_fail(operation, second)
             return call(first, second, **kwargs)
 
         system: Any = os
@@ -176,8 +176,9 @@ def every(command: Stage | Prepare, base: Path, folder: Path) -> list[Fault]:
 
 def stored(folder: Path) -> dict[str, Checkpoint]:
     """All checkpoints under a folder that bear a name, which must be whole: {path in it: checkpoint}."""
-    names = (path for path in sorted(folder.rglob("*.pt*")) if not path.name.startswith(".") and path.is_file())
-    return {str(path.relative_to(folder)): read(path) for path in names if path.name != "batchnorm_0.pt"}
+    names = (path for path in sorted(folder.rglob("*.pt*")) if path.is_file())
+    others = (".", "state-", "batchnorm_")  # half written, to go on with, of a cache
+    return {str(path.relative_to(folder)): read(path) for path in names if not path.name.startswith(others)}
 
 
 def litter(folder: Path) -> list[str]:

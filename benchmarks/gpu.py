@@ -52,7 +52,7 @@ class Piece:
     run: Callable[[], Json]
 
 
-class Lab:
+class Context:
     """The pieces, and where they read and write: data, ``results`` to keep and ``work`` for checkpoints and runs."""
 
     def __init__(
@@ -190,9 +190,9 @@ def main() -> int:
     arguments = parser.parse_args()
     began, failed = time.monotonic(), []
     arguments.results.mkdir(parents=True, exist_ok=True)
-    log, lab = arguments.results / "gpu.jsonl", Lab(arguments.data_dir, arguments.results)
+    log, context = arguments.results / "gpu.jsonl", Context(arguments.data_dir, arguments.results)
 
-    pieces, done = lab.pieces(), {line["piece"]: line for line in read_lines(log)}
+    pieces, done = context.pieces(), {line["piece"]: line for line in read_lines(log)}
     if not arguments.list and not torch.cuda.is_available():
         print("not run: this machine has no GPU")
         return 1
@@ -200,7 +200,7 @@ def main() -> int:
         left = arguments.minutes - (time.monotonic() - began) / 60
         if piece.name in done or piece.minutes > left:
             continue
-        started, lab.deadline = time.perf_counter(), began + 60 * (arguments.minutes + 0.3)
+        started, context.deadline = time.perf_counter(), began + 60 * (arguments.minutes + 0.3)
         try:
             found = piece.run()
         except TimeoutError:

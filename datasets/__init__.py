@@ -12,7 +12,7 @@ from datasets.longtail import IMB_TYPES, SUBSETS, choose_subset, class_sizes, ho
 from datasets.photos import INPUTS, ResizedCrop
 from datasets.readers import DATASETS
 from datasets.samplers import SAMPLERS
-from datasets.spec import DEFAULT_IMAGE_OPTIONS, NATURAL, DatasetSpec, ImageOptions, ImageSet
+from datasets.spec import DEFAULT_IMAGE_OPTIONS, NATURAL, DatasetSpec, ImageOptions, ImageSet, Natural
 from utils.errors import UsageError
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "IMB_TYPES",
     "INPUTS",
     "NATURAL",
+    "Natural",
     "SAMPLERS",
     "SUBSETS",
     "Augment",

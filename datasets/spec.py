@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +16,8 @@ from datasets.photos import Photos, ResizedCrop
 from utils.options import Value
 
 #: --imb_ratio of a training set that is taken as it is.
-NATURAL = "natural"
+Natural = Literal["natural"]
+NATURAL: Natural = "natural"
 
 
 #: Files that :meth:`ImageSet.sample` looks at.

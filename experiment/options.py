@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import torch
 
-from datasets import DATASETS, IMB_TYPES, INPUTS, NATURAL, SUBSETS
+from datasets import DATASETS, IMB_TYPES, INPUTS, NATURAL, SUBSETS, Natural
 from models import BACKBONES, STEMS, TIMM, pick_stem
 from utils.checkpoints import HOW_IT_RUNS, IDENTITY, SELECT, STAGES, Checkpoint
 from utils.console import show
@@ -54,7 +54,7 @@ class DataOptions:
         "data",
     )
     num_class: int | None = option(None, Number(int, 2), "number of classes; follows the data and must agree", "data")
-    imb_ratio: float | str = option(
+    imb_ratio: float | Natural = option(
         100,
         Number(ratio_number, 1, words=(NATURAL,)),
         "images of the largest over the smallest class; natural: as it is",

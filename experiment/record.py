@@ -6,6 +6,7 @@ import json
 import shlex
 import textwrap
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TypeVar, cast
 
@@ -16,7 +17,7 @@ from datasets import DATASETS, NATURAL, LongTailed
 from engine import Selection, TrainStats, evaluate, is_due, predict
 from experiment.data import eval_batches
 from experiment.options import DataOptions, TrainOptions, data_name
-from experiment.restore import final_path, published_path
+from experiment.restore import final_path, final_path_of
 from experiment.resuming import Resumed
 from models import TIMM, build_model, pick_stem
 from utils import checkpoints
@@ -36,6 +37,8 @@ from utils.types import Record, StateDict
 T = TypeVar("T", bound=TrainOptions)
 #: Checkpoints of a run that its folder needs room for: one, and another that replaces it.
 COPIES = 2
+#: Options that the command after a run repeats, where they are not the usual ones of the data set.
+STATED = ("dataset", "imb_ratio", "imb_type", "network")
 #: What a state takes beside a checkpoint: weights, momentum, averaged weights, and those selected so far.
 STATE = 4
 
@@ -97,14 +100,14 @@ def begin(
         "options": resolved.describe(),
         "folder": str(run.folder),
     }
-    run.say("\n".join(hanging(name, text) for name, text in block.items()))
+    run.say("\n".join(wrapped_line(name, text) for name, text in block.items()))
     if options.deterministic:
         run.say(deterministic_words(device))
     run.resume_by = shlex.join([*launcher(), place_of(script), f"--resume={run.folder}"])
     return run
 
 
-def hanging(name: str, text: str) -> str:
+def wrapped_line(name: str, text: str) -> str:
     """A line of the block that a run begins with, wrapped where it is long."""
     return textwrap.fill(
         text,
@@ -121,8 +124,9 @@ def check_places(
 ) -> None:
     """Raises UsageError where --graph cannot be had, or so many files of ``size`` bytes, and states, be written."""
     pick_graph(options.graph, device)
-    require_writable("the folder", checkpoints.FOLDER)
-    require_writable("--resume" if resumed else "--out", resumed.folder if resumed else Path(options.out))
+    is_run = not options.dry_run
+    require_writable("the folder", checkpoints.FOLDER, make=is_run)
+    require_writable("--resume" if resumed else "--out", resumed.folder if resumed else Path(options.out), make=is_run)
     saves, files = (1, 1) if resumed else (options.keep_states + 1, COPIES * runs)
     room = {resumed.folder if resumed else options.out: saves * state + files * size, checkpoints.FOLDER: size}
     require_room(room, f"a run with checkpoints of {size / 1e6:,.0f} MB and states of {state / 1e6:,.0f} MB")
@@ -255,7 +259,7 @@ def finish(
     Raises:
         Unsaved: the final path could not be written to; the run folder's copy then stands.
     """
-    ending = keep(file, run, published_path(file) if is_final else None)
+    ending = save_weights(file, run, final_path_of(file) if is_final else None)
     if beside is not None:
         beside()
     rows = per_class_rows(selection.test, file.data["class_names"], file.data["class_counts"])
@@ -269,7 +273,7 @@ def finish(
     with run.side_output("per_class.png") as path:
         per_class_accuracy(selection.test, rows, f"{title}: {percent(selection.test['top1'])} %", path)
 
-    test, (best_epoch, best) = selection.test, selection.oracle
+    test, (best_epoch, best) = selection.test, selection.best_on_test
     groups = ", ".join(f"{group} {percent(test['groups'][group]['accuracy'])}" for group in GROUPS)
     run.say(f"test top-1 {percent(test['top1'])} % ({groups}); {selection_words(file.metrics)}")
     for words in ancestors(file):
@@ -284,7 +288,7 @@ def finish(
 def following(file: Checkpoint) -> str:
     """The command that comes after the one that made a file."""
     data, spec = file.data, DATASETS[file.data["dataset"]]
-    usual: dict[str, object] = {"dataset": "cifar100", "imb_ratio": 100, "imb_type": "exp", "network": "resnet34"}
+    usual: dict[str, object] = {field.name: field.default for field in fields(DataOptions) if field.name in STATED}
     usual |= next(iter(spec.recipes.values()))
     usual |= {"imb_ratio": NATURAL} if spec.natural or spec.own else {}
     stated = {name: value for name, value in data.items() if name in usual and value != usual[name]}
@@ -298,7 +302,7 @@ def place_of(script: str) -> str:
     return script if Path(script).is_file() else str(ROOT / script)
 
 
-def keep(file: Checkpoint, run: Run, final: Path | None) -> Callable[[], str]:
+def save_weights(file: Checkpoint, run: Run, final: Path | None) -> Callable[[], str]:
     """Writes finished weights to their final path and to the run folder.
 
     A disk that refuses one does not keep the other back. Returns what to call at the very end: it gives the line that
@@ -311,7 +315,7 @@ def keep(file: Checkpoint, run: Run, final: Path | None) -> Callable[[], str]:
     line = ""
     if final is not None:
         try:
-            line = checkpoints.publish(file, final)
+            line = checkpoints.save_final(file, final)
         except (OSError, UsageError) as error:
             failed = error
     copy = run.folder / "checkpoint.pt"

@@ -42,8 +42,8 @@ def open_checkpoint(typed: Values, stage: str, cls: type[DataOptions]) -> Checkp
         )
     file = checkpoints.read(path)
     if file.stage is not None:
-        if "pretrained_pth" not in typed and path.name != published_path(file).name:
-            raise UsageError(f"{path} holds what belongs at {published_path(file)}", "--pretrained_pth, if it is meant")
+        if "pretrained_pth" not in typed and path.name != final_path_of(file).name:
+            raise UsageError(f"{path} holds what belongs at {final_path_of(file)}", "--pretrained_pth, if it is meant")
         return file
     wanted = str(typed.get("network", ""))
     if wanted.startswith(TIMM):
@@ -90,7 +90,7 @@ def open_latest(typed: Values, cls: type[DataOptions]) -> Checkpoint:
         return open_checkpoint(typed, "stage1", cls)
 
 
-def published_path(file: Checkpoint) -> Path:
+def final_path_of(file: Checkpoint) -> Path:
     """The default path of a checkpoint, by what it says of itself."""
     data = file.data
     name = data.get("name", data["dataset"])  # older files have none, and are not of data of one's own
@@ -102,7 +102,7 @@ def final_path(options: DataOptions, stage: str) -> Path:
     return checkpoints.default_path(data_name(options), options.imb_type, options.imb_ratio, options.network, stage)
 
 
-def published_start(network: str) -> Checkpoint:
+def imagenet_start(network: str) -> Checkpoint:
     """torchvision's ImageNet weights of a network, as a file to start from."""
     with main_process_first():  # it may be a download
         state, place = imagenet_weights(network), Path("torchvision", f"{network}-IMAGENET1K_V1")

@@ -13,7 +13,7 @@ import torch
 
 from datasets import LongTailed
 from experiment.options import MAY_MOVE, TrainOptions
-from experiment.restore import published_path
+from experiment.restore import final_path_of
 from utils import checkpoints
 from utils.checkpoints import HOW_IT_RUNS
 from utils.console import show
@@ -130,8 +130,8 @@ def say_complete(resumed: Resumed) -> object:
     weights = resumed.folder / "checkpoint.pt"
     if weights.is_file():
         file = checkpoints.read(weights)
-        if not checkpoints.same_run(file, published_path(file)):
-            show(checkpoints.publish(file, published_path(file), weights.read_bytes()))
+        if not checkpoints.same_run(file, final_path_of(file)):
+            show(checkpoints.save_final(file, final_path_of(file), weights.read_bytes()))
     return resumed.result
 
 

@@ -177,7 +177,7 @@ def plus_minus(pair: tuple[float, float] | None, seeds: int) -> str:
     return percent(pair[0]) if seeds == 1 else f"{percent(pair[0])} ± {percent(pair[1])}"
 
 
-def rows_that_stand(results: Sequence[R], run: Run, hint: str, heading: str = "method") -> list[Row[R]]:
+def ranked_rows(results: Sequence[R], run: Run, hint: str, heading: str = "method") -> list[Row[R]]:
     """The sorted rows; says which runs diverged.
 
     Raises:

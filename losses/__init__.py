@@ -20,8 +20,8 @@ from losses.softmax import (
     label_aware_smoothing,
     ldam,
     logit_adjustment,
-    mass,
     reweighted,
+    total_weight,
 )
 from losses.weighted import LADE, ClassBalancedBCE, focal
 
@@ -31,7 +31,7 @@ __all__ = [
     "auto_label_smooth",
     "class_balanced_weights",
     "make_loss",
-    "mass",
+    "total_weight",
     "reweighted",
     "takes_weights",
 ]

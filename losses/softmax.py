@@ -86,10 +86,10 @@ class SoftmaxLoss(nn.Module):
         return (weight * losses).sum() / weight.sum()
 
 
-def mass(loss: nn.Module, labels: Tensor) -> Tensor:
+def total_weight(loss: nn.Module, labels: Tensor) -> Tensor:
     """What a loss divides the sum over a batch by (): the weights of its labels (B,), or their number.
 
-    The loss of a batch is the mean of its parts' losses, weighted by their masses.
+    The loss of a batch is the mean of its parts' losses, weighted by this.
     """
     if isinstance(loss, SoftmaxLoss):
         return loss.weight[labels].sum()

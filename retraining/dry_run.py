@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import resource
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from itertools import repeat
 
@@ -16,12 +14,10 @@ from experiment.data import eval_batches
 from retraining.features import features_of
 from retraining.methods import Method, Trained
 from retraining.results import FrozenBackbone
-from retraining.settings import by_stream
+from retraining.settings import by_stream, cached_streams
 from retraining.solver import Solver
 from utils.console import duration
-
-#: Steps that are timed, after as many that are not.
-STEPS = 10
+from utils.system import peak_memory, step_seconds
 
 
 def solver_steps(solver: Solver, batch: tuple[Tensor, Tensor], number: int) -> None:
@@ -37,16 +33,8 @@ def dry_run(methods: Sequence[Method], frozen: FrozenBackbone) -> str:
     source, data, device = frozen.source, frozen.data, frozen.source.device
     model, (images, labels) = for_evaluation(source.model), next(iter(eval_batches(data, data.test, device).epoch()))
 
-    def timed(step: Callable[[int], object]) -> float:
-        """Seconds of one of ten steps."""
-        step(STEPS)
-        began = time.perf_counter()
-        step(STEPS)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return (time.perf_counter() - began) / STEPS
-
-    of_image = timed(lambda number: [features_of(model, images) for _ in range(number)]) / len(images)
+    of_batch = step_seconds(lambda number: [features_of(model, images) for _ in range(number)], device)
+    of_image = of_batch / len(images)
     features, steps, epochs = features_of(model, images), 0.0, 0
     for stream, group in by_stream(methods).items():
         trained = [method for method in group if isinstance(method, Trained)]
@@ -58,20 +46,15 @@ def dry_run(methods: Sequence[Method], frozen: FrozenBackbone) -> str:
             size = min(stream.batch_size, len(data.train))
             rows = torch.arange(size, device=device) % len(features)
             batch, solver = (features[rows].float(), labels[rows]), Solver(heads)
-            of_step = timed(partial(solver_steps, solver, batch))
+            of_step = step_seconds(partial(solver_steps, solver, batch), device)
             steps += of_step * stream.epochs * -(-len(data.train) // stream.batch_size)
-    cached = [s for s, group in by_stream(methods).items() if s and any(method.scope == "fc" for method in group)]
-    arrays, lacking = source.arrays(cached)
+    arrays, lacking = source.arrays(cached_streams(methods))
     sides = 2 if source.flip else 1
     looked_at = lacking * len(data.train) + sides * (len(data.test) + (len(data.val) if data.val else 0))
     passes = of_image * (looked_at + 3 * epochs * len(data.train))
-    if device.type == "cuda":
-        memory = f"{torch.cuda.max_memory_allocated(device) / 1e9:.1f} GB of GPU memory"
-    else:
-        memory = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.1f} GB of memory"
     disk = f"{lacking * source.array_bytes / 1e6:,.0f} MB in {source.cache_dir}"
     return (
-        f"dry run: about {duration(passes + steps)} for {len(methods)} classifiers, {memory}, {disk}; "
+        f"dry run: about {duration(passes + steps)} for {len(methods)} classifiers, {peak_memory(device)}, {disk}; "
         f"the backbone takes {duration(passes)} ({1000 * of_image:.3g} ms an image, {lacking} of {arrays} passes over "
         f"the training images), the classifiers {duration(steps)}. No run was made."
     )

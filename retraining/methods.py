@@ -42,6 +42,8 @@ from utils.options import Axes, Value
 
 #: Images per step that the methods' learning rates are for; at other sizes they are scaled in proportion.
 REFERENCE_BATCH = 64
+#: A value that follows from the number of classes.
+Auto = Literal["auto"]
 #: Features (n, D) float32 and labels (n,) of some images after the other, so that they need not fit into memory.
 Blocks = Iterable[tuple[Tensor, Tensor]]
 
@@ -126,8 +128,8 @@ class Method:
         """The head to evaluate and store: one of ``models.heads.HEADS``."""
         return head.to_linear() if isinstance(head, ScaledLinear | MARC) else head
 
-    def adapted(self, typed: Collection[str]) -> Self:
-        """Itself, defaults adapted to what was typed; UsageError where options do not go together."""
+    def checked(self, typed: Collection[str]) -> Self:
+        """Itself, with defaults that suit what was typed; UsageError where options do not go together."""
         return self
 
     def chosen(self, stage1: Stage1) -> Self:
@@ -210,7 +212,7 @@ class LOS(Trained):
     tuned = {}
     published = {"label_smooth": 0.98}
 
-    label_smooth: float | Literal["auto"] = "auto"
+    label_smooth: float | Auto = "auto"
 
     def loss(self, stage1: Stage1, progress: float) -> nn.Module:
         assert not isinstance(self.label_smooth, str)
@@ -489,7 +491,7 @@ class MaxNorm(WeightDecay):
     maxnorm_radius: float | Literal["published"] = "published"
     maxnorm_every: str = "epoch"
 
-    def adapted(self, typed: Collection[str]) -> Self:
+    def checked(self, typed: Collection[str]) -> Self:
         if self.label_smooth and self.cb_form == "bce" and "cb_form" in typed:
             raise UsageError("--method maxnorm with --label_smooth above 0 and --cb_form bce", "--cb_form ce")
         if self.maxnorm_every == "step" and self.finetune_scope != "fc":

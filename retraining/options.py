@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Generic, NamedTuple, TypeVar
+from typing import Generic, Literal, NamedTuple, TypeVar
 
 import torch
 
@@ -13,7 +13,7 @@ from experiment.data import load_data
 from experiment.options import HUGE, TrainOptions, fill_options, flags_of, stage_option
 from experiment.restore import open_checkpoint
 from retraining.features import DTYPES, FEATURES
-from retraining.methods import METHODS, Method
+from retraining.methods import METHODS, Auto, Method
 from retraining.settings import TUNABLE
 from utils.checkpoints import IDENTITY, Checkpoint
 from utils.console import show
@@ -44,14 +44,14 @@ class Options(TrainOptions):
     finetune_scope: str = option(
         "fc", Choice(SCOPES), "what is trained: the classifier, or more with it", "network", sweep=True
     )
-    label_smooth: float | str | None = option(
+    label_smooth: float | Auto | None = option(
         None,
         Number(float, 0, 1, words=("auto",)),
         "label smoothing d: true class 1 - d + d/C, others d/C; auto is C/(C+2.04), which is 0.98 at C = 100",
         "recipe",
         sweep=True,
     )
-    tau: float | str | None = option(
+    tau: float | Literal["val"] | None = option(
         None, Number(float, 0, 10, words=("val",)), "tau-norm: power of the norm; val chooses it", "recipe", sweep=True
     )
     ncm_metric: str | None = option(
@@ -63,7 +63,7 @@ class Options(TrainOptions):
     drw: float | None = option(
         None, Number(float, 0, 1), "ldam: share of the epochs after which classes are weighted", "recipe", sweep=True
     )
-    maxnorm_radius: float | str | None = option(
+    maxnorm_radius: float | Literal["published"] | None = option(
         None,
         Number(float, 0, HUGE, above=True, words=("published",)),
         "maxnorm: radius of the projection",
@@ -127,7 +127,7 @@ def continue_stage1(cls: type[T], typed: Values) -> tuple[Checkpoint, Resolved[T
         raise UsageError(f"--pretrained_pth {parent.path} is a stage-2 file", "a stage-1 file")
     resolved = fill_options(cls, typed, "stage2", file=parent)
     if parent.head != "linear" and "method" not in typed and "method" in resolved.axes:
-        resolved = resolved.swept("method", fitting(parent.head))
+        resolved = resolved.swept("method", methods_for_head(parent.head))
         show(f"{parent.path} has a {parent.head} head: {shown(resolved.values('method'))}")
     refuse_head(parent, resolved.values("method"))
     return parent, resolved
@@ -153,7 +153,7 @@ def hash_of_stage1(typed: Values) -> str | None:
     return open_checkpoint(typed, "stage1", Options).sha256
 
 
-def wanted(resolved: Resolved[T]) -> dict[str, tuple[Value, ...]]:
+def tunable_values(resolved: Resolved[T]) -> dict[str, tuple[Value, ...]]:
     """The values of every option that a classifier may take."""
     return {name: resolved.values(name) for name in TUNABLE}
 
@@ -181,11 +181,11 @@ def refuse_head(parent: Checkpoint, names: Sequence[Value]) -> None:
     unfit = [name for name in names if METHODS[str(name)].needs_linear]
     if parent.head != "linear" and unfit:
         raise UsageError(
-            f"--method {shown(unfit)}: {parent.path} has a {parent.head} head", shown(fitting(parent.head))
+            f"--method {shown(unfit)}: {parent.path} has a {parent.head} head", shown(methods_for_head(parent.head))
         )
 
 
-def fitting(head: str) -> tuple[str, ...]:
+def methods_for_head(head: str) -> tuple[str, ...]:
     """The methods that can follow a stage 1 with this kind of classifier."""
     return tuple(name for name, method in METHODS.items() if head == "linear" or not method.needs_linear)
 

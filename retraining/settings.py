@@ -19,7 +19,7 @@ TUNABLE = tuple(
 
 def make_methods(
     names: Sequence[str],
-    wanted: Mapping[str, Sequence[Value]],
+    axes: Mapping[str, Sequence[Value]],
     typed: Collection[str],
     num_classes: int,
     published: bool = False,
@@ -29,23 +29,23 @@ def make_methods(
 
     Args:
         names: keys of ``METHODS``.
-        wanted: the values of options of ``TUNABLE``; where there are none, or None alone, the method's own default.
+        axes: the values of options of ``TUNABLE``; where there are none, or None alone, the method's own default.
         typed: the options that the user gave; each must be of use to one method at least.
         num_classes: C, for label_smooth auto.
         published: the papers' value where a method's default departs from it.
-        tune: let every method's grid stand where ``wanted`` leaves it free.
+        tune: let every method's grid stand where ``axes`` leaves it free.
 
     Raises:
         UsageError: an option that none of the methods takes, or values that do not go together.
     """
     for name in typed:
-        harmless = name == "seed" or (name == "finetune_scope" and tuple(wanted[name]) == ("fc",))
+        harmless = name == "seed" or (name == "finetune_scope" and tuple(axes[name]) == ("fc",))
         if name in TUNABLE and not harmless and not any(name in METHODS[key].options() for key in names):
             takers = [key for key, method in METHODS.items() if name in method.options()]
             raise UsageError(
                 f"--{name} with --method {' '.join(names)}", f"a method that takes it: {', '.join(takers)}"
             )
-    given = {name: tuple(values) for name, values in wanted.items() if tuple(values) != (None,)}
+    given = {name: tuple(values) for name, values in axes.items() if tuple(values) != (None,)}
     found: list[Method] = []
     for key in names:
         method = METHODS[key]
@@ -67,7 +67,7 @@ def make_methods(
                 raise UsageError(f"--finetune_scope {one.scope} with --method {key}", ", ".join(takers))
             if isinstance(one, Trained) and "finetune_lr" not in given:
                 one = one.at_batch_size()
-            found.append(one.adapted(typed))
+            found.append(one.checked(typed))
     return list(dict.fromkeys(found))
 
 
@@ -77,3 +77,9 @@ def by_stream(methods: Sequence[Method]) -> dict[Stream | None, list[Method]]:
     for method in methods:
         groups.setdefault(method.stream, []).append(method)
     return groups
+
+
+def cached_streams(methods: Sequence[Method]) -> list[Stream]:
+    """The batches of which features of a frozen backbone are kept."""
+    groups = by_stream(methods).items()
+    return [stream for stream, group in groups if stream and any(method.scope == "fc" for method in group)]

@@ -22,7 +22,7 @@ from retraining.features import FEATURES, Progress, Stream, unseen
 from retraining.methods import Method, Trained
 from retraining.options import Options
 from retraining.results import ClassifierResult, Finished, FrozenBackbone, Results, name_of
-from retraining.settings import by_stream
+from retraining.settings import by_stream, cached_streams
 from retraining.solver import Solver, heads_that_fit
 from utils.checkpoints import Checkpoint
 from utils.errors import Diverged
@@ -71,14 +71,12 @@ def retrain(
     run.is_sweep = len(methods) > 1
     finished = Finished(frozen, options.select)
     state = make_state(run, options, resolved.stored(), frozen.data, frozen.source.device, finished=finished)
-    groups = by_stream(methods)
-    cached = [s for s, group in groups.items() if s is not None and any(method.scope == "fc" for method in group)]
-    arrays, lacking = frozen.source.arrays(cached)
+    arrays, lacking = frozen.source.arrays(cached_streams(methods))
     require_room({options.cache_dir: lacking * frozen.source.array_bytes}, f"--features {options.features}")
     if lacking:
         others = "" if lacking == arrays else f", {arrays - lacking} are in the cache"
         run.say(f"features of {len(frozen.data.train):,} training images: {lacking} passes over the backbone{others}")
-    for stream, group in groups.items():
+    for stream, group in by_stream(methods).items():
         trained = [method for method in group if isinstance(method, Trained)]
         if stream is None:
             results += post_hoc(group, frozen, options.select)
@@ -140,7 +138,7 @@ def train_heads(
     solver = Solver(heads, options.momentum, options.nesterov, graph=options.graph, say=run.say)
 
     with state.training(name_of(methods[0]), solver=solver, results=Results(results, frozen)):
-        run.plan(stream.epochs - state.epoch, 0, options.eval_every)
+        run.begin_training(stream.epochs - state.epoch, 0, options.eval_every)
         for epoch in range(state.epoch, stream.epochs):
             rate = cosine(epoch, stream.epochs)
             train = solver.train_epoch(frozen.source.epoch(stream, epoch), epoch / stream.epochs, rate, state)
@@ -176,7 +174,7 @@ def train_network(
     step = TrainStep(model, method.loss(frozen.stage1, 0.0), optimizer)
 
     with state.training(name_of(method), step=step, result=Results([result], frozen)):
-        run.plan(stream.epochs - state.epoch, len(batches), options.eval_every)
+        run.begin_training(stream.epochs - state.epoch, len(batches), options.eval_every)
         for epoch in range(state.epoch, stream.epochs):
             rate = cosine(epoch, stream.epochs)
             model.train(options.features == "replay")

@@ -35,7 +35,7 @@ from benchmarks.faults import PRELOADED
 from datasets import AUGMENTATIONS, SAMPLERS, Batches, Mix
 from datasets.batches import Augment, own_rows
 from engine import TrainStep, make_sgd, set_lr, train_epoch
-from losses import LOSSES, make_loss, mass
+from losses import LOSSES, make_loss, total_weight
 from models import build_model
 from training.recipe import constraint
 from utils import checkpoints, distributed
@@ -301,11 +301,11 @@ def test_blended_images_add_up_too(two, three) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in LOSSES if name != "lade"])
-def test_a_loss_is_the_mean_of_its_parts_by_mass(name: str) -> None:
+def test_a_loss_is_the_mean_of_its_parts_by_weight(name: str) -> None:
     loss = make_loss(name, COUNTS, {})
     logits, labels = torch.randn(40, 5, generator=torch.Generator().manual_seed(0)), torch.arange(40).sqrt().long() % 5
     parts = list(zip(logits.split([20, 3, 17]), labels.split([20, 3, 17])))
-    shares = torch.stack([mass(loss, part) for _, part in parts]) / mass(loss, labels)
+    shares = torch.stack([total_weight(loss, part) for _, part in parts]) / total_weight(loss, labels)
     assert shares.sum() == pytest.approx(1)
     whole = sum(share * loss(*part) for share, part in zip(shares, parts))
     assert whole == pytest.approx(loss(logits, labels).item(), rel=1e-5)

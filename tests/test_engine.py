@@ -316,4 +316,4 @@ def test_selection(rule: str, chosen: int) -> None:
         nn.init.constant_(model.weight, epoch)
         selection.offer(epoch, model, {"top1": test}, {"class_mean": val})
     assert selection.epoch == chosen and selection.state["weight"].item() == chosen
-    assert selection.oracle == (3, {"top1": 0.7})
+    assert selection.best_on_test == (3, {"top1": 0.7})

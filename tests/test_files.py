@@ -20,7 +20,7 @@ from conftest import ROOT
 
 from models import build_model
 from utils import checkpoints, files
-from utils.checkpoints import Checkpoint, publish, read
+from utils.checkpoints import Checkpoint, read, save_final
 from utils.command import command
 from utils.errors import UsageError, disk_words
 from utils.files import atomic, lock, require_room, require_target, sweep, write_text
@@ -192,7 +192,7 @@ def publish_at(barrier, folder: str, seed: int, told) -> None:
     os.chdir(folder)
     file = checkpoint(seed=seed)
     barrier.wait(60)
-    told.put((seed, publish(file, Path("checkpoints/x.pt"))))
+    told.put((seed, save_final(file, Path("checkpoints/x.pt"))))
 
 
 def test_three_that_publish_at_once_are_all_kept(tmp_path: Path) -> None:
@@ -216,14 +216,14 @@ def test_three_that_publish_at_once_are_all_kept(tmp_path: Path) -> None:
 def test_generations(workdir: Path) -> None:
     path = Path("checkpoints/x.pt")
     path.parent.mkdir()
-    lines = [publish(checkpoint(seed=seed), path) for seed in range(checkpoints.KEPT + 3)]
+    lines = [save_final(checkpoint(seed=seed), path) for seed in range(checkpoints.KEPT + 3)]
     assert lines[0] == f"saved {path}"
     assert lines[1].endswith(f"kept as {path}.prev)") and lines[2].endswith(
         f"kept as {path}.prev, the one before as x.pt.prev2)"
     )
     kept = {name: read(path.parent / name).options["seed"] for name in names(path.parent)}
     assert kept == {"x.pt": 7, "x.pt.prev": 6, "x.pt.prev2": 5, "x.pt.prev3": 4, "x.pt.prev4": 3, "x.pt.prev5": 2}
-    assert publish(checkpoint(seed=7), path) == f"saved {path}" and len(names(path.parent)) == 6
+    assert save_final(checkpoint(seed=7), path) == f"saved {path}" and len(names(path.parent)) == 6
     for name in (f"{path}.prev", f"{path}.prev5"):
         with pytest.raises(UsageError, match="--csv"):
             require_target("--csv", name)
@@ -232,7 +232,7 @@ def test_generations(workdir: Path) -> None:
 def test_a_run_killed_between_keeping_and_replacing_keeps_nothing_twice(workdir: Path, monkeypatch) -> None:
     path = Path("checkpoints/x.pt")
     path.parent.mkdir()
-    publish(checkpoint(seed=0), path)
+    save_final(checkpoint(seed=0), path)
     replace = os.replace
 
     def killed(source, target) -> None:
@@ -243,9 +243,9 @@ def test_a_run_killed_between_keeping_and_replacing_keeps_nothing_twice(workdir:
     for _ in range(3):
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(os, "replace", killed)
-            publish(checkpoint(seed=1), path)
+            save_final(checkpoint(seed=1), path)
         assert names(path.parent) == ["x.pt", "x.pt.prev"]
-    publish(checkpoint(seed=1), path)
+    save_final(checkpoint(seed=1), path)
     assert [read(each).options["seed"] for each in sorted(path.parent.iterdir())] == [1, 0]
 
 
@@ -258,7 +258,7 @@ def test_without_hard_links_and_locks_results_are_kept_all_the_same(workdir: Pat
     path = Path("checkpoints/x.pt")
     path.parent.mkdir()
     for seed in range(3):
-        publish(checkpoint(seed=seed), path)
+        save_final(checkpoint(seed=seed), path)
     assert [read(each).options["seed"] for each in sorted(path.parent.iterdir())] == [2, 1, 0]
 
 

@@ -2,71 +2,61 @@
 
 from __future__ import annotations
 
-import resource
-import time
 from collections.abc import Sequence
-from itertools import islice
+from itertools import chain, count, islice
 
 import torch
 
-from datasets import LongTailed
+from datasets import Batches, LongTailed
 from engine import is_due
 from experiment.data import eval_batches
 from training.options import Options
 from training.recipe import make_batches, make_network, make_step
 from utils.console import duration
-
-#: Steps that are timed, after as many that are not.
-STEPS = 10
+from utils.system import peak_memory, step_seconds
 
 
 def dry_run(runs: Sequence[Options], data: LongTailed, device: torch.device) -> str:
-    """How long the runs would take and how much memory, from ten steps and ten batches of the test set of the first.
+    """How long the runs would take and how much memory, from ten steps and ten batches of the test set of each.
 
-    Steps are timed as they are without torch.compile and CUDA graphs, which make them faster.
+    Runs that differ in seed or rates alone are timed once. Steps are timed as they are without torch.compile and CUDA
+    graphs, which make them faster.
     """
-    options = runs[0]
-    model = make_network(options, data, device)
-    batches = make_batches(options, data, device)
-    step = make_step(options, model.train(), data, device)
-
-    def seconds(passes: int) -> float:
-        """Of one step, or one batch of the evaluation."""
-        return (time.perf_counter() - began) / passes
-
-    def wait() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
-    timed = 0
-    for number, batch in enumerate(islice(batches.epoch(), 2 * STEPS)):
-        if number == min(STEPS, len(batches) // 2):
-            wait()
-            began = time.perf_counter()
-        step(*batch)
-        timed += number >= min(STEPS, len(batches) // 2)
-    wait()
-    of_step = seconds(timed)
-    test = eval_batches(data, data.test, device)
-    with torch.inference_mode():
-        began = time.perf_counter()
-        evaluated = 0
-        for images, _ in islice(test.epoch(), STEPS):
-            model.eval()(images)
-            evaluated += 1
-        wait()
-    of_evaluation = seconds(evaluated) * len(test) * (2 if options.flip_tta else 1)
-    due = sum(is_due(epoch, options.epochs, options.eval_every) for epoch in range(options.epochs))
-    epoch = of_step * len(batches)
-    whole = (epoch * options.epochs + of_evaluation * due) * len(runs)
-    if device.type == "cuda":
-        memory = f"{torch.cuda.max_memory_allocated(device) / 1e9:.1f} GB of GPU memory"
-    else:
-        memory = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.1f} GB of memory"
+    first, of_kind = runs[0], dict[tuple[object, ...], tuple[float, float]]()
+    for run in runs:
+        if kind_of(run) not in of_kind:
+            of_kind[kind_of(run)] = time_run(run, data, device)
+    due = sum(is_due(epoch, first.epochs, first.eval_every) for epoch in range(first.epochs))
+    steps = {run: -(-len(data.train) // run.batch_size) for run in runs}
+    epochs = [steps[run] * of_kind[kind_of(run)][0] for run in runs]
+    of_evaluation = of_kind[kind_of(first)][1]
+    whole = sum(epochs) * first.epochs + of_evaluation * due * len(runs)
     each = f"{len(runs)} runs, one after the other, of " if len(runs) > 1 else ""
-    size = min(options.batch_size, len(data.train))
+    size, of_step = min(first.batch_size, len(data.train)), of_kind[kind_of(first)][0]
     return (
-        f"dry run: about {duration(whole)} for {each}{options.epochs} epochs, {memory}; a step of {size} images takes "
-        f"{1000 * of_step:.3g} ms, an epoch {duration(epoch)}, each of {due} evaluations {duration(of_evaluation)}. "
-        "No run was made."
+        f"dry run: about {duration(whole)} for {each}{first.epochs} epochs, {peak_memory(device)}; "
+        f"{'of the first ' if len(runs) > 1 else ''}a step of {size} images takes {1000 * of_step:.3g} ms, an epoch "
+        f"{duration(epochs[0])}, each of {due} evaluations {duration(of_evaluation)}. No run was made."
     )
+
+
+def kind_of(run: Options) -> tuple[object, ...]:
+    """What the time of a step depends on, of what a sweep may vary."""
+    return run.batch_size, run.loss, run.aug, run.mixup > 0 or run.cutmix > 0, run.ema > 0
+
+
+def time_run(run: Options, data: LongTailed, device: torch.device) -> tuple[float, float]:
+    """Seconds of a training step and of an evaluation."""
+    model = make_network(run, data, device)
+    step = make_step(run, model.train(), data, device)
+    training, test = endless(make_batches(run, data, device)), eval_batches(data, data.test, device)
+    of_step = step_seconds(lambda number: [step(*batch) for batch in islice(training, number)], device)
+    images, model = endless(test), model.eval()
+    with torch.inference_mode():
+        of_batch = step_seconds(lambda number: [model(batch[0]) for batch in islice(images, number)], device)
+    return of_step, of_batch * len(test) * (2 if run.flip_tta else 1)
+
+
+def endless(batches: Batches) -> chain[tuple[torch.Tensor, ...]]:
+    """The batches of one epoch after the other."""
+    return chain.from_iterable(map(batches.epoch, count()))

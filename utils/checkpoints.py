@@ -303,7 +303,7 @@ def read(path: str | Path) -> Checkpoint:
     return Checkpoint(**{name: content[name] for name in _STORED}, path=path, sha256=digest)
 
 
-def publish(checkpoint: Checkpoint, path: Path, content: bytes | None = None) -> str:
+def save_final(checkpoint: Checkpoint, path: Path, content: bytes | None = None) -> str:
     """Puts a finished stage at its final path; a file there of other options or seed is kept beside it as .prev.
 
     What was .prev becomes .prev2, and so on up to :data:`KEPT`; the oldest goes. So of runs that end at once, up to

@@ -315,12 +315,15 @@ def require_target(flag: str, path: str | Path) -> None:
     require_writable(flag, target.parent)
 
 
-def require_writable(flag: str, folder: str | Path) -> None:
+def require_writable(flag: str, folder: str | Path, make: bool = True) -> None:
     """Makes ``folder`` if it is missing and writes to it once, so that a run fails at its start and not at its end.
+
+    Without ``make``, a folder that was missing is removed again.
 
     Raises:
         UsageError: it cannot be made or written to.
     """
+    missing = [place for place in (Path(folder), *Path(folder).parents) if not place.exists()]
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
         probe = _temporary(Path(folder, "writable"))
@@ -328,6 +331,10 @@ def require_writable(flag: str, folder: str | Path) -> None:
         probe.unlink()
     except OSError as error:
         raise UsageError(f"{flag} {folder}: {error.strerror}", "a folder that can be written to") from None
+    finally:
+        for place in [] if make else missing:
+            with suppress(OSError):
+                place.rmdir()
 
 
 def require_room(needed: Mapping[str | Path, float], what: str) -> None:

@@ -33,7 +33,7 @@ from utils.system import machine
 from utils.types import StateDict
 
 R = TypeVar("R")
-FORMAT = 1
+FORMAT = 2
 #: Seconds between saves where --save_every does not say.
 INTERVAL = 600.0
 NAME = re.compile(r"state-(\d{6,})\.pt")

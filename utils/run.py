@@ -21,6 +21,7 @@ from utils.distributed import interruptible
 from utils.errors import Unsaved, UsageError, disk_words
 from utils.files import AppendedFile, atomic, lock, require_writable, sweep
 from utils.metrics import percent
+from utils.pace import Pace
 from utils.types import Record, StateDict, epoch_of
 
 T = TypeVar("T")
@@ -39,10 +40,6 @@ COLUMNS: tuple[tuple[str, str, str], ...] = (
     ("seconds", "s", ".1f"),
     ("left", "left", "time"),
 )
-
-
-#: Steps after which the pace is measured, and seconds after which the time that a training takes is told.
-WARM_UP, TELL_AFTER = 5, 3.0
 
 
 def table_row(record: Record | None, columns: Iterable[tuple[str, str, str]] = COLUMNS) -> str:
@@ -104,6 +101,7 @@ class Run:
         is_sweep: makes :meth:`log_many` brief.
         stopped: set to end this run, and its children, after the step that they are in.
         resumed: when and where the run went on after interruptions.
+        pace: how fast its training is, see :meth:`begin_training`.
         resume_by: the command that goes on where this run is cut off; "" for a part of another run.
     """
 
@@ -118,9 +116,8 @@ class Run:
         self._open = ExitStack()
         self._is_warned = False
         self._lines: list[str] = []
-        self._epochs = self._steps = 0  # that are still to be done when training begins
+        self.pace = Pace(0, 0, self.say)
         self._every, self._has_heading = 1, False
-        self._began, self._done, self._has_told = 0.0, 0, False
         self._log = self._metrics = self._board = None
         if folder and is_locked:
             self._open.enter_context(lock(folder, wait=0, doing="run"))
@@ -222,64 +219,41 @@ class Run:
             with self.side_output(name) as path:
                 path.write_text(json.dumps(content, indent=1) + "\n")
 
-    def plan(self, epochs: int, steps: int, every: int) -> None:
-        """Training begins: so many epochs of so many steps, of which the run will say how long they take.
+    def begin_training(self, epochs: int, steps: int, every: int) -> None:
+        """So many epochs of so many steps begin, of which the run will say how long they take.
 
         Of those that are evaluated, every so many and the last are rows of its table; all are in metrics.jsonl.
         """
-        self._epochs, self._steps, self._every, self._done, self._has_told = epochs, steps, every, 0, False
-        self._began = time.perf_counter()
-
-    @property
-    def left(self) -> float | None:
-        """Seconds that the planned epochs still take at the pace so far; None before the first is over."""
-        if not self._done:
-            return None
-        return (time.perf_counter() - self._began) / self._done * (self._epochs - self._done)
+        self.pace, self._every = Pace(epochs, steps, self.say), every
 
     def bar(self, steps: Iterable[T], total: int, label: str) -> Iterator[T]:
         """Passes ``steps`` through with a progress bar, see :func:`utils.bar.bar`."""
         steps = interruptible(steps)
         if not self.writes:
             return steps
-        words = "" if self.left is None else f", {duration(self.left)} left"
-        return bar(self._timed(steps) if self._epochs and not self._has_told else steps, total, f"{label}{words}")
-
-    def _timed(self, steps: Iterable[T]) -> Iterator[T]:
-        """Says after the first steps how long the training will take; the very first are slower than the others."""
-        began = 0.0
-        for number, step in enumerate(steps):
-            if number == WARM_UP:
-                began = time.perf_counter()
-            elapsed, timed = time.perf_counter() - began, number - WARM_UP
-            if timed >= WARM_UP and elapsed > TELL_AFTER:
-                self._tell(elapsed / timed * self._steps * self._epochs)
-            yield step
-
-    def _tell(self, seconds: float | None) -> None:
-        """Says once how long the planned epochs take."""
-        is_long = seconds is not None and seconds > 2 * TELL_AFTER and time.perf_counter() - self._began > TELL_AFTER
-        if seconds is not None and is_long and not self._has_told:
-            self._has_told = True
-            self.say(f"about {duration(seconds)} left for {self._epochs - self._done} epochs")
+        left = self.pace.left
+        return bar(
+            self.pace.measured(steps) if self.pace.steps else steps,
+            total,
+            label if left is None else f"{label}, {duration(left)} left",
+        )
 
     def log(self, record: Record) -> None:
         """One epoch: a table line, a line of metrics.jsonl, TensorBoard scalars. None stands for "not measured"."""
-        self._done += 1
-        self._tell(self.left)
+        self.pace.next_epoch()
         self.epochs.append(record)
         if "test_top1" in record and self._has_row(record):  # on a terminal the bar shows the others
             if not self._has_heading:
                 self._has_heading = True
                 self.say(table_row(None))
-            self.say(table_row({**record, "left": self.left}))
+            self.say(table_row({**record, "left": self.pace.left}))
         self._measured(record)
         if self._board:
             known = {key: value for key, value in record.items() if key != "epoch" and value is not None}
             self._board.add(epoch_of(record), {key.replace("_", "/", 1): value for key, value in known.items()})
 
     def _has_row(self, record: Record) -> bool:
-        return epoch_of(record) % self._every == 0 or self._done == self._epochs
+        return epoch_of(record) % self._every == 0 or self.pace.done == self.pace.epochs
 
     def _measured(self, record: Mapping[str, object]) -> None:
         self._lines.append(json.dumps(record))
@@ -292,13 +266,12 @@ class Run:
             for record in records.values():
                 self.log(record)
             return
-        self._done += 1
-        self._tell(self.left)
+        self.pace.next_epoch()
         for name, record in records.items():
             self._measured({"setting": name, **record})
         measured = [value for record in records.values() if (value := record.get("test_top1")) is not None]
         if measured and self._has_row(next(iter(records.values()))):
             last = next(reversed(records.values()))
             low, high = percent(min(measured)), percent(max(measured))
-            left = "" if self.left is None else f", {duration(self.left)} left"
+            left = f", {duration(self.pace.left or 0.0)} left"
             self.say(f"{heading}, epoch {last['epoch']}: {len(measured)} classifiers, test {low} to {high} %{left}")

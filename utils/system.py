@@ -7,11 +7,13 @@ import datetime
 import math
 import os
 import platform
+import resource
 import secrets
 import shlex
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from importlib.metadata import version
@@ -165,6 +167,29 @@ def keep_freed_memory() -> None:
         library = ctypes.CDLL(None)
         for parameter, value in MALLOPT.values():
             library.mallopt(parameter, value)
+
+
+def step_seconds(steps: Callable[[int], object], device: torch.device, number: int = 10) -> float:
+    """Seconds of one step: ``steps(number)`` makes so many, first untimed and then timed."""
+    steps(number)
+    synchronize(device)
+    began = time.perf_counter()
+    steps(number)
+    synchronize(device)
+    return (time.perf_counter() - began) / number
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits until a GPU has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak_memory(device: torch.device) -> str:
+    """The most memory that this process has taken so far, in words."""
+    if device.type == "cuda":
+        return f"{torch.cuda.max_memory_allocated(device) / 1e9:.1f} GB of GPU memory"
+    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.1f} GB of memory"
 
 
 def side_by_side(
