@@ -44,7 +44,7 @@ from experiment.record import (
     save_weights,
 )
 from experiment.restore import final_path, imagenet_start, open_checkpoint, starting_weights
-from experiment.resuming import find_run, make_state, say_complete
+from experiment.resuming import Resumed, find_run, make_state, say_complete
 from experiment.sweeps import (
     Result,
     choice_in_words,
@@ -100,7 +100,8 @@ class RunResult(Result):
 def main(argv: Sequence[str]) -> Report:
     """Runs the command; returns the selected epoch's report on the test set, of a sweep the chosen run's."""
     typed = parse_typed(Options, argv, "main_stage1.py", __doc__)
-    typed, resumed = on_main_process(lambda: find_run(Options, typed, "main_stage1.py", hash_of_start))
+    typed, found = on_main_process(lambda: find_run(Options, typed, "main_stage1.py", hash_of_start))
+    resumed = found and Resumed(*found)  # which is a plain tuple when it comes from another process
     if resumed and resumed.is_complete:
         return cast(Report, say_complete(resumed))
     start = open_start(typed)

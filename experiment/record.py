@@ -88,7 +88,7 @@ def begin(
     if resumed and on_main_process(lambda: completed_run(folder)):
         run.__exit__(None, None, None)
         raise UsageError(f"another process has completed {folder} meanwhile", "the same once more")
-    if resumed and not on_main_process(lambda: [*folder.rglob("state-*.pt")]):
+    if resumed and not on_main_process(lambda: any(folder.rglob("state-*.pt"))):
         run.say("nothing had been saved when it was cut off: it begins anew")
     where = f"{device}, {torch.get_num_threads()} threads" if device.type == "cpu" else str(device)
     if world_size() > 1:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TypedDict, cast
+from typing import NamedTuple, TypedDict, cast
 
 import torch
 
@@ -25,8 +24,7 @@ from utils.resume import Stateful, TrainState, can_go_on, completed_run
 from utils.run import Run
 
 
-@dataclass(frozen=True)
-class Resumed:
+class Resumed(NamedTuple):
     """A run to go on with: its folder and, where it is complete, what its command returned."""
 
     folder: Path

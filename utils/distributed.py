@@ -7,12 +7,10 @@ key-value store (:func:`all_gather_object`). A single process needs neither, and
 from __future__ import annotations
 
 import os
-import pickle
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 from datetime import timedelta
-from itertools import zip_longest
 from typing import Protocol, TypeVar, cast
 
 import torch
@@ -21,6 +19,7 @@ from torch import Tensor, nn
 
 from utils import signals
 from utils.errors import Diverged, Unsaved, UsageError
+from utils.messages import pack, unpack
 from utils.signals import Interrupted
 
 T = TypeVar("T")
@@ -90,11 +89,18 @@ class _Board:
         """What every process brings to this meeting, in their order; DistError where one does not come in time."""
         self.meetings += 1
         keys = [f"{self.meetings}/{process}" for process in range(self.number)]
-        self.store.set(keys[self.rank], pickle.dumps((value, error)))  # type: ignore[arg-type]
+        self.store.set(keys[self.rank], pack((value, error)))
         self.store.wait(keys, patience)
-        found = [pickle.loads(self.store.get(key)) for key in keys]
+        found = [self._read(key) for key in keys]
         self.is_over = any(each is not None for _, each in found)
-        return found
+        return cast(list[tuple[T, Exception | None]], found)
+
+    def _read(self, key: str) -> tuple[object, Exception | None]:
+        found = unpack(self.store.get(key))
+        if isinstance(found, tuple) and len(found) == 2 and (found[1] is None or isinstance(found[1], Exception)):
+            return found
+        unpack(b"")  # raises
+        raise AssertionError
 
     def tell(self, error: Exception) -> bool:
         """Tells the others why this process ends; whether they have heard it, or something of the kind."""
@@ -106,7 +112,7 @@ class _Board:
     def has_ended(self) -> bool:
         """Whether another process has told an error that this one has not met yet."""
         keys = [f"{self.meetings + 1}/{process}" for process in range(self.number)]
-        return any(pickle.loads(self.store.get(key))[1] is not None for key in keys if self.store.check([key]))
+        return any(self._read(key)[1] is not None for key in keys if self.store.check([key]))
 
 
 _board: _Board | None = None  # of this process, while it has joined the others
@@ -272,13 +278,26 @@ def broadcast_bytes(content: bytes) -> bytes:
     return shared.numpy().tobytes()
 
 
-def gather_in_order(mine: list[T]) -> list[T]:
-    """Things that were dealt to the processes in turn, in order again: the first of each, the second of each ..."""
+def gather_in_order(mine: list[Tensor]) -> list[Tensor]:
+    """Tensors on the CPU that were dealt to the processes in turn, in order again: the first of each, the second ...
+
+    They are of one type and differ in their first dimension alone.
+    """
     if world_size() == 1:
         return mine
-    hands: list[list[T]] = [[] for _ in range(world_size())]
-    dist.all_gather_object(hands, mine)
-    return [thing for turn in zip_longest(*hands) for thing in turn if thing is not None]
+    shapes = all_gather_object([list(each.shape) for each in mine])
+    _, *others = next(shape for hand in shapes for shape in hand)
+    kind = next(each for each in all_gather_object(str(mine[0].dtype) if mine else "") if each)
+    dtype = {str(each): each for each in (torch.float32, torch.float64, torch.int64)}[kind]
+    shared = torch.zeros(max(sum(shape[0] for shape in hand) for hand in shapes), *others, dtype=dtype)
+    if mine:
+        whole = torch.cat(mine)
+        shared[: len(whole)] = whole
+    found = [torch.empty_like(shared) for _ in shapes]
+    dist.all_gather(found, shared)
+    lengths = [[shape[0] for shape in hand] for hand in shapes]
+    hands = [iter(rows[: sum(each)].split(each)) for rows, each in zip(found, lengths)]
+    return [next(hands[number % len(hands)]) for number in range(sum(map(len, shapes)))]
 
 
 def broadcast_model(model: M) -> M:
