@@ -23,7 +23,7 @@ from utils import checkpoints, files
 from utils.checkpoints import Checkpoint, read, save_final
 from utils.command import command
 from utils.errors import UsageError, disk_words
-from utils.files import atomic, lock, require_room, require_target, sweep, write_text
+from utils.files import atomic, lock, require_room, require_target, require_writable, sweep, write_text
 
 HOLDER = """
 import sys, time
@@ -295,3 +295,18 @@ def test_weights_are_what_was_saved(tmp_path: Path) -> None:
     file = checkpoint(seed=1)
     file.save(tmp_path / "x.pt")
     assert all(torch.equal(value, file.model[name]) for name, value in read(tmp_path / "x.pt").model.items())
+
+
+def test_a_probe_that_could_not_be_removed_is_swept_up_by_the_next(tmp_path: Path, monkeypatch) -> None:
+    def refuses(path: Path, missing_ok: bool = False) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", refuses)
+        with pytest.raises(UsageError, match="--out"):
+            require_writable("--out", tmp_path)
+    (left,) = tmp_path.iterdir()
+    place = left.name.split(".")[2].split("-")
+    left.rename(tmp_path / left.name.replace(f"{place[0]}-{place[1]}", "4194305-1"))
+    require_writable("--out", tmp_path)
+    assert not [*tmp_path.iterdir()]

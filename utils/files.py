@@ -318,7 +318,7 @@ def require_target(flag: str, path: str | Path) -> None:
 def require_writable(flag: str, folder: str | Path, make: bool = True) -> None:
     """Makes ``folder`` if it is missing and writes to it once, so that a run fails at its start and not at its end.
 
-    Without ``make``, a folder that was missing is removed again.
+    What killed processes left in it is swept up. Without ``make``, a folder that was missing is removed again.
 
     Raises:
         UsageError: it cannot be made or written to.
@@ -326,6 +326,7 @@ def require_writable(flag: str, folder: str | Path, make: bool = True) -> None:
     missing = [place for place in (Path(folder), *Path(folder).parents) if not place.exists()]
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
+        sweep(folder)
         probe = _temporary(Path(folder, "writable"))
         probe.touch()
         probe.unlink()
