@@ -94,13 +94,13 @@ def main(argv: Sequence[str]) -> list[dict[str, Value]]:
         raise UsageError(f"--show {shown(resolved.values('show'))}", f"methods that are compared: {shown(names)}")
     methods = choose_methods(resolved, typed, data.num_classes)
     refuse_unused(typed, resolved, methods)
-    state = state_bytes(methods, parent)
+    state, frozen = state_bytes(methods, parent), freeze(parent, data, device, options)
     if options.dry_run:
         check_places(options, device, 0, state, resumed, 1)
-        show(dry_run(methods, freeze(parent, data, device, options)))
+        show(dry_run(methods, frozen))
         return []
     with begin(resolved, "compare", data, device, typed, parent, resumed, state) as run:
-        frozen = freeze(parent, data, device, options, run.bar)
+        frozen.source.progress = run.bar
         run.say(wrapped_line("from", f"{parent.path}: {len(methods)} classifiers"))
         results = retrain(methods, frozen, resolved, run)
         run.say(frozen.source.size)

@@ -30,13 +30,19 @@ from utils.resume import TrainState
 from utils.types import StateDict
 
 M = TypeVar("M", bound=nn.Module)
+#: How many times its beginning an epoch's loss is where a training has diverged.
+DIVERGED = 1000.0
 
 
 class TrainStats(NamedTuple):
-    """Means over an epoch's images, as the model saw them: augmented, before each step. Loss in nats."""
+    """Means over an epoch's images, as the model saw them: augmented, before each step. Loss in nats.
+
+    ``first`` is the mean loss of the epoch's first step.
+    """
 
     loss: float
     top1: float
+    first: float
 
 
 def cosine(epoch: int, epochs: int, warmup: int = 0) -> float:
@@ -283,8 +289,17 @@ def train_epoch(
         if not math.isfinite(value):
             before = losses[number - 2] if number > 1 else "none"
             where = f"step {number} of {len(losses)} of epoch {epoch + 1}"
-            raise Diverged(f"the loss is {value} at {where} (loss before: {before}, lr {lr:g})")
-    return TrainStats(sum(value * size for value, size in zip(losses, sizes)) / sum(sizes), sum(hits) / sum(sizes))
+            raise Diverged(f"the loss is {value} at {where} (loss before: {before}, lr {lr:g})", step=number)
+    loss = sum(value * size for value, size in zip(losses, sizes)) / sum(sizes)
+    return TrainStats(loss, sum(hits) / sum(sizes), losses[0])
+
+
+def is_diverged(stats: TrainStats, classes: int) -> bool:
+    """Whether an epoch's loss is not finite, or has risen to :data:`DIVERGED` times what it was.
+
+    That is its first step's loss or that of a guess among so many classes, log C, whichever is larger.
+    """
+    return not math.isfinite(stats.loss) or stats.loss > DIVERGED * max(stats.first, math.log(classes))
 
 
 def forward(network: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:

@@ -12,8 +12,8 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 
 from datasets import NATURAL
 from engine import predict
@@ -27,13 +27,13 @@ from experiment.options import (
     refuse_contradictions,
 )
 from experiment.record import ancestors, selection_words
-from experiment.restore import open_latest, restore
+from experiment.restore import files_read, open_latest, restore
 from utils import metrics
-from utils.checkpoints import IDENTITY, STAGES
+from utils.checkpoints import IDENTITY, STAGES, Parent
 from utils.command import command
-from utils.distributed import process_group, rank
-from utils.errors import UsageError
-from utils.files import require_target, sha256, write_text
+from utils.console import write
+from utils.distributed import on_main_process, process_group, rank
+from utils.files import Target, require_targets, sha256, write_text
 from utils.metrics import (
     calibration_error,
     fit_temperature,
@@ -45,6 +45,7 @@ from utils.metrics import (
     table,
 )
 from utils.options import Choice, Flag, Text, Values, option, parse_typed, resolve
+from utils.readers import MOST_NUMBERS, Unreadable, size_of
 from utils.system import pick_device, provenance
 from utils.types import Json
 
@@ -80,11 +81,10 @@ def main(argv: Sequence[str]) -> Json:
     options = resolve(Options, typed, layers | recipe_layers(str(known["dataset"]), known)).options
     check_data_flags(options, typed)
     flip_tta = bool(options.flip_tta)
-    targets = {flag: getattr(options, flag) for flag in ("json", "csv") if getattr(options, flag) is not None}
-    for flag, target in targets.items() if rank() == 0 else ():
-        require_target(f"--{flag}", target)
-    if len({Path(target).resolve() for target in targets.values()}) < len(targets):
-        raise UsageError(f"--json {options.json} --csv {options.csv}", "two different files")
+    reports = {"json": b'{\n "checkpoint"', "csv": b"class,name,"}
+    asked = [(f"--{name}", getattr(options, name), head) for name, head in reports.items()]
+    targets = [Target(flag, path, head) for flag, path, head in asked if path is not None]
+    on_main_process(lambda: require_targets(targets, files_read(file, options)))
 
     device = pick_device(options.device, options.gpu, options.threads)
     data = load_data(options, val_indices=file.data.get("val_indices"))
@@ -138,27 +138,35 @@ def main(argv: Sequence[str]) -> Json:
 
     method = f" {file.options['method']}" if "method" in file.options else ""
     seed = file.options.get("seed", "unknown")
-    print(f"{file.path}: {file.stage or 'of another program'}{method}, {file.network}, seed {seed}")
+    write(f"{file.path}: {file.stage or 'of another program'}{method}, {file.network}, seed {seed}")
     made = f", {options.imb_type} ratio {options.imb_ratio}, subset {options.subset}"
-    print(f"{data.describe()}{'' if options.imb_ratio == NATURAL else made}\n")
-    print(table(report) + "\n")
-    print(f"worst class {percent(report['worst_class'])}, harmonic mean {percent(report['harmonic_mean'])}, ", end="")
-    print(f"macro-F1 {percent(report['macro_f1'])}; ", end="")
-    print(f"calibration error {percent(report['ece'])}, after temperature scaling {percent(calibrated)}")
+    write(f"{data.describe()}{'' if options.imb_ratio == NATURAL else made}\n")
+    write(table(report) + "\n")
+    write(f"worst class {percent(report['worst_class'])}, harmonic mean {percent(report['harmonic_mean'])}, ", end="")
+    write(f"macro-F1 {percent(report['macro_f1'])}; ", end="")
+    write(f"calibration error {percent(report['ece'])}, after temperature scaling {percent(calibrated)}")
     words = ("-" if pair is None else f"{pair[0]:.3f} ± {pair[1]:.3f}" for pair in spreads.values())
-    print("over classes: " + ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in zip(spreads, words)))
+    write("over classes: " + ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in zip(spreads, words)))
     verdict = ""
     if file.metrics and flip_tta == stored_flip:
         same = all(report[key] == file.metrics.get(key) for key in ("top1", "top5", "per_class"))
         stored_top1 = percent(file.metrics["top1"])
         verdict = f"; stored in training: {'the same' if same else f'the file says {stored_top1}'}"
-    print(f"selected in training: {selection_words(file.metrics) if file.metrics else 'unknown'}")
-    print("".join(f"{words}\n" for words in ancestors(file)), end="")
-    print(f"flip averaging here: {'on' if flip_tta else 'off'}{verdict}")
+    write(f"selected in training: {selection_words(file.metrics) if file.metrics else 'unknown'}")
+    write("".join(f"{words}\n" for words in ancestors(file)), end="")
+    write(f"flip averaging here: {'on' if flip_tta else 'off'}{verdict}")
     parent = file.parent
-    if parent and Path(parent["path"]).is_file() and sha256(parent["path"]) != parent["sha256"]:
-        print(f"note: {parent['path']} has been replaced since this file was made from it")
+    if parent and is_replaced(parent):
+        write(f"note: {parent['path']} has been replaced since this file was made from it")
     return result
+
+
+def is_replaced(parent: Parent) -> bool:
+    """Whether the file that training began from is there and is another one now."""
+    with suppress(Unreadable, OSError):
+        size_of(parent["path"], MOST_NUMBERS)
+        return sha256(parent["path"]) != parent["sha256"]
+    return False
 
 
 if __name__ == "__main__":

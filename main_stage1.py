@@ -28,8 +28,8 @@ from typing import cast
 
 import torch
 
-from datasets import LongTailed
-from engine import Selection, cosine, set_lr, train_epoch
+from datasets import Batches, LongTailed
+from engine import Selection, cosine, is_diverged, set_lr, train_epoch
 from experiment.data import load_data, require_val
 from experiment.options import START_WORDS, fill_options
 from experiment.record import (
@@ -129,6 +129,9 @@ def main(argv: Sequence[str]) -> Report:
         run.is_sweep = len(runs) > 1
         if start and start.num_classes != data.num_classes:
             run.say(f"from {start.path}, of {start.num_classes} classes: the classifier begins anew")
+        steps = options.epochs * -(-len(data.train) // options.batch_size)
+        if options.ema and steps * (1 - options.ema) < 0.5:
+            run.say(f"note: --ema {options.ema} over {steps:,} steps: the average stays near the initial weights")
         if options.compile != "off":
             run.say("torch.compile: the first steps take up to a minute")
         if len(runs) > 1:
@@ -174,11 +177,27 @@ def train(options: Options, data: LongTailed, device: torch.device, run: Run, st
             trained.train()
             steps = batches.epoch(epoch, first=state.step)
             bar = run.bar(steps, len(batches) - state.step, f"epoch {epoch + 1}/{options.epochs}")
-            stats = train_epoch(step, bar, epoch, lr, state)
+            try:
+                stats = train_epoch(step, bar, epoch, lr, state)
+            except Diverged as error:
+                note_images(run, batches, data, epoch, error)
+                raise
+            if is_diverged(stats, data.num_classes):
+                risen = f"the loss has risen from {stats.first:.3g} to {stats.loss:.3g} in epoch {epoch + 1}"
+                raise Diverged(f"{risen} (lr {lr:g})")
             evaluator.after(epoch, step.averaged, stats, lr, state.seconds)
             state.next_epoch()
 
     return evaluator.selection
+
+
+def note_images(run: Run, batches: Batches, data: LongTailed, epoch: int, error: Diverged) -> None:
+    """Notes which images were in the step whose loss is not finite: positions in the data set's own training images."""
+    if error.step is not None:
+        rows = batches.positions(epoch, error.step - 1)
+        content = {"epoch": epoch + 1, "step": error.step, "images": data.train.indices[rows].tolist()}
+        run.write_json("diverged.json", content)
+        run.say("its images are in diverged.json; if they are well, a lower --lr or --wd may help")
 
 
 def train_many(

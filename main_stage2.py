@@ -56,13 +56,13 @@ def main(argv: Sequence[str]) -> Report:
     options, names = resolved.options, [str(name) for name in resolved.values("method")]
     methods = make_methods(names, tunable_values(resolved), typed, data.num_classes, options.protocol == "published")
     refuse_unused(typed, resolved, methods)
-    state = state_bytes(methods, parent)
+    state, frozen = state_bytes(methods, parent), freeze(parent, data, device, options)
     if options.dry_run:
         check_places(options, device, model_size(options, data)[1], state, resumed, 1)
-        show(dry_run(methods, freeze(parent, data, device, options)))
+        show(dry_run(methods, frozen))
         return Report()
     with begin(resolved, "stage2", data, device, typed, parent, resumed, state) as run:
-        frozen = freeze(parent, data, device, options, run.bar)
+        frozen.source.progress = run.bar
         own = [name for name in methods[0].options() if name not in ("seed", "batch_size", "finetune_epoch")]
         what = methods[0].setting.describe(own) if len(methods) == 1 else f"{len(methods)} classifiers"
         is_auto = "los" in names and {"auto", None} & set(resolved.values("label_smooth"))

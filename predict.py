@@ -25,14 +25,16 @@ from datasets.files import EXTENSIONS, read_image
 from datasets.own import SMALL_SIDE, square
 from datasets.photos import centre
 from engine import for_evaluation
-from experiment.options import DataOptions
-from experiment.restore import built, open_latest
+from experiment.options import DataOptions, file_identity, refuse_contradictions
+from experiment.restore import built, files_read, open_latest
 from utils.checkpoints import Checkpoint
 from utils.command import command
+from utils.console import write
 from utils.distributed import require_single
 from utils.errors import UsageError
-from utils.files import atomic, require_target, write_text
-from utils.options import Choice, Flag, Number, Text, option, parse_typed, resolve, shown
+from utils.files import Target, atomic, require_targets, write_text
+from utils.metrics import csv_text
+from utils.options import Choice, Flag, Number, Text, Values, option, parse_typed, resolve, shown
 from utils.plots import contact_sheet
 from utils.system import available_cpus, pick_device
 
@@ -63,7 +65,7 @@ class Options(DataOptions):
     top_k: int = option(5, Number(int, 1, 1000), "classes to name for each image", "evaluation")
     temperature: float | None = option(
         None,
-        Number(float, 0, 1000, above=True),
+        Number(float, 1e-3, 1000),
         "divides the logits; if not given, the file's, or 1 where it has none",
         "evaluation",
     )
@@ -89,16 +91,18 @@ def main(argv: Sequence[str]) -> list[Predicted]:
     options = resolve(Options, typed, {}).options
     if options.plot and Path(options.plot).suffix.lower() != ".png":
         raise UsageError(f"--plot {options.plot}", "the path of a .png")
-    for flag in ("csv", "json", "plot"):
-        if getattr(options, flag) is not None:
-            require_target(f"--{flag}", getattr(options, flag))
     paths = images_in(Path(place))
     file = open_latest(typed, Options)
+    refuse_unused(typed, file)
+    reports = {"json": b"[\n {\n", "csv": b"path,rank,class,", "plot": b"\x89PNG"}
+    asked = [(f"--{name}", getattr(options, name), head) for name, head in reports.items()]
+    targets = [Target(flag, path, head) for flag, path, head in asked if path is not None]
+    require_targets(targets, [*paths, *files_read(file, options)])
     device = pick_device(options.device, options.gpu, options.threads)
     model, names = for_evaluation(built(file).to(device)), class_names(file)
     view = View(file, options, "dataset" in typed)
     if options.temperature is None and not file.metrics.get("temperature"):
-        print(f"{file.path} has no held-out images that a temperature was fitted on: probabilities are as trained")
+        write(f"{file.path} has no held-out images that a temperature was fitted on: probabilities are as trained")
     temperature = options.temperature or file.metrics.get("temperature") or 1.0
     flip = file.metrics.get("flip_tta", False) if options.flip_tta is None else options.flip_tta
 
@@ -122,12 +126,23 @@ def main(argv: Sequence[str]) -> list[Predicted]:
 
     for each in found:
         words = ", ".join(f"{top['name']} {100 * top['probability']:.2f} %" for top in each["top"])
-        print(each["error"] or f"{each['path']}: {words}")
-    print(f"{file.path}: temperature {temperature:.3g}, flip averaging {'on' if flip else 'off'}")
-    write(found, sheet, options)
+        write(each["error"] or f"{each['path']}: {words}")
+    write(f"{file.path}: temperature {temperature:.3g}, flip averaging {'on' if flip else 'off'}")
+    write_reports(found, sheet, options)
     if all(each["error"] for each in found):
         raise UsageError(f"none of {len(found)} images could be read", "undamaged images")
     return found
+
+
+def refuse_unused(typed: Values, file: Checkpoint) -> None:
+    """Raises UsageError where a flag contradicts the file, or has no effect on predictions."""
+    stored = file_identity(file) | {"num_class": file.num_classes} | ({"cur_stage": file.stage} if file.stage else {})
+    if file.data:
+        stored |= {"mean": tuple(file.data["mean"]), "std": tuple(file.data["std"])}
+    refuse_contradictions(typed, stored, str(file.path))
+    for name in ("recipe", "jitter", "flip", "input"):
+        if name in typed:
+            raise UsageError(f"--{name} {shown(typed[name])}: predict.py trains nothing", "without it")
 
 
 class View:
@@ -145,7 +160,7 @@ class View:
                 f"{file.path} does not say how pixels are normalised", "--dataset NAME, or --mean and --std"
             )
         self.mean, self.std = list(mean), list(std)
-        print(f"shown at {self.side} pixels, mean {shown(self.mean)}, std {shown(self.std)}")
+        write(f"shown at {self.side} pixels, mean {shown(self.mean)}, std {shown(self.std)}")
 
     def of(self, path: Path) -> Tensor | UsageError:
         """The pixels (c, side, side) uint8 of a file, or why there are none."""
@@ -217,20 +232,17 @@ def class_names(file: Checkpoint) -> list[str]:
     return [str(number) for number in range(file.num_classes)]
 
 
-def write(found: Sequence[Predicted], sheet: Sequence[tuple[Tensor, str]], options: Options) -> None:
+def write_reports(found: Sequence[Predicted], sheet: Sequence[tuple[Tensor, str]], options: Options) -> None:
     """Writes what was asked for."""
     if options.json is not None:
         write_text(options.json, json.dumps(found, indent=1) + "\n")
     if options.csv is not None:
-        import pandas as pd  # here, since it is slow to import
-
         rows = [
             {"path": each["path"], "rank": rank, **top}
             for each in found
             for rank, top in enumerate(each["top"], start=1)
         ]
-        table = pd.DataFrame(rows, columns=["path", "rank", "class", "name", "probability"])
-        write_text(options.csv, str(table.to_csv(index=False)))
+        write_text(options.csv, csv_text(rows, ["path", "rank", "class", "name", "probability"]))
     if options.plot is not None:
         with atomic(options.plot) as path:
             contact_sheet(sheet, path)

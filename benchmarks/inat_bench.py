@@ -69,12 +69,12 @@ class Case:
 
     def view(self, number: int) -> Tensor:
         """The features (N, D) of a view of the training images, written where they are missing."""
-        return self.cache("train").array(f"view_{number}", self.images, lambda: random(self.images, number))
+        return self.cache("train").array(f"view_{number}", (self.images, FEATURES), lambda: random(self.images, number))
 
     def test(self) -> Tensor:
         """Those of the test images."""
         number = round(TEST * self.images / IMAGES)
-        return self.cache("test").array("features", number, lambda: random(number, VIEWS))
+        return self.cache("test").array("features", (number, FEATURES), lambda: random(number, VIEWS))
 
     def labels(self) -> Tensor:
         """Training labels (N,): all of them, or so many in even steps."""
@@ -105,7 +105,7 @@ def epoch(case: Case, device: torch.device, views: int) -> Json:
     def train(number: int, images: int) -> float:
         order = SAMPLERS["instance"](labels.cpu(), number, views, seeded(0, 2, number))[:images]
         began = time.perf_counter()
-        [(mean, _)] = solver.train_epoch(gathered(arrays[number], labels, order, BATCH), number / views, 1.0)
+        [(mean, *_)] = solver.train_epoch(gathered(arrays[number], labels, order, BATCH), number / views, 1.0)
         assert mean > 0
         return time.perf_counter() - began
 

@@ -165,6 +165,11 @@ class Batches:
         for number, (images, labels) in enumerate(self.cut(self.draws(epoch), epoch, first), start=first):
             yield self.mix(images, labels, self._stream(epoch, 2, number)) if self.mix else (images, labels)
 
+    def positions(self, epoch: int, step: int) -> Tensor:
+        """Which images (B,) a step (both from 0) shows, of all processes together."""
+        steps: tuple[Tensor, ...] = self.draws(epoch).order.split(self.batch_size)
+        return steps[step]
+
     def cut(self, draws: Draws | PhotoDraws, epoch: int = 0, first: int = 0) -> Iterator[Batch]:
         """The batches of given images and crops, without the ``first`` ones, before mixing."""
         rows = own_rows(len(draws.order), self.batch_size, self.share)

@@ -13,6 +13,7 @@ import torch
 
 from datasets.files import Files, Listing, Manifest
 from datasets.scan import check_files, has_pixels, require_files, write_pixels
+from utils.console import write
 from utils.errors import UsageError
 from utils.files import atomic
 from utils.system import provenance
@@ -59,7 +60,7 @@ def check_all(
         if split in wanted and has_pixels(wanted[split], len(files.paths), side, key) and not verify:
             del wanted[split]
     if old is not None and known and not wanted and not verify:
-        print(f"{target}: prepared already; --verify checks all files again")
+        write(f"{target}: prepared already; --verify checks all files again")
         return old
 
     for split, (paths, _) in listing.splits.items():
@@ -83,7 +84,7 @@ def check_all(
             splits[split] = Files(paths, labels, sizes)
             shorter = sizes.amin(dim=1)
             span = f"{int(shorter.min())} to {int(shorter.max())}, median {int(shorter.median())}"
-            print(f"{split}: {len(paths):,} images, all whole; shorter side {span} pixels", flush=True)
+            write(f"{split}: {len(paths):,} images, all whole; shorter side {span} pixels")
         made = provenance("-m datasets.prepare", argv, torch.device("cpu"), time.perf_counter() - began)
         about = listing.about | {"provenance": made} | ({"pixels": key} if key else {})
         manifest = Manifest(name, str(root), splits, listing.class_names, about)
@@ -92,7 +93,7 @@ def check_all(
     for path in (path for split in ("train", "val", "test") for path in folder.glob(f"{split}_*.npy")):
         if path not in stores:
             path.unlink(missing_ok=True)
-    print(f"{target}: {len(counts)} classes of {max(counts):,} to {min(counts):,} training images")
+    write(f"{target}: {len(counts)} classes of {max(counts):,} to {min(counts):,} training images")
     return manifest
 
 
@@ -118,7 +119,7 @@ def _require_room(folder: Path, images: dict[Path, int], side: int) -> None:
     """Says how large the files of so many images get; UsageError where the disk has no room for them."""
     sizes = {path: n * side * side * 3 / 1e9 for path, n in images.items()}
     total, free = sum(sizes.values()), shutil.disk_usage(folder).free / 1e9
-    print(f"{folder}: {', '.join(f'{path.name} {size:.2f} GB' for path, size in sizes.items())}; {free:.2f} GB free")
+    write(f"{folder}: {', '.join(f'{path.name} {size:.2f} GB' for path, size in sizes.items())}; {free:.2f} GB free")
     if total > free:
         raise UsageError(
             f"--cache {side} needs {total:.2f} GB in {folder}, {free:.2f} GB are free",

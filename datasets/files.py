@@ -5,11 +5,13 @@ A :class:`Manifest` is what a check of all files leaves behind (``python -m data
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
+import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from zipfile import BadZipFile
 
 import numpy as np
 import numpy.typing as npt
@@ -19,13 +21,15 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from utils.errors import UsageError
+from utils.readers import Array, Unreadable, parse_json, read_arrays, read_bytes
 from utils.types import Json
 
 #: File names that count as images.
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-MANIFEST_FORMAT = 1
+MANIFEST_FORMAT = 2  # 1 had no checksum
 #: Pixels of one image, at most: PIL's own limit, beyond which a small file may ask for all memory there is.
 MOST_PIXELS = 178_956_970
+warnings.filterwarnings("ignore", module=r"PIL\.")  # of what it then reads, or refuses
 
 
 def read_image(path: str | Path) -> Tensor:
@@ -39,9 +43,9 @@ def read_image(path: str | Path) -> Tensor:
             than ``MOST_PIXELS``.
     """
     try:
-        content = Path(path).read_bytes()
-    except OSError as error:
-        raise UsageError(f"image {path}: {error.strerror}", "all files of the data set, readable") from None
+        content = read_bytes(path)
+    except Unreadable as error:
+        raise UsageError(f"image {path}: {error}", "all files of the data set, readable") from None
     if content.startswith(b"\xff\xd8"):  # JPEG, nearly all there is: half as long as with PIL, for the same pixels
         try:
             _bounded(path, *simplejpeg.decode_jpeg_header(content, strict=True)[:2])
@@ -52,9 +56,22 @@ def read_image(path: str | Path) -> Tensor:
         with Image.open(io.BytesIO(content)) as opened:
             _bounded(path, opened.height, opened.width)
             return _from_pil(opened)
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+    except UsageError:
+        raise
+    except Exception as error:  # Pillow's plug-ins raise nearly anything
         reason = "no image that is known" if isinstance(error, UnidentifiedImageError) else " ".join(str(error).split())
         raise UsageError(f"image {path} cannot be read ({reason})", "an undamaged image of 8 or 16 bits") from None
+
+
+def image_size(path: str | Path) -> tuple[int, int] | None:
+    """Height and width of an image file, of which only the beginning is read; None where it is none that is known."""
+    try:
+        if not Path(path).is_file():
+            return None
+        with Image.open(path) as opened:
+            return opened.height, opened.width
+    except Exception:  # Pillow's plug-ins raise nearly anything
+        return None
 
 
 def _bounded(path: str | Path, height: int, width: int) -> None:
@@ -119,33 +136,59 @@ class Manifest:
     def write(self, path: str | Path) -> None:
         """Writes the file as it goes."""
         head = {"format": MANIFEST_FORMAT, "name": self.name, "root": self.root, "class_names": self.class_names}
-        arrays = {"head": _text(json.dumps(head | {"about": self.about}))}
+        arrays: dict[str, Array] = {}
         for name, split in self.splits.items():
             arrays[f"{name}_paths"] = _text("\n".join(split.paths))
             arrays[f"{name}_labels"], arrays[f"{name}_sizes"] = split.labels.numpy(), split.sizes.numpy()
+        text = json.dumps(head | {"about": self.about, "checksum": _checksum(arrays)})
         with open(path, "wb") as file:
-            np.savez(file, **arrays)  # type: ignore[arg-type]
+            np.savez(file, head=_text(text), **arrays)  # type: ignore[arg-type]
 
     @classmethod
     def load(cls, path: str | Path) -> Manifest | None:
         """The manifest of a file; None where there is none, or one that is damaged or of another format."""
         try:
-            with open(path, "rb") as file, np.load(file) as arrays:
-                head = json.loads(bytes(arrays["head"]))
-                if head.pop("format") != MANIFEST_FORMAT:
-                    return None
-                splits = {
-                    name: Files(
-                        bytes(arrays[f"{name}_paths"]).decode(errors="surrogateescape").split("\n"),
-                        torch.from_numpy(arrays[f"{name}_labels"]),
-                        torch.from_numpy(arrays[f"{name}_sizes"]),
-                    )
-                    for name in ("train", "val", "test")
-                    if f"{name}_paths" in arrays
-                }
-                return cls(splits=splits, **head)
-        except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile):
+            arrays = read_arrays(path)
+            head = parse_json(bytes(arrays.pop("head")))
+            if head["format"] != MANIFEST_FORMAT or head["checksum"] != _checksum(arrays):
+                return None
+            splits = {
+                name: Files(
+                    bytes(arrays[f"{name}_paths"]).decode(errors="surrogateescape").split("\n"),
+                    torch.from_numpy(arrays[f"{name}_labels"]),
+                    torch.from_numpy(arrays[f"{name}_sizes"]),
+                )
+                for name in ("train", "val", "test")
+                if f"{name}_paths" in arrays
+            }
+            manifest = cls(head["name"], head["root"], splits, head["class_names"], head["about"])
+            return manifest if manifest.is_right() else None
+        except (Unreadable, ValueError, KeyError, TypeError):
             return None
+
+    def is_right(self) -> bool:
+        """Whether its parts fit each other."""
+        names, classes = self.class_names, len(self.class_names)
+        if not (isinstance(self.name, str) and isinstance(self.root, str) and isinstance(self.about, dict)):
+            return False
+        if "train" not in self.splits or not all(isinstance(name, str) for name in names):
+            return False
+        return all(
+            len(files.paths) == len(files.labels) == len(files.sizes)
+            and (files.labels.dtype, files.sizes.dtype) == (torch.int64, torch.int32)
+            and (files.labels.dim(), files.sizes.shape[1:]) == (1, (2,))
+            and bool((files.labels >= 0).all() and (files.labels < classes).all() and (files.sizes > 0).all())
+            for files in self.splits.values()
+        )
+
+
+def _checksum(arrays: Mapping[str, Array]) -> str:
+    """The SHA-256 of arrays with their names."""
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        digest.update(f"{name} {arrays[name].dtype} {arrays[name].shape}".encode())
+        digest.update(np.ascontiguousarray(arrays[name]).tobytes())
+    return digest.hexdigest()
 
 
 def _text(text: str) -> npt.NDArray[np.uint8]:

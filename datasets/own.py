@@ -9,26 +9,24 @@ from __future__ import annotations
 import hashlib
 import json
 import statistics
-import zipfile
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
-import numpy.typing as npt
 import torch
-from PIL import Image
 from torch import Tensor
 
 from datasets.batches import Augment
 from datasets.checked import check_all
-from datasets.files import EXTENSIONS, Listing, Manifest, read_image
+from datasets.files import EXTENSIONS, Listing, Manifest, image_size, read_image
 from datasets.listed import PHOTO_SIDE, photos_of
 from datasets.photos import Crops, Photos, cropped, shortened
 from datasets.spec import ImageOptions, ImageSet, Recipe, Source
 from utils.errors import UsageError
 from utils.files import require_writable, write_text
+from utils.readers import Unreadable, array_shapes, read_arrays, read_json, read_table
 from utils.system import available_cpus
 
 T = TypeVar("T")
@@ -66,16 +64,15 @@ def suited(kind: str, data_dir: str, image_size: int | None) -> Recipe:
 def natural_side(kind: str, data_dir: str) -> int:
     """The side that images are shown at by default: their own where they are small, else 224."""
     if kind == "npz":
-        return min(_shape(_only(data_dir, ".npz", kind), "train_images")[1:3])
-    root, listing = list_images(kind, data_dir)
-    sides = []
-    for name in _some(listing["train"][0]):
+        path = _only(data_dir, ".npz", kind)
         try:
-            with Image.open(root / name) as image:
-                sides.append(min(image.size))
-        except (OSError, SyntaxError, ValueError):
-            continue  # the check of all files names it
-    return _usual(sides)
+            shape = array_shapes(path, ["train_images"])["train_images"]
+        except (Unreadable, KeyError) as error:
+            raise UsageError(f"{path} has no train_images ({error})", LAYOUTS["npz"]) from None
+        return min(shape[1:3], default=0)
+    root, listing = list_images(kind, data_dir)
+    sizes = [image_size(root / name) for name in _some(listing["train"][0])]
+    return _usual([min(size) for size in sizes if size])  # the check of all files names the others
 
 
 def _some(images: list[T]) -> list[T]:
@@ -137,16 +134,14 @@ def _list_csv(data_dir: str) -> tuple[Path, Named]:
     files = [(place, None)] if place.is_file() else [(place / f"{split}.csv", split) for split in SPLITS]
     if not place.is_file() and not (place / "train.csv").is_file():
         raise UsageError(f"--data_dir {data_dir}: there is no {place / 'train.csv'}", LAYOUTS["csv"])
-    import pandas as pd  # here, since it is slow to import
-
     listing: dict[str, tuple[list[str], list[str]]] = {}
     for path, split in files:
         if not path.is_file():
             continue
         try:
-            table = pd.read_csv(path, dtype=str, keep_default_na=False)
-        except (OSError, ValueError) as error:
-            raise UsageError(f"{path} is no CSV ({' '.join(str(error).split())})", LAYOUTS["csv"]) from None
+            table = read_table(path)
+        except Unreadable as error:
+            raise UsageError(f"{path}: {error}", LAYOUTS["csv"]) from None
         for column in ("path", "label", *(() if split else ("split",))):
             if column not in table:
                 raise UsageError(
@@ -213,8 +208,9 @@ def listing_of(kind: str, data_dir: str) -> tuple[Path, Path, Listing]:
         for path, label in zip(paths, labels):
             try:
                 status = (root / path).stat()
-            except OSError as error:
-                raise UsageError(f"image {root / path}: {error.strerror}", "files that are there") from None
+            except (OSError, ValueError) as error:  # a name too long, or with a NUL
+                reason = getattr(error, "strerror", None) or "no name of a file"
+                raise UsageError(f"image {root / path}: {reason}", "files that are there") from None
             stamps.append(f"{split} {path} {label} {status.st_size} {status.st_mtime_ns}")
     home = CACHE / hashlib.sha256("\n".join(stamps).encode()).hexdigest()[:16]
     require_writable("the folder", home)
@@ -231,25 +227,31 @@ def read_npz(data_dir: str, image_options: ImageOptions) -> Source:
     if image_options.how != "files":
         raise UsageError(f"--input {image_options.how}: {path} is held in memory", "files")
     sets: dict[str, ImageSet] = {}
-    with np.load(path) as arrays:
-        listing: dict[str, tuple[list[str], list[str]]] = {}
-        pixels = {}
-        for split in SPLITS:
-            if split == "val" and "val_images" not in arrays:
-                continue
-            images, labels = (_array(arrays, f"{split}_{part}", path) for part in ("images", "labels"))
-            if not len(images):
-                raise UsageError(f"{path}: {split}_images is empty", LAYOUTS["npz"])
-            if images.dtype != np.uint8 or images.ndim not in (3, 4) or images.shape[3:] not in ((), (1,), (3,)):
-                raise UsageError(f"{path}: {split}_images is {images.dtype} {images.shape}", LAYOUTS["npz"])
-            labels = labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels
-            if labels.ndim != 1 or labels.dtype.kind not in "iu" or len(labels) != len(images):
-                raise UsageError(
-                    f"{path}: {split}_labels is {labels.dtype} {labels.shape}",
-                    f"one whole number for each of {len(images)} images",
-                )
-            pixels[split] = images.reshape(*images.shape[:3], -1)
-            listing[split] = [], [str(label) for label in labels]
+    try:
+        arrays = read_arrays(path, [f"{split}_{part}" for split in SPLITS for part in ("images", "labels")])
+    except Unreadable as error:
+        raise UsageError(f"{path}: {error}", LAYOUTS["npz"]) from None
+    listing: dict[str, tuple[list[str], list[str]]] = {}
+    pixels = {}
+    for split in SPLITS:
+        if split == "val" and "val_images" not in arrays:
+            continue
+        for name in (f"{split}_images", f"{split}_labels"):
+            if name not in arrays:
+                raise UsageError(f"{path} has no {name}, only {', '.join(arrays) or 'others'}", LAYOUTS["npz"])
+        images, labels = (arrays[f"{split}_{part}"] for part in ("images", "labels"))
+        if images.dtype != np.uint8 or images.ndim not in (3, 4) or images.shape[3:] not in ((), (1,), (3,)):
+            raise UsageError(f"{path}: {split}_images is {images.dtype} {images.shape}", LAYOUTS["npz"])
+        if not images.size:
+            raise UsageError(f"{path}: {split}_images is empty", LAYOUTS["npz"])
+        labels = labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels
+        if labels.ndim != 1 or labels.dtype.kind not in "iu" or len(labels) != len(images):
+            raise UsageError(
+                f"{path}: {split}_labels is {labels.dtype} {labels.shape}",
+                f"one whole number for each of {len(images)} images",
+            )
+        pixels[split] = images.reshape(*images.shape[:3], -1)
+        listing[split] = [], [str(label) for label in labels]
     names = class_names_of(listing)
     place = {name: number for number, name in enumerate(names)}
     side = image_options.image_size or min(pixels["train"].shape[1:3])
@@ -279,17 +281,26 @@ def _with_statistics(source: Source, image_options: ImageOptions, kept: Path | N
     """The source with the mean and std that were given, else its training images' own, which a file may keep."""
     mean, std = image_options.mean, image_options.std
     if mean is None or std is None:
-        if kept is not None and kept.is_file():
-            own = json.loads(kept.read_text())
-        else:
+        own = None if kept is None else _kept_statistics(kept, source.train.channels)
+        if own is None:
             images = source.train.images
             own = statistics_of(_sample(images) if isinstance(images, Photos) else images)
             if kept is not None:
                 write_text(kept, json.dumps(own))
-        mean, std = mean or tuple(own[0]), std or tuple(own[1])
+        mean, std = mean or own[0], std or own[1]
     if len(mean) != source.train.channels or len(std) != source.train.channels:
         raise UsageError(f"--mean and --std of {len(mean)} and {len(std)} numbers", f"{source.train.channels} each")
     return source._replace(mean=mean, std=std)
+
+
+def _kept_statistics(path: Path, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """Mean and standard deviation of each channel, as a file has them; None where it has none that can be right."""
+    try:
+        found = np.asarray(read_json(path), dtype=np.float64)
+    except (Unreadable, TypeError, ValueError):
+        return None
+    is_right = found.shape == (2, channels) and bool((found >= 0).all() and (found[0] <= 1).all() and found[1].all())
+    return (tuple(found[0].tolist()), tuple(found[1].tolist())) if is_right else None
 
 
 def statistics_of(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -327,23 +338,3 @@ def _only(data_dir: str, suffix: str, kind: str) -> Path:
     if len(found) != 1 or not found[0].is_file():
         raise UsageError(f"--data_dir {data_dir}: {len(found)} files {suffix}", LAYOUTS[kind])
     return found[0]
-
-
-def _shape(path: Path, name: str) -> tuple[int, ...]:
-    """The shape of an array of an .npz, without reading it."""
-    try:
-        with zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as file:
-            np.lib.format.read_magic(file)
-            shape: tuple[int, ...] = np.lib.format.read_array_header_1_0(file)[0]
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile):
-        raise UsageError(f"{path} has no {name}, or is no .npz", LAYOUTS["npz"]) from None
-    return shape if len(shape) >= 3 else (0, 1, 1)
-
-
-def _array(arrays: Mapping[str, npt.NDArray[Any]], name: str, path: Path) -> npt.NDArray[Any]:
-    if name not in arrays:
-        raise UsageError(f"{path} has no {name}, only {', '.join(arrays)}", LAYOUTS["npz"])
-    try:
-        return arrays[name]
-    except ValueError as error:
-        raise UsageError(f"{path}: {name} ({error})", LAYOUTS["npz"]) from None

@@ -25,6 +25,7 @@ from datasets.files import Listing, Manifest
 from datasets.own import LAYOUTS, listing_of
 from datasets.published import PUBLISHED, read_published
 from utils.command import command
+from utils.console import write
 from utils.errors import UsageError
 from utils.files import require_writable
 from utils.options import Flag, Number, Text, check, option, parse_typed, resolve
@@ -93,9 +94,9 @@ def main(argv: Sequence[str]) -> Manifest:
 
     listing = READERS[name].read(root, folder, options.any_counts)
     for split, (paths, _) in listing.splits.items():
-        print(f"{split}: {len(paths):,} images listed, the first {root / paths[0]}", flush=True)
+        write(f"{split}: {len(paths):,} images listed, the first {root / paths[0]}")
     if listing.about.get("counts") == "other":
-        print("images per class are not the published ones (--any_counts)")
+        write("images per class are not the published ones (--any_counts)")
     return check_all(name, root, folder, listing, workers, side, options.verify, argv)
 
 

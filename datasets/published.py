@@ -7,7 +7,6 @@ published images per class.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 from collections import Counter
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from datasets.files import Listing
 from utils.errors import UsageError
+from utils.readers import Unreadable, parse_json, read_bytes, read_json
 from utils.types import Json
 
 CLASS_COUNTS = Path(__file__).with_name("class_counts.json")
@@ -113,15 +113,15 @@ def read_list(file: Path) -> tuple[list[str], Tensor]:
         UsageError: it cannot be read, or a line is something else.
     """
     try:
-        text = file.read_text(encoding="utf-8")
+        text = read_bytes(file).decode("utf-8")
         if file.suffix == ".json":
-            content = json.loads(text)
+            content = parse_json(text)
             names = {image["id"]: str(image["file_name"]) for image in content["images"]}
             pairs = [(names[entry["image_id"]], str(entry["category_id"])) for entry in content["annotations"]]
         else:
             lines = [line.strip().rpartition(" ") for line in text.splitlines() if line.strip()]
             pairs = [(path, label) for path, _, label in lines]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (Unreadable, ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{file} cannot be read ({error!r})", "an undamaged list of images") from None
     for number, (path, label) in enumerate(pairs, 1):
         if path.count("/") < 2 or not re.fullmatch(r"\d{1,6}", label):
@@ -134,7 +134,7 @@ def read_list(file: Path) -> tuple[list[str], Tensor]:
 
 def difference(name: str, labels: dict[str, Tensor]) -> str | None:
     """The first class whose number of images is not the published one, in words; None where all are."""
-    for split, published in json.loads(CLASS_COUNTS.read_text())[name].items():
+    for split, published in read_json(CLASS_COUNTS)[name].items():
         if isinstance(published, int):
             published = [published] * num_classes(name)
         counts = torch.bincount(labels[split], minlength=len(published)).tolist()
@@ -147,7 +147,7 @@ def difference(name: str, labels: dict[str, Tensor]) -> str | None:
 
 def num_classes(name: str) -> int:
     """The number of classes of a published data set."""
-    return len(json.loads(CLASS_COUNTS.read_text())[name]["train"])
+    return len(read_json(CLASS_COUNTS)[name]["train"])
 
 
 def class_folders(listed: dict[str, tuple[list[str], Tensor]]) -> list[str]:
@@ -215,10 +215,10 @@ def _inat_names(folders: list[str], find: Find) -> list[str]:
     """The species of categories.json; train2018.json, the next best, has its names obfuscated."""
     for file in filter(None, map(find, ("categories.json", "train2018.json"))):
         try:
-            content: Json = json.loads(file.read_text(encoding="utf-8"))
+            content: Json = read_json(file)
             entries = content["categories"] if isinstance(content, dict) else content
             name_of = {int(entry["id"]): str(entry["name"]) for entry in entries}
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (Unreadable, ValueError, KeyError, TypeError) as error:
             raise UsageError(f"{file} cannot be read ({error!r})", "a list of categories with id and name") from None
         return _unique([name_of.get(label, folder) for label, folder in enumerate(folders)], folders)
     return folders

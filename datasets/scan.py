@@ -18,6 +18,7 @@ from torch import Tensor
 from datasets.files import read_image
 from utils.bar import bar
 from utils.errors import UsageError
+from utils.readers import Unreadable, map_array
 
 R = TypeVar("R")
 #: Images that a worker decodes before all wait for the slowest; a pass holds no more results than these in memory.
@@ -93,11 +94,11 @@ def write_pixels(
 def has_pixels(path: str | Path, n: int, side: int, key: str = "") -> bool:
     """Whether ``path`` is a whole file that :func:`write_pixels` made of ``n`` images, those of the list ``key``."""
     try:
-        pixels = np.load(path, mmap_mode="r")
+        pixels = map_array(path, len(key))
         with open(path, "rb") as file:
             file.seek(-len(key), os.SEEK_END)
             is_of_list = file.read() == key.encode()
-    except (OSError, ValueError, EOFError):
+    except (Unreadable, OSError):
         return False
     return bool(is_of_list and pixels.shape == (n, side, side, 3) and pixels.dtype == np.uint8)
 

@@ -118,7 +118,7 @@ class TrainOptions(DataOptions):
     """What both training stages add."""
 
     batch_size: int = option(64, Number(int, 1, 10**9), "images per step", "optimisation", sweep=True)
-    momentum: float = option(0.9, Number(float, 0, 1), "SGD momentum", "optimisation")
+    momentum: float = option(0.9, Number(float, 0, 0.9999), "SGD momentum", "optimisation")
     nesterov: bool = option(False, Flag(), "Nesterov momentum", "optimisation")
     protocol: str = option(
         "honest", Choice(("honest", "published")), "how epochs are chosen and averaged", "evaluation"
@@ -280,7 +280,9 @@ def refuse_contradictions(typed: Values, stored: Values, source: str) -> None:
     """Raises UsageError where a typed flag disagrees with what a file states."""
     for name, value in stored.items():
         if name in typed and typed[name] != value:
-            raise UsageError(f"--{name} {typed[name]} contradicts {source}", f"--{name} {value}, or another file")
+            raise UsageError(
+                f"--{name} {shown(typed[name])} contradicts {source}", f"--{name} {shown(value)}, or another file"
+            )
 
 
 def check_data_flags(options: DataOptions, typed: Values) -> None:

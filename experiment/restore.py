@@ -6,14 +6,16 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from datasets import DATASETS, LongTailed
+from datasets.own import SPLITS
 from experiment.options import DataOptions, data_name, flags_of, recipe_layers
 from models import BACKBONES, HEADS, TIMM, Network, build_model, imagenet_weights, recognise
 from models.foreign import translate, translate_timm
 from utils import checkpoints
-from utils.checkpoints import Checkpoint, NoCheckpoint
+from utils.checkpoints import Checkpoint, NoCheckpoint, require_weights
 from utils.console import show
 from utils.distributed import main_process_first
 from utils.errors import UsageError
@@ -88,6 +90,13 @@ def open_latest(typed: Values, cls: type[DataOptions]) -> Checkpoint:
         return open_checkpoint(typed, "stage2", cls)
     except NoCheckpoint:
         return open_checkpoint(typed, "stage1", cls)
+
+
+def files_read(file: Checkpoint, options: DataOptions) -> list[Path]:
+    """Files that a command reads, beside images: a checkpoint, the one before it, data of one's own or its lists."""
+    place = Path(options.data_dir)
+    parents = [Path(file.parent["path"])] if file.parent else []
+    return [*([file.path] if file.path else []), *parents, place, *(place / f"{split}.csv" for split in SPLITS)]
 
 
 def final_path_of(file: Checkpoint) -> Path:
@@ -166,9 +175,21 @@ def built(file: Checkpoint) -> Network:
     is_known = file.network.startswith(TIMM) or file.stem in BACKBONES.get(file.network, {})
     if not is_known:
         raise UsageError(f"{file.path} holds a {file.network} with the {file.stem} stem", ", ".join(BACKBONES))
-    model = build_model(file.network, file.num_classes, file.in_channels, file.head, file.stem)
-    try:
-        model.load_state_dict(file.model)
-    except RuntimeError:
-        raise UsageError(f"{file.path}: its weights do not fit {file.network}", "an undamaged checkpoint") from None
-    return model
+    require_weights(file.model, str(file.path))
+    rows = file.model.get("fc.weight")
+    device = "cpu" if file.network.startswith(TIMM) else "meta"  # some of timm's look at values while they are built
+    what = (file.network, file.num_classes, file.in_channels, file.head, file.stem)
+    if rows is not None and rows.dim() == 2 and len(rows) == file.num_classes:
+        with torch.device(device):
+            model = build_model(*what)
+        expected = model.state_dict()
+        if {name: value.shape for name, value in expected.items()} == {n: v.shape for n, v in file.model.items()}:
+            for name, value in file.model.items():
+                is_float = expected[name].is_floating_point() and value.is_floating_point()
+                if not is_float and value.dtype != expected[name].dtype:
+                    kinds = [str(each.dtype).removeprefix("torch.") for each in (value, expected[name])]
+                    raise UsageError(f"{file.path}: {name} is of {kinds[0]}", f"{kinds[1]}, as {file.network} has it")
+            model = model if device == "cpu" else build_model(*what)
+            model.load_state_dict(file.model)
+            return model
+    raise UsageError(f"{file.path}: its weights do not fit {file.network}", "an undamaged checkpoint")

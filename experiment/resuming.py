@@ -20,6 +20,7 @@ from utils.distributed import launched, world_size
 from utils.errors import UsageError
 from utils.files import sweep
 from utils.options import Values, convert_typed, shown, spec_of
+from utils.readers import Unreadable, read_json
 from utils.resume import Stateful, TrainState, can_go_on, completed_run
 from utils.run import Run
 
@@ -114,8 +115,8 @@ def read_begun(path: Path) -> Begun | None:
     """What :func:`experiment.record.begin` wrote into a run's options.json; None where it has not."""
     kinds = {"script": str, "typed": dict, "seed": list, "start": str | None, "options": dict, "processes": int}
     try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError):
+        content = read_json(path)
+    except Unreadable:
         return None
     is_whole = isinstance(content, dict) and all(isinstance(content.get(k, 0), kind) for k, kind in kinds.items())
     return cast(Begun, content) if is_whole else None

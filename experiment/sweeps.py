@@ -186,14 +186,17 @@ def ranked_rows(results: Sequence[R], run: Run, hint: str, heading: str = "metho
     names = ["seed", *varying([result.setting for result in results])]
     for result in results:
         if result.diverged is not None:
-            run.say(f"diverged in epoch {result.diverged}: {result.setting.describe(names)}")
+            where = f"diverged in epoch {result.diverged}" if result.diverged else "no finite logits"
+            run.say(f"{where}: {result.setting.describe(names)}")
     rows = rows_of(results)
     if not rows and len(results) > 1:
         write_sweep(results, run, heading)
     if not rows:
         lost = sum(result.diverged is not None for result in results)
         where = f" in {lost} of {len(results)} runs, at least one of every setting" if len(results) > 1 else ""
-        raise Diverged(f"the loss or the logits are not finite{where}: {hint}")
+        if not any(result.diverged for result in results):  # nothing was trained
+            hint = "stage 1's classifier or its features are not fit for that, as a row of zeros is not"
+        raise Diverged(f"the loss or the logits are not finite, or the loss has risen a thousandfold{where}: {hint}")
     return rows
 
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import pickle
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -22,8 +21,6 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -31,13 +28,16 @@ from datasets import SAMPLERS, Augment, Batches, ImageSet, LongTailed
 from datasets.batches import Batch, Draws, seeded
 from engine import for_evaluation, forward
 from models import Network
+from utils.arrays import open_array, write_array
+from utils.console import show
 from utils.errors import UsageError
 from utils.files import atomic, require_writable, sweep, write_text
 from utils.metrics import LOGIT_BYTES, Logits
+from utils.readers import Array, Unreadable, parse_tensors, read_bytes
 from utils.system import free_memory
 
-#: Raise it when the way features are computed changes, so that no old file is taken for a new one.
-FORMAT = 1
+#: Raise it when the way features are computed or kept changes, so that no old file is taken for a new one.
+FORMAT = 2
 #: Keeps the views' random numbers apart from the stages'.
 VIEWS_STREAM = 3
 #: The largest image side of which all crops and flips are kept.
@@ -76,8 +76,15 @@ class FeatureCache:
 
     A file is written beside its final name and renamed when it is whole, so an interrupted write leaves nothing to be
     mistaken for it, and two runs that want the same file at once each write the same bytes. Arrays are .npy files of
-    ``dtype``, a key of ``DTYPES``, and come back memory-mapped; one that is damaged is made anew. They may be larger
-    than memory, and are only read: a page that is written to would be copied into it.
+    ``dtype``, a key of ``DTYPES``, with checksums (:mod:`utils.arrays`), and come back memory-mapped; one that is
+    damaged is made anew. They may be larger than memory, and are only read: a page that is written to would be copied
+    into it.
+
+    Args:
+        root: the folder of all caches.
+        about: what the content depends on.
+        dtype: key of ``DTYPES``.
+        is_checked: check all of an array when it is opened, of a large one too.
 
     Attributes:
         folder: where the files are.
@@ -85,8 +92,11 @@ class FeatureCache:
         seconds: time spent on writing them, the making included.
     """
 
-    def __init__(self, root: str | Path, about: Mapping[str, object], dtype: str = "float32") -> None:
+    def __init__(
+        self, root: str | Path, about: Mapping[str, object], dtype: str = "float32", is_checked: bool = False
+    ) -> None:
         self.dtype, self.bits = DTYPES[dtype]
+        self.is_checked = is_checked
         if dtype != "float32":  # which older versions did not name
             about = {**about, "dtype": dtype}
         text = json.dumps(about, sort_keys=True, indent=1)
@@ -99,16 +109,18 @@ class FeatureCache:
         self.seconds = 0.0
         self._seen: set[str] = set()
 
-    def array(self, name: str, rows: int, compute: Callable[[], Iterator[Tensor]], anew: bool = False) -> Tensor:
+    def array(
+        self, name: str, shape: tuple[int, int], compute: Callable[[], Iterator[Tensor]], anew: bool = False
+    ) -> Tensor:
         """The array (rows, D); where it is missing or ``anew``, made of the pieces (B, D) that ``compute`` yields."""
         path = self.folder / f"{name}.npy"
-        array = None if anew else self._mapped(path, rows)
+        array = None if anew else self._mapped(path, shape)
         is_new = array is None
         if array is None:
             began = time.perf_counter()
-            self._write(path, rows, compute())
+            self._write(path, shape, compute())
             self.seconds += time.perf_counter() - began
-            array = self._mapped(path, rows)
+            array = self._mapped(path, shape)
         if array is None:
             raise UsageError(f"--cache_dir {self.folder}: {path.name} is gone", "a cache that nobody deletes meanwhile")
         if name not in self._seen:
@@ -117,30 +129,38 @@ class FeatureCache:
             self.reused += array.nbytes * (not is_new)
         return torch.from_numpy(array).view(self.dtype)
 
-    def _write(self, path: Path, rows: int, pieces: Iterator[Tensor]) -> None:
+    def _write(self, path: Path, shape: tuple[int, int], pieces: Iterator[Tensor]) -> None:
         # Plain writes: on a full disk they fail with an error, a memory map with the process.
-        require_writable("--cache_dir", self.folder)
-        with atomic(path) as temporary, open(temporary, "wb") as file:
+        def stored() -> Iterator[bytes]:
             written = 0
             for piece in pieces:
-                header = {"descr": self.bits, "fortran_order": False, "shape": (rows, piece.shape[1])}
-                stored = piece.cpu().to(self.dtype)
-                if self.dtype == torch.float16 and bool((stored.isinf() & piece.cpu().isfinite()).any()):
+                assert piece.shape[1:] == shape[1:]
+                found = piece.cpu().to(self.dtype)
+                if self.dtype == torch.float16 and bool((found.isinf() & piece.cpu().isfinite()).any()):
                     too_large = f"a feature of {float(piece.abs().max()):.3g} is too large"
                     raise UsageError(f"--feature_dtype float16: {too_large}", "bfloat16, float32")
-                if written == 0:
-                    np.lib.format.write_array_header_1_0(file, header)
-                file.write(stored.contiguous().view(torch.uint8).numpy().tobytes())
+                yield found.contiguous().view(torch.uint8).numpy().tobytes()
                 written += len(piece)
-            assert written == rows
+            assert written == shape[0]
 
-    def _mapped(self, path: Path, rows: int) -> npt.NDArray[np.generic] | None:
-        """The array of a file, memory-mapped; None where the file is missing, damaged or of another shape."""
-        try:
-            array = np.load(path, mmap_mode="c")  # copy-on-write: torch wants writable memory
-        except (OSError, ValueError, EOFError):
+        require_writable("--cache_dir", self.folder)
+        with atomic(path) as temporary, open(temporary, "wb") as file:
+            write_array(file, self._name(path), shape, self.bits, stored())
+
+    def _mapped(self, path: Path, shape: tuple[int, int]) -> Array | None:
+        """The array of a file, memory-mapped; None where the file is missing, damaged (which is said) or another's."""
+        if not path.exists():
             return None
-        return array if array.dtype == self.bits and array.ndim == 2 and len(array) == rows else None
+        try:
+            array = open_array(path, self._name(path), self.is_checked)
+        except Unreadable as error:
+            show(f"note: {path}: {error}; it is made anew")
+            return None
+        return array if array.dtype == self.bits and array.shape == shape else None
+
+    def _name(self, path: Path) -> str:
+        """What a file's checksums call it: a file of another folder is not taken for it."""
+        return f"{self.folder.name}/{path.name}"
 
     def tensors(self, name: str) -> Path:
         """The path of a small file of tensors beside the arrays."""
@@ -162,6 +182,7 @@ class FeatureSource:
         num_views, view_seed: number of views (0: images as they are) and the seed of their crops and flips (``views``).
         dtype: key of ``DTYPES``: what the training images' features are stored as. Those of test and held-out images
             are float32, so that figures are those of the network itself. Heads get float32 whatever is stored.
+        check_cache: check all of an array of the cache when it is opened, of a large one too.
     """
 
     model: Network
@@ -175,6 +196,7 @@ class FeatureSource:
     num_views: int = 20
     view_seed: int = 0
     dtype: str = "float32"
+    check_cache: bool = False
 
     def __post_init__(self) -> None:
         self.model = self.model.to(self.device).eval().requires_grad_(False)
@@ -206,8 +228,12 @@ class FeatureSource:
     @property
     def array_bytes(self) -> int:
         """What an array of training images takes on disk."""
-        width = self.model.fc.get_parameter("weight").shape[1]
-        return len(self.labels) * width * DTYPES[self.dtype][0].itemsize
+        return len(self.labels) * self.width * DTYPES[self.dtype][0].itemsize
+
+    @property
+    def width(self) -> int:
+        """D: the numbers of a feature."""
+        return self.model.fc.get_parameter("weight").shape[1]
 
     def evaluated(self, part: str, stream: Stream | None = None, epoch: int = -1) -> list[Tensor]:
         """Features (N, D) of "test", "val" or "train" as they are, followed by their mirror images' where wanted.
@@ -251,7 +277,8 @@ class FeatureSource:
         }
         key = json.dumps(about, sort_keys=True)
         if key not in self.caches:
-            self.caches[key] = FeatureCache(self.cache_dir, about, self.dtype if part == "train" else "float32")
+            dtype = self.dtype if part == "train" else "float32"
+            self.caches[key] = FeatureCache(self.cache_dir, about, dtype, self.check_cache)
         return self.caches[key]
 
     def plain(self, part: str, cache: FeatureCache, name: str, network: Callable[[], Network]) -> list[Tensor]:
@@ -265,9 +292,10 @@ class FeatureSource:
 
         key = f"{cache.folder}/{name}"
         if self._latest.get(part, ("", []))[0] != key:  # kept for the next classifier that asks
-            found = [cache.array(name, len(images), compute)]
+            shape = len(images), self.width
+            found = [cache.array(name, shape, compute)]
             if self.flip and part != "train":
-                found.append(cache.array(f"{name}_mirrored", len(images), partial(compute, mirrored=True)))
+                found.append(cache.array(f"{name}_mirrored", shape, partial(compute, mirrored=True)))
             self._latest[part] = key, [resident(array, self.device) for array in found]
         return self._latest[part][1]
 
@@ -309,7 +337,7 @@ class _EvalMode(FeatureSource):
             steps = batches.cut(augment.draws(torch.arange(len(train)), *windows))
             yield from self.passes(self.fast, steps, len(batches), name.replace("_", " "))
 
-        return cache.array(name, len(train), compute)
+        return cache.array(name, (len(train), self.width), compute)
 
 
 class Views(_EvalMode):
@@ -391,12 +419,13 @@ class Replay(FeatureSource):
             yield from self.passes(self.model, batches.cut(draws), len(batches), f"replay of epoch {epoch + 1}")
             self.model.eval()
             buffer = io.BytesIO()  # torch would hide why a disk refuses it
-            torch.save(self._buffers(), buffer)
+            torch.save({"cache": cache.folder.name, "epoch": epoch, "buffers": self._buffers()}, buffer)
             with atomic(cache.tensors(f"batchnorm_{epoch}")) as path:
                 path.write_bytes(buffer.getbuffer())
 
-        anew = not cache.tensors(f"batchnorm_{epoch}").is_file()
-        features = resident(cache.array(f"epoch_{epoch}", len(draws.order), compute, anew), self.device)
+        anew = self._statistics(cache, epoch) is None
+        shape = len(draws.order), self.width
+        features = resident(cache.array(f"epoch_{epoch}", shape, compute, anew), self.device)
         labels = self.labels[draws.order.to(self.device)]
         for rows, own in zip(features.split(stream.batch_size), labels.split(stream.batch_size)):
             yield rows.to(self.device).float(), own
@@ -430,13 +459,25 @@ class Replay(FeatureSource):
         self.model.eval()
         state = self.start
         if stream is not None and epoch >= 0:
-            path = self._cache(stream, "train").tensors(f"batchnorm_{epoch}")
-            try:
-                state = torch.load(path, weights_only=True)
-            except (OSError, EOFError, RuntimeError, pickle.UnpicklingError):
-                raise UsageError(f"--cache_dir: {path} is gone or damaged", "a cache without it: delete it") from None
+            cache = self._cache(stream, "train")
+            found = self._statistics(cache, epoch)
+            if found is None:
+                path = cache.tensors(f"batchnorm_{epoch}")
+                raise UsageError(f"--cache_dir: {path} is gone or damaged", "a cache without it: delete it")
+            state = found
         for name, value in self.model.named_buffers():
             value.copy_(state[name])
+
+    def _statistics(self, cache: FeatureCache, epoch: int) -> dict[str, Tensor] | None:
+        """The running statistics after an epoch; None where their file is missing, damaged or another's."""
+        try:
+            found = parse_tensors(read_bytes(cache.tensors(f"batchnorm_{epoch}")))
+        except Unreadable:
+            return None
+        if not isinstance(found, dict) or (found.get("cache"), found.get("epoch")) != (cache.folder.name, epoch):
+            return None
+        buffers: dict[str, Tensor] = found["buffers"]
+        return buffers
 
     def _buffers(self) -> dict[str, Tensor]:
         return {name: value.detach().cpu().clone() for name, value in self.model.named_buffers()}

@@ -18,7 +18,7 @@ from retraining.settings import TUNABLE
 from utils.checkpoints import IDENTITY, Checkpoint
 from utils.console import show
 from utils.errors import UsageError
-from utils.options import Choice, Number, Resolved, Text, Value, Values, option, shown
+from utils.options import Choice, Flag, Number, Resolved, Text, Value, Values, option, shown
 from utils.system import pick_device
 
 T = TypeVar("T", bound="Options")
@@ -33,7 +33,7 @@ class Options(TrainOptions):
     method: str = option(
         "los", Choice(METHODS), "how the classifier is re-trained; see retraining/methods.py", "recipe", sweep=True
     )
-    finetune_epoch: int = option(20, Number(int, 1), "epochs", "optimisation", sweep=True)
+    finetune_epoch: int = option(20, Number(int, 1, 1_000_000), "epochs", "optimisation", sweep=True)
     finetune_lr: float | None = option(
         None, Number(float, 0, HUGE, above=True), "learning rate, cosine to 0", "optimisation", sweep=True
     )
@@ -98,6 +98,9 @@ class Options(TrainOptions):
     )
     cache_dir: str = option(
         "cache", Text("a folder"), "where features are kept; it may be deleted between runs", "files"
+    )
+    check_cache: bool = option(
+        False, Flag(), "check all of what is kept there when it is opened; else of large files a sample", "files"
     )
     pretrained_pth: str | None = option(
         None, Text(), "stage 1's checkpoint; without it, the one it left by default", "files"

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 from collections.abc import Iterator, Sequence
 from functools import partial
 
 from torch import Tensor, nn
 
 from datasets import Batches, LongTailed
-from engine import predict
+from engine import TrainStats, is_diverged, predict
 from experiment.sweeps import Result
 from retraining.features import FeatureSource, Stream, feature_blocks, head_logits
 from retraining.methods import Method, Stage1, Trained
@@ -44,16 +43,16 @@ class ClassifierResult(Result):
         """The selected epoch's classifier alone."""
         return self.head.get_submodule("fc") if self.network else self.head
 
-    def after(self, epoch: int, lr: float, train: tuple[float, float], seconds: float) -> bool:
+    def after(self, epoch: int, lr: float, train: TrainStats, seconds: float, classes: int) -> bool:
         """Notes an epoch (from 0) of training loss and top-1 ``train``; False where the result has diverged."""
-        if self.diverged is None and not math.isfinite(train[0]):
+        if self.diverged is None and is_diverged(train, classes):
             self.diverged = epoch + 1
         if self.diverged is None:
             record: Record = {
                 "epoch": epoch + 1,
                 "lr": lr,
-                "train_loss": train[0],
-                "train_top1": train[1],
+                "train_loss": train.loss,
+                "train_top1": train.top1,
                 "seconds": seconds,
             }
             self.records.append(record)

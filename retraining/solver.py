@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD
 
+from engine import TrainStats
 from losses.softmax import SoftmaxLoss
 from utils.errors import UsageError
 from utils.graphs import Graphed
@@ -268,18 +269,17 @@ class Solver:
         self._begin_epoch()
 
     def _begin_epoch(self) -> None:
-        """``sums`` is what an epoch has measured so far, losses and hits (2, S) of every part, over ``images``."""
+        """``sums`` is what an epoch has measured over ``images``: losses, hits, first losses, (3, S) of each part."""
         self.images = 0
         self.sums: list[Tensor | float] = [0.0] * len(self.parts)
 
     def train_epoch(
         self, steps: Steps, progress: float, rate: float, state: TrainState | None = None
-    ) -> list[tuple[float, float]]:
+    ) -> list[TrainStats]:
         """One SGD step of every head on each (features (B, D), labels (B,)).
 
         ``progress`` is the share of the epochs that is over, ``rate`` multiplies the learning rates. ``state`` is told
-        of the steps and may have seen the first ones, which are then passed over. Returns each head's (loss in nats,
-        top-1 as a fraction), means over the images as it saw them.
+        of the steps and may have seen the first ones, which are then passed over. Returns what each head has measured.
         """
         done = state.step if state else 0
         if done == 0:
@@ -298,11 +298,11 @@ class Solver:
                 part.end()
             if state:
                 state.is_trained = True
-        results = [(0.0, 0.0)] * len(self.seconds)
+        results = [TrainStats(0.0, 0.0, 0.0)] * len(self.seconds)
         for part, sums in zip(self.parts, self.sums):
             assert isinstance(sums, Tensor)
-            for place, (loss_sum, correct) in zip(part.places, sums.T.tolist()):
-                results[place] = (loss_sum / self.images, correct / self.images)
+            for place, (loss_sum, correct, first) in zip(part.places, sums.T.tolist()):
+                results[place] = TrainStats(loss_sum / self.images, correct / self.images, first)
         return results
 
     def state_dict(self) -> StateDict:
@@ -318,11 +318,12 @@ class Solver:
             part.load_state_dict(stored)
 
     def _advance(self, window: list[tuple[Tensor, ...]], part: _Part) -> Tensor:
-        """A part's steps: its heads' sums of losses and hits, (2, S)."""
+        """A part's steps: its heads' sums of losses and hits and, at an epoch's beginning, first losses, (3, S)."""
         began = time.perf_counter()
         losses, hits = zip(*(part.step(features, labels) for features, labels in window))
         sizes = torch.tensor([float(len(labels)) for _, labels in window]).to(losses[0])
-        sums = torch.stack([sizes @ torch.stack(losses), torch.stack(hits).sum(dim=0)])
+        first = losses[0] if self.images == 0 else torch.zeros_like(losses[0])
+        sums = torch.stack([sizes @ torch.stack(losses), torch.stack(hits).sum(dim=0), first])
         for place in part.places:
             self.seconds[place] += (time.perf_counter() - began) / len(part.places)
         return sums

@@ -18,7 +18,7 @@ from experiment.record import STATE
 from experiment.restore import restore
 from experiment.resuming import make_state
 from models import trained_part
-from retraining.features import FEATURES, Progress, Stream, unseen
+from retraining.features import FEATURES, Stream, unseen
 from retraining.methods import Method, Trained
 from retraining.options import Options
 from retraining.results import ClassifierResult, Finished, FrozenBackbone, Results, name_of
@@ -35,10 +35,8 @@ from utils.run import Run
 HINT = "a lower --finetune_lr may help"
 
 
-def freeze(
-    parent: Checkpoint, data: LongTailed, device: torch.device, options: Options, progress: Progress = unseen
-) -> FrozenBackbone:
-    """Stage 1's network with its feature source."""
+def freeze(parent: Checkpoint, data: LongTailed, device: torch.device, options: Options) -> FrozenBackbone:
+    """Stage 1's network with its feature source, which shows no progress yet."""
     source = FEATURES[options.features](
         restore(parent, data),
         data,
@@ -46,11 +44,12 @@ def freeze(
         options.cache_dir,
         str(parent.sha256),
         options.flip_tta,
-        progress,
+        unseen,
         EVAL_BATCH[device.type],
         options.views,
         options.view_seed,
         options.feature_dtype,
+        options.check_cache,
     )
     return FrozenBackbone(source)
 
@@ -146,7 +145,7 @@ def train_heads(
             if due:
                 frozen.make_features(stream, epoch)
             for result, head, stats in zip(results, heads, train):
-                is_well = result.after(epoch, head.lr * rate, stats, seconds)
+                is_well = result.after(epoch, head.lr * rate, stats, seconds, frozen.data.num_classes)
                 if is_well and due:
                     frozen.measure(result, result.method.finished(head.head), epoch)
             whole = [result for result in results if result.diverged is None]
@@ -193,7 +192,8 @@ def train_network(
                     val = frozen.network_logits(model, "val") if frozen.data.val else None
                     logits = frozen.network_logits(model, "test"), val
                 result.seconds += seconds
-                result.after(epoch, lr * rate, stats, seconds)
+                if not result.after(epoch, lr * rate, stats, seconds, frozen.data.num_classes):
+                    break
                 if logits:
                     result.offer(epoch + 1, model, *logits, frozen.data)
             except Diverged:

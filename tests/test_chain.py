@@ -117,7 +117,7 @@ def test_what_a_run_leaves(workdir, capsys) -> None:
 
     content = torch.load(STAGE1, weights_only=True)
     assert (
-        content["format"] == 3
+        content["format"] == 4
         and content["stem"] == "small"
         and content["head"] == "linear"
         and content["stage"] == "stage1"

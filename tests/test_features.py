@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import io
+import random
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -31,7 +34,10 @@ from retraining.features import (
 )
 from retraining.methods import NCM, TauNorm
 from retraining.results import FrozenBackbone
+from utils import arrays
+from utils.arrays import open_array, write_array
 from utils.errors import UsageError
+from utils.readers import Unreadable
 
 CPU = torch.device("cpu")
 STREAM = Stream(seed=3, sampler="instance", batch_size=64, epochs=4)
@@ -230,14 +236,87 @@ def test_normalisation_is_part_of_the_key(tmp_path: Path) -> None:
         assert other.cache("eval", "train").folder != before
 
 
-@pytest.mark.parametrize("damage", [b"", b"garbage", None])
-def test_a_damaged_file_is_made_anew(damage: bytes | None, tmp_path: Path) -> None:
+DAMAGE: dict[str, Callable[[bytes], bytes]] = {
+    "empty": lambda b: b"",
+    "garbage": lambda b: b"garbage",
+    "short": lambda b: b[:-100],
+    "long": lambda b: b + b"x",
+    "half of zeros": lambda b: b[: len(b) // 2] + bytes(len(b) - len(b) // 2),
+    "a bit of the array": lambda b: b[:5000] + bytes([b[5000] ^ 1]) + b[5001:],
+    "a bit of the header": lambda b: b[:90] + bytes([b[90] ^ 1]) + b[91:],
+    "a bit of the checksums": lambda b: b[:-9] + bytes([b[-9] ^ 1]) + b[-8:],
+    "NaN": lambda b: b[:400] + np.float32("nan").tobytes() * 99 + b[796:],
+    "another array": lambda b: saved(np.zeros((3, 2), np.float32)),
+    "another array of this shape": lambda b: saved(np.zeros((304, 64), np.float32)),
+}
+
+
+def saved(array: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_file_is_made_anew_and_that_is_said(damage: str, tmp_path: Path, capsys) -> None:
     whole = collect(make("views", tmp_path, num_views=1), 0)[0].clone()
     [path] = tmp_path.rglob("view_0.npy")
-    path.write_bytes(path.read_bytes()[:-100] if damage is None else damage)
+    before = path.read_bytes()
+    path.write_bytes(DAMAGE[damage](before))
     assert torch.equal(collect(make("views", tmp_path, num_views=1), 0)[0], whole)
-    np.save(path, np.zeros((3, 2), np.float32))
-    assert torch.equal(collect(make("views", tmp_path, num_views=1), 0)[0], whole)
+    assert f"note: {path}: " in capsys.readouterr().out and path.read_bytes() == before
+
+
+def test_a_flipped_bit_anywhere_in_an_array_s_file_is_seen(tmp_path: Path) -> None:
+    path, draw = tmp_path / "x.npy", random.Random(0)
+    content = np.arange(3 * 2**20, dtype=np.int32)
+    with open(path, "wb") as file:
+        write_array(file, "x", content.shape, "<i4", [content[:99].tobytes(), content[99:].tobytes()])
+    assert np.array_equal(np.load(path), content) and np.array_equal(open_array(path, "x"), content)
+    with pytest.raises(Unreadable, match="checksums"):
+        open_array(path, "y")
+    size = path.stat().st_size
+    for place in [0, 7, 60, 127, size - 1, size - 5, size - 9, *(draw.randrange(size) for _ in range(100))]:
+        with open(path, "r+b") as file:
+            file.seek(place)
+            byte = file.read(1)[0]
+            file.seek(place)
+            file.write(bytes([byte ^ 1 << draw.randrange(8)]))
+            file.flush()
+            with pytest.raises(Unreadable):
+                open_array(path, "x")
+            file.seek(place)
+            file.write(bytes([byte]))
+    assert np.array_equal(open_array(path, "x"), content)
+
+
+def test_of_a_large_array_a_sample_is_checked_or_all_of_it(tmp_path: Path, monkeypatch) -> None:
+    for name, value in (("BLOCK", 1024), ("CHECKED_WHOLE", 4096), ("SAMPLED", 8)):
+        monkeypatch.setattr(arrays, name, value)
+    path = tmp_path / "x.npy"
+    with open(path, "wb") as file:
+        write_array(file, "x", (2**20,), "|u1", [bytes(2**20)])
+    blob = bytearray(path.read_bytes())
+    blob[500_000] ^= 1
+    path.write_bytes(blob)
+    seen = 0
+    for _ in range(60):
+        try:
+            open_array(path, "x")
+        except Unreadable:
+            seen += 1
+    assert 0 <= seen < 20  # 8 of 1025 blocks
+    with pytest.raises(Unreadable, match="block 488 of 1025"):
+        open_array(path, "x", is_whole=True)
+
+
+def test_replay_takes_no_running_statistics_of_another_epoch(tmp_path: Path) -> None:
+    source = make("replay", tmp_path)
+    whole = [collect(source, epoch)[0].clone() for epoch in range(2)]
+    first, second = sorted(tmp_path.rglob("batchnorm_?.pt"))
+    second.write_bytes(first.read_bytes())
+    assert torch.equal(collect(make("replay", tmp_path), 1)[0], whole[1])
+    assert second.read_bytes() != first.read_bytes()
 
 
 def test_replay_without_its_running_statistics_is_made_anew(tmp_path: Path) -> None:
@@ -259,16 +338,16 @@ def test_an_interrupted_write_leaves_nothing(tmp_path: Path) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        cache.array("x", 4, broken)
+        cache.array("x", (4, 3), broken)
     assert sorted(path.name for path in cache.folder.iterdir()) == ["about.json"]
-    got = cache.array("x", 4, lambda: iter([torch.ones(2, 3), torch.zeros(2, 3)]))
+    got = cache.array("x", (4, 3), lambda: iter([torch.ones(2, 3), torch.zeros(2, 3)]))
     assert got.tolist() == [[1.0] * 3] * 2 + [[0.0] * 3] * 2
-    assert torch.equal(FeatureCache(tmp_path, {"a": 1}).array("x", 4, broken), got)
+    assert torch.equal(FeatureCache(tmp_path, {"a": 1}).array("x", (4, 3), broken), got)
 
 
 def test_arrays_are_mapped_and_not_read(tmp_path: Path) -> None:
     cache = FeatureCache(tmp_path, {})
-    array = cache.array("x", 2, lambda: iter([torch.ones(2, 3)]))
+    array = cache.array("x", (2, 3), lambda: iter([torch.ones(2, 3)]))
     array += 1  # copy-on-write: the file stays as it is
     assert np.load(cache.folder / "x.npy").max() == 1
     assert str(cache.folder / "x.npy") in Path("/proc/self/maps").read_text()
@@ -280,7 +359,7 @@ def test_two_runs_may_want_the_same_file(tmp_path: Path) -> None:
     def run(_: int) -> torch.Tensor:
         cache = FeatureCache(tmp_path, {"a": 1})
         barrier.wait(60)
-        return cache.array("x", 600, lambda: (torch.full((2, 5), float(i)) for i in range(300)))
+        return cache.array("x", (600, 5), lambda: (torch.full((2, 5), float(i)) for i in range(300)))
 
     with ThreadPoolExecutor(4) as pool:
         for got in pool.map(run, range(4)):
@@ -296,11 +375,11 @@ def test_cifar_orbit_has_162_views() -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_features_are_stored_as_asked(dtype: str, tmp_path: Path) -> None:
     pieces = torch.randn(90, 7, generator=torch.Generator().manual_seed(0)).split(40)
-    stored = FeatureCache(tmp_path, {"a": 1}, dtype).array("x", 90, lambda: iter(pieces))
+    stored = FeatureCache(tmp_path, {"a": 1}, dtype).array("x", (90, 7), lambda: iter(pieces))
     assert stored.dtype == getattr(torch, dtype) and torch.equal(stored, torch.cat(pieces).to(stored.dtype))
-    assert next(tmp_path.rglob("x.npy")).stat().st_size == 128 + stored.nbytes
+    assert next(tmp_path.rglob("x.npy")).stat().st_size == 128 + stored.nbytes + 12  # header and checksums
     again = FeatureCache(tmp_path, {"a": 1}, dtype)
-    assert torch.equal(again.array("x", 90, pytest.fail), stored) and again.reused == stored.nbytes
+    assert torch.equal(again.array("x", (90, 7), pytest.fail), stored) and again.reused == stored.nbytes
 
 
 def test_the_type_is_part_of_the_key(tmp_path: Path) -> None:
@@ -315,9 +394,9 @@ def test_the_type_is_part_of_the_key(tmp_path: Path) -> None:
 def test_a_feature_that_float16_cannot_hold_is_refused(tmp_path: Path) -> None:
     pieces = [torch.tensor([[1.0, -70_000.0]])]
     with pytest.raises(UsageError, match="--feature_dtype float16: a feature of 7e\\+04"):
-        FeatureCache(tmp_path, {}, "float16").array("x", 1, lambda: iter(pieces))
+        FeatureCache(tmp_path, {}, "float16").array("x", (1, 2), lambda: iter(pieces))
     assert not list(tmp_path.rglob("x.npy"))
-    assert torch.isfinite(FeatureCache(tmp_path, {}, "bfloat16").array("x", 1, lambda: iter(pieces))).all()
+    assert torch.isfinite(FeatureCache(tmp_path, {}, "bfloat16").array("x", (1, 2), lambda: iter(pieces))).all()
 
 
 @pytest.mark.parametrize("kind", FEATURES)
@@ -343,7 +422,9 @@ def test_a_mapped_array_is_gathered_without_copying_it(tmp_path: Path) -> None:
         return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon:")) * 1024
 
     rows = 24_576
-    array = FeatureCache(tmp_path, {}, "float16").array("x", rows, lambda: (torch.ones(512, 2048) for _ in range(48)))
+    array = FeatureCache(tmp_path, {}, "float16").array(
+        "x", (rows, 2048), lambda: (torch.ones(512, 2048) for _ in range(48))
+    )
     before = anonymous()
     for features, _ in gathered(array, torch.arange(rows), torch.randperm(rows), 64):
         assert features.min() == 1 and anonymous() - before < array.nbytes / 4
@@ -352,7 +433,7 @@ def test_a_mapped_array_is_gathered_without_copying_it(tmp_path: Path) -> None:
 def test_a_streamed_epoch_is_the_array_in_its_order(tmp_path: Path) -> None:
     torch.manual_seed(0)
     whole, labels, order = torch.randn(70, 5), torch.arange(70), torch.randperm(70)
-    array = FeatureCache(tmp_path, {}, "float16").array("x", 70, lambda: iter(whole.split(30)))
+    array = FeatureCache(tmp_path, {}, "float16").array("x", (70, 5), lambda: iter(whole.split(30)))
     steps = list(gathered(array, labels, order, 16))
     assert [len(rows) for rows, _ in steps] == [16, 16, 16, 16, 6]
     features, found = (torch.cat(part) for part in zip(*steps))

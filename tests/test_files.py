@@ -23,7 +23,7 @@ from utils import checkpoints, files
 from utils.checkpoints import Checkpoint, read, save_final
 from utils.command import command
 from utils.errors import UsageError, disk_words
-from utils.files import atomic, lock, require_room, require_target, require_writable, sweep, write_text
+from utils.files import Target, atomic, lock, require_room, require_targets, require_writable, sweep, write_text
 
 HOLDER = """
 import sys, time
@@ -226,7 +226,7 @@ def test_generations(workdir: Path) -> None:
     assert save_final(checkpoint(seed=7), path) == f"saved {path}" and len(names(path.parent)) == 6
     for name in (f"{path}.prev", f"{path}.prev5"):
         with pytest.raises(UsageError, match="--csv"):
-            require_target("--csv", name)
+            require_targets([Target("--csv", str(name), b"")])
 
 
 def test_a_run_killed_between_keeping_and_replacing_keeps_nothing_twice(workdir: Path, monkeypatch) -> None:

@@ -181,7 +181,7 @@ def test_every_method_is_made_trained_and_stored(start, name: str) -> None:
         before = {key: value.clone() for key, value in head.state_dict().items()}
         trainee = TrainableHead(head, lambda progress: method.loss(start, progress), 0.1, 0.0)
         [(features, labels)] = start.clean()
-        [(loss, _)] = Solver([trainee]).train_epoch([(features, labels)], 0.0, 1.0)
+        [(loss, *_)] = Solver([trainee]).train_epoch([(features, labels)], 0.0, 1.0)
         assert np.isfinite(loss)
         assert any(not torch.equal(before[key], value) for key, value in head.state_dict().items())
     stored = method.finished(head)

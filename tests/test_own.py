@@ -211,7 +211,7 @@ WRONG: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "objects": (
         "npz",
         lambda d: np.savez(_made(d) / "x.npz", **arrays(train_labels=np.array([None] * 11, dtype=object))),
-        "train_labels .Object arrays",
+        "train_labels is no array of numbers",
     ),
     "no images": (
         "npz",

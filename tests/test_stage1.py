@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -13,10 +14,12 @@ import torch
 from conftest import in_float64
 
 import compare
+import datasets
 import evaluate
 import main_stage1
 import main_stage2
 from datasets import SAMPLERS, Batches
+from engine import TrainStats, is_diverged
 from losses import LOSSES
 from main_stage1 import Options, train
 from models import build_model
@@ -185,6 +188,44 @@ def test_runs_side_by_side_are_the_runs_one_by_one(workdir) -> None:
     for one, other in zip(*found):
         assert all(torch.equal(one[name], other[name]) for name in one)
     assert not torch.equal(found[0][0]["fc.weight"], found[0][1]["fc.weight"])
+
+
+def test_the_images_of_a_step_without_a_finite_loss_are_noted(workdir, capsys) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main_stage1.main([*QUICK, "--lr", "1e30"])
+    (path,) = Path("output").rglob("diverged.json")
+    noted = json.loads(path.read_text())
+    assert stop.value.code == 1 and noted["epoch"] == 1 and "its images are in diverged.json" in capsys.readouterr().out
+    options = runs(dataset="digits", epochs=2, network="resnet8", seed=0)[0]
+    data = datasets.load("digits", "")
+    order = make_batches(options, data, CPU).draws(0).order
+    first = (noted["step"] - 1) * options.batch_size
+    assert noted["images"] == data.train.indices[order[first : first + options.batch_size]].tolist()
+
+
+def test_a_loss_that_rises_a_thousandfold_is_divergence_though_finite(workdir, monkeypatch, capsys) -> None:
+    monkeypatch.setattr("main_stage1.train_epoch", lambda *arguments: TrainStats(1e31, 0.1, 2.5))
+    with pytest.raises(SystemExit) as stop:
+        main_stage1.main(QUICK)
+    assert stop.value.code == 1 and "the loss has risen from 2.5 to 1e+31 in epoch 1" in capsys.readouterr().err
+    assert not STAGE1.exists()
+    found = [is_diverged(TrainStats(loss, 0.0, 1.0), 100) for loss in (0, 4600, 4700, math.nan, math.inf, -math.inf)]
+    assert found == [False, False, True, True, True, True]
+    assert not is_diverged(TrainStats(4700.0, 0.0, 10.0), 100)
+
+
+def test_an_average_that_cannot_leave_the_start_is_announced(workdir, capsys) -> None:
+    main_stage1.main([*QUICK, "--ema", "0.9"])
+    assert "note:" not in capsys.readouterr().out.partition("test top-1")[0]
+    main_stage1.main([*QUICK, "--ema", "0.99999"])
+    assert "note: --ema 0.99999 over 10 steps: the average stays near the initial" in capsys.readouterr().out
+
+
+def test_a_flag_that_comes_twice_is_announced(workdir, capsys) -> None:
+    main_stage1.main([*QUICK, "--epochs", "1", "--nesterov", "--no-nesterov"])
+    said = capsys.readouterr().out
+    assert "--epochs is given twice: 1 counts" in said
+    assert "--no-nesterov beside its opposite: --no-nesterov counts" in said
 
 
 def test_a_run_that_diverges_does_not_end_a_sweep(workdir, capsys) -> None:

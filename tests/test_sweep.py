@@ -318,8 +318,32 @@ def test_a_diverging_bce_head_does_not_stop_the_others(chain, capsys) -> None:
 
 
 def test_huge_weights_are_reported_and_not_crashed_on(chain) -> None:
-    main_stage2.main(f"{QUICK} --finetune_lr 1e22".split())
+    main_stage2.main(QUICK.split())
+    file = checkpoints.read(STAGE2)
+    file.model["fc.weight"] *= 1e22
+    file.save(STAGE2)
     assert evaluate.main(["--dataset", "digits"])["weight_norm"] is None
+
+
+def test_a_classifier_whose_loss_has_exploded_is_not_saved(chain, capsys) -> None:
+    """It is finite, and of no use."""
+    with pytest.raises(SystemExit) as stop:
+        main_stage2.main(f"{QUICK} --finetune_lr 1e22".split())
+    said = capsys.readouterr()
+    assert stop.value.code == 1 and "the loss has risen a thousandfold: a lower --finetune_lr may help" in said.err
+    assert "diverged in epoch 1: los" in said.out and not Path(STAGE2).exists()
+
+
+def test_a_method_that_trains_nothing_is_not_told_to_lower_its_rate(chain, capsys) -> None:
+    file = checkpoints.read("checkpoints/digits_exp100_resnet8_stage1.pt")
+    file.model["fc.weight"][3] = 0
+    assert file.path
+    file.save(file.path)
+    with pytest.raises(SystemExit) as stop:
+        main_stage2.main("--dataset digits --method tau-norm".split())
+    said = capsys.readouterr()
+    assert stop.value.code == 1 and "finetune_lr" not in said.err and "a row of zeros" in said.err
+    assert "no finite logits: tau-norm" in said.out
 
 
 def test_a_cosine_head_may_be_trained_with_the_backbone(chain) -> None:
@@ -330,7 +354,7 @@ def test_a_cosine_head_may_be_trained_with_the_backbone(chain) -> None:
 
 
 def test_a_diverging_backbone_does_not_stop_the_others(chain, capsys) -> None:
-    flags = "--method ce --finetune_scope fc all --finetune_lr 1e20 --finetune_epoch 3"
+    flags = "--method ce --finetune_scope fc all --finetune_lr 30 --finetune_epoch 3"
     main_stage2.main(f"--dataset digits --seed 0 --views 2 {flags}".split())
     assert "diverged in epoch" in capsys.readouterr().out
     assert checkpoints.read(STAGE2).options["finetune_scope"] == "fc"

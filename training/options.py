@@ -21,7 +21,7 @@ class Options(TrainOptions):
     """Stage 1's own options; those of every command are in experiment/options.py. The stronger recipes are off."""
 
     cur_stage: str = stage_option("stage1")
-    epochs: int = option(200, Number(int, 1), "epochs", "optimisation")
+    epochs: int = option(200, Number(int, 1, 1_000_000), "epochs", "optimisation")
     lr: float = option(
         0.01,
         Number(float, 0, HUGE, above=True),

@@ -10,16 +10,17 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import io
+import json
+import math
 import os
-import pickle
 import re
+import reprlib
 import shlex
-import warnings
-import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypedDict, cast
+from typing import Any, TypedDict, cast
 
 import torch
 from torch import Tensor
@@ -27,9 +28,10 @@ from torch import Tensor
 from utils.errors import UsageError
 from utils.files import atomic, lock, second_name
 from utils.metrics import Report
-from utils.system import Provenance
+from utils.readers import MOST_NUMBERS, HoldsCode, Unreadable, parse_tensors, read_bytes
+from utils.system import Provenance, free_memory
 
-FORMAT = 3  # 1 had no head: it was linear; 1 and 2 had no stem: it was small
+FORMAT = 4  # 1 had no head: it was linear; 1 and 2 had no stem: it was small; 1 to 3 had no checksum
 FOLDER = Path("checkpoints")
 STAGES = ("stage1", "stage2")
 SELECT = ("last", "best_test", "best_val")
@@ -38,7 +40,7 @@ KEPT = 5
 IDENTITY = ("dataset", "imb_type", "imb_ratio", "subset", "subset_seed", "image_size", "network", "stem")
 #: Options that say how a run is run, and change nothing that it computes but perhaps its rounding.
 HOW_IT_RUNS = (
-    *("resume", "save_every", "keep_states", "print_options", "dry_run"),
+    *("resume", "save_every", "keep_states", "print_options", "dry_run", "check_cache"),
     *("out", "workers", "threads", "device", "gpu", "parallel"),
 )
 #: Those, and where its files are: two checkpoints that differ in these options alone are the same result.
@@ -139,6 +141,7 @@ class Checkpoint:
     def write(self, path: Path) -> None:
         """Writes the file as it goes."""
         content = {name: getattr(self, name) for name in _STORED}
+        content["checksum"] = checksum(content)
         buffer = io.BytesIO()  # torch would write a path's name into the file, and hide why a disk refuses it
         torch.save({"format": FORMAT, **content}, buffer)
         path.write_bytes(buffer.getbuffer())
@@ -176,24 +179,116 @@ _TYPES: dict[str, type | tuple[type, ...]] = {
     "parent": (dict, type(None)),
     "provenance": dict,
 }
+#: The most classes, channels and pixels a side that a file may be of.
+_MOST_CLASSES, _MOST_CHANNELS, _MOST_SIDE = 1_000_000, 4096, 4096
+_SWEEP = {"settings": int, "chosen_on": str}
+#: The most files after each other that a file may come from.
+_MOST_PARENTS = 100
 
 
-class _Dropped:
-    """Stands in for an object that is no weight: takes anything, keeps nothing."""
+def contradictions(content: Mapping[str, Any]) -> Iterator[str]:
+    """What cannot be right in the fields of a file, the first of which is told."""
+    for name, kind in _TYPES.items():
+        field, _, key = name.partition(".")
+        value = content[field].get(key) if key else content[field]
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            yield f"{name} is {short(value)}"
+    data, metrics, classes = content["data"], content["metrics"], content["num_classes"]
+    if content["stage"] not in STAGES or metrics["select"] not in SELECT:
+        yield f"stage {short(content['stage'])}, select {short(metrics['select'])}"
+    if not (1 <= classes <= _MOST_CLASSES and 1 <= content["in_channels"] <= _MOST_CHANNELS):
+        yield f"num_classes {classes}, in_channels {content['in_channels']}"
+    names, counts = data["class_names"], data["class_counts"]
+    if len(names) != classes or not all(isinstance(name, str) for name in names):
+        yield f"{len(names)} class_names, num_classes {classes}"
+    if len(counts) != classes or not all(type(count) is int and 0 <= count < 2**48 for count in counts):
+        yield f"class_counts {short(counts)}, num_classes {classes}"
+    for name, low in (("mean", -math.inf), ("std", 0.0)):
+        values = data[name]
+        if len(values) != content["in_channels"] or not all(_is_number(value) and value > low for value in values):
+            yield f"data.{name} {short(values)}, in_channels {content['in_channels']}"
+    ratio = data["imb_ratio"]
+    if not (ratio == "natural" or (_is_number(ratio) and ratio >= 1)):
+        yield f"data.imb_ratio {short(ratio)}"
+    if not all(type(position) is int and 0 <= position < 2**48 for position in data["val_indices"]):
+        yield "data.val_indices are no positions"
+    side = data.get("image_size", 32)
+    if type(side) is not int or not 1 <= side <= _MOST_SIDE:
+        yield f"data.image_size {short(side)}"
+    if not (_is_number(metrics["top1"]) and 0 <= metrics["top1"] <= 1):
+        yield f"metrics.top1 {short(metrics['top1'])}"
+    if len(metrics["per_class"]) != classes or not all(
+        value is None or (_is_number(value) and 0 <= value <= 1) for value in metrics["per_class"]
+    ):
+        yield f"metrics.per_class {short(metrics['per_class'])}, num_classes {classes}"
+    for name in ("network", "stem", "data.dataset", "data.imb_type", "data.name"):  # parts of a file's name
+        value = data.get(name[5:], "x") if name.startswith("data.") else content[name]
+        if not (isinstance(value, str) and re.fullmatch(r"[^/\x00-\x1f]{1,200}", value)):
+            yield f"{name} {short(value)}"
+    if not _is_choice(metrics):
+        yield f"metrics of epoch {short(metrics['epoch'])}, sweep {short(metrics.get('sweep'))}"
+    temperature = metrics.get("temperature")
+    if temperature is not None and not (_is_number(temperature) and 1e-6 < temperature < 1e6):
+        yield f"metrics.temperature {short(temperature)}"
+    for name in ("network", "stem"):
+        if name in data and data[name] != content[name]:
+            yield f"data.{name} {short(data[name])} beside {name} {short(content[name])}"
+    for name in ("dataset", "imb_type", "imb_ratio", "subset", "subset_seed", "network"):
+        stated = content["network"] if name == "network" else data[name]
+        if content["options"].get(name, stated) != stated:
+            yield f"options.{name} {short(content['options'][name])} where its data say {short(stated)}"
+    parent, depth = content["parent"], 0
+    while isinstance(parent, dict) and depth < _MOST_PARENTS:
+        if not isinstance(parent.get("path"), str) or not isinstance(parent.get("sha256"), str | None):
+            yield f"parent {short(parent)}"
+        if parent.get("chosen") and not _is_choice(parent["chosen"]):
+            yield f"parent's chosen {short(parent['chosen'])}"
+        parent, depth = parent.get("parent"), depth + 1
+    if parent is not None:
+        yield f"more than {_MOST_PARENTS} parents, or a circle of them" if depth else f"parent {short(parent)}"
 
-    def __init__(self, *anything: object) -> None:
-        pass
 
-    def __setstate__(self, state: object) -> None:
-        pass
+def _is_choice(chosen: object) -> bool:
+    """Whether this says how weights were chosen, see :class:`Chosen`."""
+    if not isinstance(chosen, dict) or type(chosen.get("epoch")) is not int or chosen.get("select") not in SELECT:
+        return False
+    sweep = chosen.get("sweep", {"settings": 1, "chosen_on": ""})
+    is_sweep = (
+        isinstance(sweep, dict) and type(sweep.get("settings")) is int and isinstance(sweep.get("chosen_on"), str)
+    )
+    return is_sweep and isinstance(chosen.get("flip_tta"), bool) and 0 <= chosen["epoch"] < 2**48
 
 
-#: Plain data that other programs store beside their weights (accuracies, arguments). None of it is built: where a file
-#: names one of these, the stand-in is called in its place.
-_PLAIN = (
-    *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
-    *("numpy.dtype", "numpy.ndarray", "argparse.Namespace"),
-)
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def short(value: object) -> str:
+    """A value of a file in a few words."""
+    text = reprlib.repr(value)
+    return text if len(text) < 100 else f"{text[:97]}..."
+
+
+def require_weights(model: Mapping[str, object], source: str) -> None:
+    """Checks that weights are plain finite tensors.
+
+    Raises:
+        UsageError: the first that is not.
+    """
+    for name, value in model.items():
+        problem = None
+        if not isinstance(value, Tensor):
+            problem = "no tensor"
+        elif value.is_quantized or value.layout != torch.strided or value.device.type != "cpu":
+            problem = "no plain tensor, but a sparse, quantised or empty one"
+        elif value.is_complex() or (value.is_floating_point() and value.element_size() < 2):
+            problem = f"of {str(value.dtype).removeprefix('torch.')}"
+        elif not bool(value.isfinite().all()):
+            problem = "not finite"
+        if problem:
+            raise UsageError(f"{source}: {short(name)} is {problem}", "a file of finite weights in floating point")
+
+
 #: Keeps the tensors of whatever a file holds; for the user to run, where the classes in the file can be imported.
 _CONVERT = (
     "import sys, torch; t = lambda x: t(x.state_dict()) if hasattr(x, 'state_dict') else "
@@ -260,47 +355,66 @@ def read(path: str | Path) -> Checkpoint:
     """
     path = Path(path)
     try:
-        blob = path.read_bytes()
-    except OSError as error:
-        raise UsageError(f"no checkpoint {path} ({error.strerror})", listing()) from None
-    file = io.BytesIO(blob)
-    is_zip = zipfile.is_zipfile(file)
+        blob = read_bytes(path, min(MOST_NUMBERS, free_memory(torch.device("cpu")) // 2))
+    except Unreadable as error:
+        raise UsageError(f"no checkpoint {path} ({error})", listing()) from None
     try:
-        if is_zip and zipfile.ZipFile(file).testzip() is not None:
-            raise ValueError("a checksum of the archive does not match")
-        file.seek(0)
-        with warnings.catch_warnings(), torch.serialization.safe_globals([(_Dropped, name) for name in _PLAIN]):
-            warnings.simplefilter("ignore")  # of pickles that it then refuses
-            content = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises nearly anything on a file that is damaged or not its own
-        is_pickle = isinstance(error, pickle.UnpicklingError)
-        if is_pickle and (is_zip or re.search("Unsupported (global|class)", str(error))):
-            source, target = path.resolve(), path.resolve().with_suffix(".tensors.pt")
-            raise UsageError(
-                f"{path} holds pickled Python objects, which are not run here",
-                "tensors alone. If you trust the file, convert it in the folder of the program that wrote it: "
-                f'python -c "{_CONVERT}" {shlex.quote(str(source))} {shlex.quote(str(target))}',
-            ) from None
-        raise UsageError(f"{path} is not a PyTorch checkpoint, or is damaged", listing()) from None
+        found = parse_tensors(blob)
+    except HoldsCode:
+        source, target = path.resolve(), path.resolve().with_suffix(".tensors.pt")
+        raise UsageError(
+            f"{path} holds pickled Python objects, which are not run here",
+            "tensors alone. If you trust the file, convert it in the folder of the program that wrote it: "
+            f'python -c "{_CONVERT}" {shlex.quote(str(source))} {shlex.quote(str(target))}',
+        ) from None
+    except Unreadable:
+        raise UsageError(f"{path} is not a PyTorch checkpoint, or is damaged", earlier(path) or listing()) from None
     digest = hashlib.sha256(blob).hexdigest()
-    if not isinstance(content, dict):
+    if not isinstance(found, dict):
         raise UsageError(f"{path} is a checkpoint of another program: it holds no dict of weights", listing())
-    if not isinstance(content.get("format"), int):
-        return Checkpoint(None, "unknown", 0, 0, {}, foreign=content, path=path, sha256=digest)
+    content: dict[str, Any] = found
+    if type(content.get("format")) is not int:
+        return Checkpoint(None, "unknown", 0, 0, {}, foreign=found, path=path, sha256=digest)
     if content["format"] in (1, 2):
         content = {"head": "linear", "stem": "small"} | content
-    if not set(_STORED) <= set(content):
-        raise UsageError(f"{path} lacks {', '.join(sorted(set(_STORED) - set(content)))}", listing())
-    for name, kind in _TYPES.items():
-        field, _, key = name.partition(".")
-        value = content[field].get(key) if key else content[field]
-        if not isinstance(value, kind):
-            raise UsageError(f"{path}: {name} is {value!r}", listing())
     if not 1 <= content["format"] <= FORMAT:
         raise UsageError(f"{path} has format {content['format']}", f"up to {FORMAT}: update this code")
-    if content["stage"] not in STAGES or content["metrics"]["select"] not in SELECT:
-        raise UsageError(f"{path}: stage {content['stage']}, select {content['metrics']['select']}", listing())
+    if not set(_STORED) <= set(content):
+        raise UsageError(f"{path} lacks {', '.join(sorted(set(_STORED) - set(content)))}", listing())
+    if content["format"] > 3 and content.get("checksum") != checksum(content):
+        raise UsageError(f"{path} is damaged: its checksum does not match", earlier(path) or listing())
+    for problem in contradictions(content):
+        raise UsageError(f"{path}: {problem}", earlier(path) or listing())
     return Checkpoint(**{name: content[name] for name in _STORED}, path=path, sha256=digest)
+
+
+def earlier(path: Path) -> str:
+    """What to say of a damaged file: the newest whole one that it has replaced; "" where there is none."""
+    for name in previous(path):
+        if name.is_file():
+            with suppress(UsageError):
+                read(name)
+                return f"an undamaged file; {name}, the one before it, is whole"
+    return ""
+
+
+def previous(path: Path) -> list[Path]:
+    """Where the files that were replaced at a final path lie, the latest first."""
+    return [path.with_name(f"{path.name}.prev{number if number > 1 else ''}") for number in range(1, KEPT + 1)]
+
+
+def checksum(content: Mapping[str, object]) -> str:
+    """The SHA-256 of what a checkpoint holds: every weight's name, type, shape and bytes, and the rest as JSON."""
+    digest = hashlib.sha256()
+    model = cast(Mapping[str, Tensor], content["model"])
+    with suppress(AttributeError, RuntimeError, TypeError):  # no tensors: other checks say so
+        for name, value in model.items():
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode(errors="surrogateescape"))
+            digest.update(value.contiguous().flatten().view(torch.uint8).numpy().data if value.numel() else b"")
+    rest = {name: content[name] for name in _STORED if name != "model"}
+    with suppress(TypeError, ValueError, RecursionError):
+        digest.update(json.dumps(rest, sort_keys=True).encode())
+    return digest.hexdigest()
 
 
 def save_final(checkpoint: Checkpoint, path: Path, content: bytes | None = None) -> str:
@@ -323,7 +437,7 @@ def save_final(checkpoint: Checkpoint, path: Path, content: bytes | None = None)
             temporary.write_bytes(content)
         if not path.is_file() or same_run(checkpoint, path):
             return f"saved {path}"
-        names = [path.with_name(f"{path.name}.prev{number if number > 1 else ''}") for number in range(1, KEPT + 1)]
+        names = previous(path)
         if not (names[0].is_file() and path.samefile(names[0])):  # so it is where a run was killed right here
             room = next((place for place, name in enumerate(names) if not name.exists()), KEPT - 1)
             for place in range(room, 0, -1):

@@ -12,7 +12,7 @@ from functools import wraps
 from typing import TypeVar
 
 from utils import signals
-from utils.console import show_rest
+from utils.console import plain, show_rest
 from utils.errors import DISK, Diverged, Unsaved, UsageError, disk_words
 
 T = TypeVar("T")
@@ -52,7 +52,7 @@ def command(main: Callable[..., T]) -> Callable[..., T]:
                 # the signal came where something made another error of it, the import of a library for instance
                 status, message = 128 + number, f"\nended by {signal.Signals(number).name}"
         with contextlib.suppress(OSError):  # nobody listens
-            print(message, file=sys.stderr)
+            print(plain(message), file=sys.stderr)
         raise SystemExit(status)
 
     return wrapper

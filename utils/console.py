@@ -3,16 +3,30 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from contextlib import suppress
 
 from utils.errors import disk_words
 
+#: What a terminal would act upon, all but the ends of lines and tabs.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+
+
+def plain(text: str) -> str:
+    r"""A text without control characters, which names from files and folders may hold: "\x1b" in place of an escape."""
+    return _CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
+
+
+def write(text: str, end: str = "\n") -> None:
+    """Prints a text, :func:`plain`."""
+    print(plain(text), end=end, flush=True)
+
 
 def show(text: str, end: str = "\n") -> None:
     """Prints a text; without standard output, as after "| head" or on a full disk, the run goes on."""
     try:
-        print(text, end=end, flush=True)
+        write(text, end)
     except OSError as error:
         sys.stdout = open(os.devnull, "w")
         if not isinstance(error, BrokenPipeError):

@@ -1,7 +1,10 @@
 """Several processes that train one network, as torchrun starts them: who this one is, and what they do together.
 
 Tensors go through torch.distributed: gloo between CPUs, NCCL between GPUs. Everything else goes through torchrun's
-key-value store (:func:`all_gather_object`). A single process needs neither, and for it every function here is trivial.
+key-value store (:func:`all_gather_object`), as JSON (:mod:`utils.messages`). A single process needs neither, and for it
+every function here is trivial. torch's own error files and barriers do not do: the first holds one process's traceback
+while SIGTERM ends the others, where a mistake of the user's is to be two lines and status 2 under any launcher, and a
+barrier waits for a process that has failed.
 """
 
 from __future__ import annotations

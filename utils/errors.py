@@ -20,7 +20,14 @@ class UsageError(Exception):
 
 
 class Diverged(Exception):
-    """Training cannot go on (a loss that is not finite). Shown without a traceback; exit status 1."""
+    """Training cannot go on (a loss that is not finite). Shown without a traceback; exit status 1.
+
+    ``step`` is the step of the epoch, from 1, where it is one step's loss.
+    """
+
+    def __init__(self, message: str, step: int | None = None) -> None:
+        super().__init__(message)
+        self.step = step
 
 
 class Unsaved(Exception):

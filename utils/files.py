@@ -17,8 +17,9 @@ import shutil
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from datetime import datetime
 from functools import cache
 from pathlib import Path
@@ -300,19 +301,52 @@ def sha256(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def require_target(flag: str, path: str | Path) -> None:
-    """Checks that a report may be written to ``path``: a new file or an old one that is no checkpoint.
+@dataclass(frozen=True)
+class Target:
+    """A report that a flag asks for.
+
+    Attributes:
+        flag: "--csv", for messages.
+        path: where it goes.
+        begins: the first bytes of every file of its kind: a file that has others is not replaced.
+    """
+
+    flag: str
+    path: str
+    begins: bytes
+
+
+def require_targets(targets: Sequence[Target], read: Iterable[str | Path] = ()) -> None:
+    """Checks that reports may be written: each to a new file, or to an earlier report of its kind.
+
+    Args:
+        targets: the reports.
+        read: files that the command reads.
 
     Raises:
-        UsageError: it is a folder, a device or a checkpoint, or its folder cannot be written to.
+        UsageError: one is a folder, a device, a file of another kind, one that is read, or another report's; or its
+            folder is not there or cannot be written to.
     """
-    target = Path(path)
-    is_checkpoint = re.fullmatch(r"\.(pt|pth|prev\d*)", target.suffix) is not None
-    if is_checkpoint or (target.exists() and not target.is_file()):
-        raise UsageError(f"{flag} {path}", "the path of a plain file that is no checkpoint")
-    if len(target.name) > 200:
-        raise UsageError(f"{flag} {path}", "a shorter file name")
-    require_writable(flag, target.parent)
+    used = {Path(path).resolve(): f"{path}, which is read" for path in read}
+    for target in targets:
+        flag, path = f"{target.flag} {target.path}", Path(target.path)
+        if path.resolve() in used:
+            raise UsageError(f"{flag} would replace {used[path.resolve()]}", "another file for each")
+        used[path.resolve()] = f"{target.flag}'s file"
+        if re.fullmatch(r"\.(pt|pth|tar|safetensors|prev\d*)", path.suffix):
+            raise UsageError(flag, "the path of a plain file that is no checkpoint")
+        if len(os.fsencode(path.name)) > 200:
+            raise UsageError(flag, "a shorter file name")
+        if not path.parent.is_dir():
+            raise UsageError(f"{flag}: there is no folder {path.parent}", "a file in a folder that is there")
+        if path.exists() or path.is_symlink():
+            if not path.is_file():
+                raise UsageError(flag, "the path of a plain file that is no checkpoint")
+            with naming(path), open(path, "rb") as file:
+                head = file.read(len(target.begins))
+            if head not in (b"", target.begins):
+                raise UsageError(f"{flag} would replace a file of another kind", "a new file, or an earlier report")
+        require_writable(target.flag, path.parent)
 
 
 def require_writable(flag: str, folder: str | Path, make: bool = True) -> None:

@@ -290,6 +290,17 @@ def per_class_rows(rep: Report, class_names: Sequence[str], class_counts: Sequen
 
 def per_class_csv(rows: Sequence[Mapping[str, object]]) -> str:
     """The rows of :func:`per_class_rows` as CSV text."""
+    return csv_text(rows)
+
+
+def csv_text(rows: Sequence[Mapping[str, object]], columns: list[str] | None = None) -> str:
+    """Rows as CSV. Text that a spreadsheet would take for a formula is preceded by an apostrophe."""
     import pandas as pd  # here, since it is slow to import
 
-    return str(pd.DataFrame(rows).to_csv(index=False))
+    safe = [{key: f"'{value}" if is_formula(value) else value for key, value in row.items()} for row in rows]
+    return str(pd.DataFrame(safe, columns=columns).to_csv(index=False))
+
+
+def is_formula(value: object) -> bool:
+    """Whether a cell is text that a spreadsheet would compute."""
+    return isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r")

@@ -246,7 +246,7 @@ def shown(value: object) -> str:
 
 
 class _Values(argparse.Action):
-    """Stores several values; says so where a flag comes twice, since the first values do not join the last."""
+    """Stores a flag's values; says so where it comes twice, since the first values do not join the last."""
 
     def __call__(
         self,
@@ -270,7 +270,10 @@ class _OnOff(argparse.Action):
         values: str | Sequence[object] | None,
         option_string: str | None = None,
     ) -> None:
-        setattr(namespace, self.dest, option_string is not None and option_string[:5] not in ("--no-", "--no_"))
+        is_on = option_string is not None and option_string[:5] not in ("--no-", "--no_")
+        if getattr(namespace, self.dest, is_on) != is_on:
+            show(f"{option_string} beside its opposite: {option_string} counts")
+        setattr(namespace, self.dest, is_on)
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):
@@ -330,7 +333,7 @@ def make_parser(cls: type[DataclassInstance], prog: str, description: str | None
         if spec.sweep or isinstance(kind, Vector):
             group.add_argument(*flags, dest=name, metavar=metavar, help=text, nargs="+", action=_Values)
         else:
-            group.add_argument(*flags, dest=name, metavar=metavar, help=text)
+            group.add_argument(*flags, dest=name, metavar=metavar, help=text, action=_Values)
     return parser
 
 

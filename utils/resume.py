@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import datetime
 import io
-import json
 import random
 import re
 import threading
 import time
-import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -28,6 +26,7 @@ from utils import signals
 from utils.distributed import all_reduce_max, broadcast_bytes, gather_bytes, rank, world_size
 from utils.errors import UsageError, disk_words
 from utils.files import atomic
+from utils.readers import MOST_NUMBERS, Unreadable, parse_tensors, read_bytes, read_json
 from utils.run import Run
 from utils.system import machine
 from utils.types import StateDict
@@ -210,15 +209,15 @@ class TrainState:
         for path in state_files(self.run.folder) if self.run.writes else []:
             self._number = max(self._number, int(path.stem.removeprefix("state-")))
             try:
-                blob = path.read_bytes()
-            except OSError as error:  # it may be whole
-                raise UsageError(
-                    f"{path}: {disk_words(error)}", "the same once more, when the disk can be read"
-                ) from None
+                blob = read_bytes(path, MOST_NUMBERS)
+            except Unreadable as error:  # it may be whole
+                raise UsageError(f"{path}: {error}", "the same once more, when the disk can be read") from None
             try:
                 content = _load(blob)
+                if "format" not in content:
+                    raise Unreadable("no state of a run")
                 break
-            except ValueError:
+            except Unreadable:
                 blob = b""
                 self._damaged.append(path)
         names = ", ".join(path.name for path in self._damaged)
@@ -266,8 +265,8 @@ def can_go_on(folder: Path) -> bool:
     """Whether a run could be resumed: a state of it is whole, or there is none yet. That of every run of a sweep."""
     for place in {path.parent for path in folder.rglob("state-*.pt")}:
         for path in state_files(place):
-            with suppress(ValueError):
-                _load(path.read_bytes())
+            with suppress(Unreadable):
+                _load(read_bytes(path, MOST_NUMBERS))
                 break
         else:
             return not state_files(place)
@@ -294,8 +293,8 @@ def completed_run(folder: Path) -> StateDict | None:
     States that a complete run still has, since it was killed in its last moment, are removed.
     """
     try:
-        noted = json.loads((folder / FINISHED).read_text())
-    except (OSError, ValueError, RecursionError):
+        noted = read_json(folder / FINISHED)
+    except Unreadable:
         return None
     if not isinstance(noted, dict) or "result" not in noted:
         return None
@@ -335,15 +334,8 @@ def _dump(content: object) -> bytes:
 
 
 def _load(blob: bytes) -> StateDict:
-    """The content of a file that torch wrote; ValueError where a byte of it is not what was written."""
-    file = io.BytesIO(blob)
-    try:
-        if zipfile.ZipFile(file).testzip() is not None:
-            raise ValueError
-        file.seek(0)
-        state: StateDict = torch.load(file, map_location="cpu", weights_only=True)
-        return state
-    except MemoryError:
-        raise
-    except Exception as error:  # zipfile and torch.load raise nearly anything on a damaged file
-        raise ValueError("damaged") from error
+    """The content of a state file, or of a process's part of one; Unreadable where it is not what was written."""
+    content = parse_tensors(blob)
+    if not isinstance(content, dict):
+        raise Unreadable("no state of a run")
+    return content

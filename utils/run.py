@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import TypeVar
 
 from utils.bar import bar
-from utils.console import duration, show
+from utils.console import duration, plain, show
 from utils.distributed import interruptible
 from utils.errors import Unsaved, UsageError, disk_words
 from utils.files import AppendedFile, atomic, lock, require_writable, sweep
@@ -192,7 +192,7 @@ class Run:
     def say(self, text: str) -> None:
         """Keeps a text in log.txt and prints it."""
         if self._log:
-            self._log.write(f"{text}\n".encode(errors="surrogateescape"))
+            self._log.write(f"{plain(text)}\n".encode(errors="surrogateescape"))
         show(textwrap.indent(text, self.prefix))
 
     def _warn(self, text: str) -> None:

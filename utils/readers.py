@@ -1,0 +1,284 @@
+"""Files that anybody may have written: every format has its one reader here, which runs nothing that a file holds.
+
+Only regular files are opened, their size is bounded before memory is taken, and what they declare (shapes, lengths) is
+held against what they have. Whatever is wrong with a file, a reader raises :class:`Unreadable` with the reason in one
+line. Images have theirs in datasets/files.py, CIFAR's pickles torchvision's, which checks their hashes first.
+"""
+
+from __future__ import annotations
+
+import ast
+import io
+import json
+import math
+import os
+import re
+import stat
+import warnings
+import zipfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from utils.system import free_memory
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Array = npt.NDArray[Any]
+Order = Literal["C", "F"]
+#: Bytes that are read of a file, at most: lists and records, and files of numbers, where memory may allow less.
+MOST_TEXT, MOST_NUMBERS = 2**30, 2**38
+#: Bytes of the part of a PyTorch file that is no tensor: it is read step by step, about a million a second.
+MOST_STEPS = 2**24
+#: Bytes of an array's header in .npy and .npz.
+MOST_HEADER = 2**16
+
+
+class Unreadable(Exception):
+    """A file that cannot be what it should be; str() is the reason."""
+
+
+class HoldsCode(Unreadable):
+    """A file of pickled objects other than tensors, which are not built here."""
+
+
+class _Dropped:
+    """Stands in for an object that is no weight: takes anything, keeps nothing."""
+
+    def __init__(self, *anything: object) -> None:
+        pass
+
+    def __setstate__(self, state: object) -> None:
+        pass
+
+
+#: Plain data that other programs store beside their weights (accuracies, arguments). None of it is built: where a file
+#: names one of these, the stand-in is called in its place.
+_PLAIN = (
+    *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
+    *("numpy.dtype", "numpy.ndarray", "argparse.Namespace"),
+)
+
+
+def read_bytes(path: str | Path, most: int = MOST_TEXT) -> bytes:
+    """The content of a regular file of at most so many bytes."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe would wait for a writer
+        with open(descriptor, "rb") as file:
+            size = size_of(file.fileno(), most)
+            content = file.read(size)
+    except OSError as error:
+        raise Unreadable(error.strerror or str(error)) from None
+    except ValueError:  # a NUL in its name
+        raise Unreadable("not the name of a file") from None
+    except MemoryError:
+        raise Unreadable(f"{size / 1e6:,.0f} MB, more than there is memory") from None
+    if len(content) < size:
+        raise Unreadable("it is being written to")
+    return content
+
+
+def size_of(file: str | Path | int, most: int) -> int:
+    """The size of a regular file in bytes; Unreadable where it is something else, or larger than ``most``."""
+    status = os.stat(file)
+    if not stat.S_ISREG(status.st_mode):
+        raise Unreadable("a folder" if stat.S_ISDIR(status.st_mode) else "no regular file")
+    if status.st_size > most:
+        raise Unreadable(f"{status.st_size / 1e6:,.0f} MB, where up to {most / 1e6:,.0f} MB are read")
+    return status.st_size
+
+
+def read_json(path: str | Path, most: int = MOST_TEXT) -> Any:
+    """The value of a JSON file, in UTF-8."""
+    return parse_json(read_bytes(path, most))
+
+
+def parse_json(content: bytes | str) -> Any:
+    """The value of a JSON text."""
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError, MemoryError) as error:
+        raise Unreadable(f"no JSON ({_words(error)})") from None
+
+
+def read_table(path: str | Path) -> pd.DataFrame:
+    """The cells of a CSV as text, its first line their names."""
+    import pandas as pd  # here, since it is slow to import
+
+    content = read_bytes(path)
+    if b"\0" in content:
+        raise Unreadable("no CSV (it holds a NUL)")
+    try:
+        table = pd.read_csv(io.BytesIO(content), dtype=str, keep_default_na=False, index_col=False)
+    except (ValueError, OverflowError, MemoryError, RecursionError) as error:  # pandas' own are ValueErrors
+        raise Unreadable(f"no CSV ({_words(error)})") from None
+    return table
+
+
+def parse_tensors(blob: bytes) -> object:
+    """The content of a file of torch.save: plain values and tensors, on the CPU.
+
+    Raises:
+        HoldsCode: it names classes or functions that are not tensors' own.
+        Unreadable: anything else is wrong with it.
+    """
+    file = io.BytesIO(blob)
+    is_zip = zipfile.is_zipfile(file)
+    if is_zip:
+        _check_archive(file, len(blob))
+    elif not blob.startswith(b"\x80") and not _is_tar(blob):
+        raise Unreadable("no file of torch.save")
+    file.seek(0)
+    try:
+        with warnings.catch_warnings(), torch.serialization.safe_globals([(_Dropped, name) for name in _PLAIN]):
+            warnings.simplefilter("ignore")  # of pickles that it then refuses
+            content: object = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # it raises nearly anything on a file that is damaged or not its own
+        is_pickle = type(error).__name__ == "UnpicklingError"
+        if is_pickle and (is_zip or re.search("Unsupported (global|class)", str(error))):
+            raise HoldsCode("it holds pickled Python objects") from None
+        raise Unreadable("no file of torch.save, or damaged") from None
+    for tensor in _tensors(content):
+        is_plain = tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
+        if is_plain and tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            raise Unreadable(f"a tensor of shape {tuple(tensor.shape)}, which the file does not have")
+    return content
+
+
+def _tensors(content: object) -> Iterator[torch.Tensor]:
+    """The tensors in nested dicts, lists and tuples, which may hold themselves."""
+    left, seen = [content], set[int]()
+    while left:
+        each = left.pop()
+        if id(each) in seen:
+            continue
+        seen.add(id(each))
+        if isinstance(each, torch.Tensor):
+            yield each
+        elif isinstance(each, dict):
+            left += each.values()
+        elif isinstance(each, list | tuple):
+            left += each
+
+
+def _is_tar(blob: bytes) -> bool:
+    return blob[257:262] == b"ustar"  # torch's first format
+
+
+def _check_archive(file: io.BytesIO, size: int) -> None:
+    """Raises Unreadable where an archive of torch.save holds more than the file has, or other than its checksums."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            members = archive.infolist()
+            if any(member.compress_type != zipfile.ZIP_STORED for member in members):
+                raise Unreadable("its parts are compressed, which torch.save never does")
+            if sum(member.file_size for member in members) > size:
+                raise Unreadable("its parts are larger than the file")
+            if any(member.file_size > MOST_STEPS for member in members if member.filename.endswith(".pkl")):
+                raise Unreadable(f"more than {MOST_STEPS / 1e6:,.0f} MB beside its tensors")
+            if len({member.filename for member in members}) < len(members):
+                raise Unreadable("two of its parts have one name")
+            if archive.testzip() is not None:
+                raise Unreadable("damaged: a checksum does not match")
+    except Unreadable:
+        raise
+    except Exception:  # zipfile raises nearly anything
+        raise Unreadable("a damaged archive") from None
+
+
+def read_arrays(path: str | Path, names: Iterable[str] | None = None) -> dict[str, Array]:
+    """The arrays of an .npz, or those that are named and there: of numbers, with as many bytes as they declare."""
+    found: dict[str, Array] = {}
+    most = min(MOST_NUMBERS, free_memory(torch.device("cpu")))
+    try:
+        size_of(path, most)
+        with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
+            members = {member.filename.removesuffix(".npy"): member for member in archive.infolist()}
+            wanted = [name for name in members if names is None or name in set(names)]
+            if sum(members[name].file_size for name in wanted) > most:
+                raise Unreadable(f"its arrays take more than {most / 1e6:,.0f} MB, which memory has")
+            for name in wanted:
+                with archive.open(members[name]) as part:
+                    shape, kind, order = _header(part, name, members[name].file_size)
+                    content = bytearray(part.read())  # all of it, so that its checksum is looked at
+                    found[name] = np.frombuffer(content, kind).reshape(shape, order=order)
+    except Unreadable:
+        raise
+    except OSError as error:
+        raise Unreadable(error.strerror or _words(error)) from None
+    except Exception as error:  # zipfile and zlib raise nearly anything
+        raise Unreadable(f"a damaged .npz ({_words(error)})") from None
+    return found
+
+
+def array_shapes(path: str | Path, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
+    """The shapes of those arrays of an .npz that are named and there, without reading them."""
+    try:
+        size_of(path, MOST_NUMBERS)
+        found = {}
+        with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
+            members = {member.filename.removesuffix(".npy"): member for member in archive.infolist()}
+            for name in names:
+                if name in members:
+                    with archive.open(members[name]) as part:
+                        found[name] = _header(part, name, members[name].file_size)[0]
+        return found
+    except Unreadable:
+        raise
+    except OSError as error:
+        raise Unreadable(error.strerror or _words(error)) from None
+    except Exception as error:
+        raise Unreadable(f"a damaged .npz ({_words(error)})") from None
+
+
+def map_array(path: str | Path, extra: int = 0) -> Array:
+    """A .npy file as an array that is mapped into memory, copied where it is written to.
+
+    ``extra`` bytes, which are not the array's, follow it; more or fewer are damage.
+    """
+    try:
+        size = size_of(path, MOST_NUMBERS)
+        with open(path, "rb") as file:
+            shape, kind, order = _header(file, Path(path).name, size - extra)
+            place = file.tell()
+        if 0 in shape:
+            return np.empty(shape, kind)
+        return np.memmap(path, kind, mode="c", offset=place, shape=shape, order=order)
+    except OSError as error:
+        raise Unreadable(error.strerror or _words(error)) from None
+    except (ValueError, MemoryError, OverflowError) as error:
+        raise Unreadable(f"damaged ({_words(error)})") from None
+
+
+def _header(file: IO[bytes], name: str, size: int) -> tuple[tuple[int, ...], np.dtype[Any], Order]:
+    """Shape, type and order of an array of numbers, in a file of so many bytes (NumPy's formats 1 and 2)."""
+    start = file.read(8)
+    length = {b"\x01\x00": 2, b"\x02\x00": 4}.get(start[6:])
+    if start[:6] != b"\x93NUMPY" or length is None:
+        raise Unreadable(f"{name} is no array of NumPy")
+    count = int.from_bytes(file.read(length), "little")
+    if count > MOST_HEADER:
+        raise Unreadable(f"{name} has a header of {count:,} bytes")
+    try:
+        about = ast.literal_eval(file.read(count).decode("latin1").strip())
+        text, shape, is_fortran = about["descr"], about["shape"], about["fortran_order"]
+        kind = np.dtype(text)
+    except (ValueError, SyntaxError, TypeError, KeyError, MemoryError, RecursionError):
+        raise Unreadable(f"{name} has a damaged header") from None
+    if not isinstance(text, str) or kind.kind not in "biufc" or not isinstance(shape, tuple):
+        raise Unreadable(f"{name} is no array of numbers")
+    if not all(type(length) is int and length >= 0 for length in shape) or len(shape) > 32:
+        raise Unreadable(f"{name} has a damaged header")
+    if 8 + length + count + math.prod(shape) * kind.itemsize != size:
+        raise Unreadable(f"{name} is cut off, or declares another size than it has")
+    return shape, kind, "F" if is_fortran else "C"
+
+
+def _words(error: BaseException) -> str:
+    """An error in one line."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
