@@ -13,8 +13,9 @@ test: .venv/tools                ## the tests
 gpu: .venv/tools                 ## once, where there is a GPU: tests, speed, reproduction; again until all is done
 	$(RUN)/python -m benchmarks.gpu
 
-torture: .venv/tools             ## an hour of killed runs and failing disks
+torture: .venv/tools             ## an hour of killed runs, failing disks and damaged files
 	$(RUN)/python -m benchmarks.torture
+	$(RUN)/python -m benchmarks.fuzz
 
 lint: .venv/tools                ## style and types
 	$(RUN)/ruff check .

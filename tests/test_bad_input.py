@@ -4,19 +4,37 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
+from importlib import import_module
 from pathlib import Path
 from urllib.error import URLError
 
 import pytest
 import torch
+from PIL import Image
 
+import compare
 import evaluate
 import main_stage1
 import main_stage2
+import predict
 from models import build_model
+from utils.checkpoints import checksum
+from utils.options import Choice, Flag, Number, Vector, spec_of
 
-MAIN = {"main_stage1.py": main_stage1.main, "main_stage2.py": main_stage2.main, "evaluate.py": evaluate.main}
+MAIN = {
+    "main_stage1.py": main_stage1.main,
+    "main_stage2.py": main_stage2.main,
+    "compare.py": compare.main,
+    "evaluate.py": evaluate.main,
+    "predict.py": predict.main,
+}
 DIGITS = "--dataset digits --imb_ratio 100"
+
+
+def forge(path: str, content: dict[str, object]) -> None:
+    """Writes a checkpoint as somebody would who knows its checksum."""
+    torch.save(content | {"checksum": checksum(content)}, path)
 
 
 @pytest.fixture(scope="module")
@@ -38,17 +56,19 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
         torch.save(build_model("resnet8", 7, 1).state_dict(), "seven.pt")
         own = torch.load("checkpoints/digits_exp100_resnet8_stage1.pt", weights_only=True)
         torch.save(own | {"format": 99}, "newer.pt")
-        torch.save(own | {"metrics": None}, "field.pt")
-        torch.save(own | {"data": own["data"] | {"mean": [0.0]}}, "mean.pt")
-        torch.save(
-            own | {"model": {k: v * torch.nan for k, v in own["model"].items() if v.is_floating_point()}}, "x.pt"
-        )
+        forge("field.pt", own | {"metrics": None})
+        forge("mean.pt", own | {"data": own["data"] | {"mean": [0.5]}})
+        forge("x.pt", own | {"model": {k: v * torch.nan for k, v in own["model"].items() if v.is_floating_point()}})
         blob = bytearray(Path("checkpoints/digits_exp100_resnet8_stage1.pt").read_bytes())
         blob[len(blob) // 2] ^= 1
         Path("bit.pt").write_bytes(blob)
         Path("checkpoints/digits_exp77_resnet8_stage1.pt").write_bytes(Path("newer.pt").read_bytes())
         torch.save(own, "checkpoints/digits_exp66_resnet8_stage1.pt")
         Path("file").touch()
+        Path("notes.txt").write_text("mine")
+        Image.new("L", (8, 8)).save("a.png")
+        os.mkfifo("pipe")
+        torch.save(build_model("resnet8", 10, 1).state_dict(), "best.tar")
     finally:
         os.chdir(before)
     return folder
@@ -91,7 +111,7 @@ ROWS = [  # script, arguments, words that the two lines must hold
     ("evaluate.py", "--pretrained_pth other.pt", "other.pt another program digits_exp100_resnet8_stage1.pt"),
     ("evaluate.py", "--pretrained_pth unknown.pt", "unknown.pt resnet34, resnet18"),
     ("evaluate.py", "--pretrained_pth seven.pt --dataset digits", "seven.pt 7 classes 10"),
-    ("evaluate.py", "--pretrained_pth newer.pt", "newer.pt format 99 3"),
+    ("evaluate.py", "--pretrained_pth newer.pt", "newer.pt format 99 4"),
     ("evaluate.py", "--pretrained_pth field.pt", "field.pt metrics None"),
     ("evaluate.py", "--pretrained_pth mean.pt", "mean.pt mean"),
     ("evaluate.py", "--pretrained_pth bit.pt", "bit.pt damaged"),
@@ -99,7 +119,7 @@ ROWS = [  # script, arguments, words that the two lines must hold
     ("main_stage2.py", "--dataset digits --imb_ratio 66", "exp66 exp100 --pretrained_pth"),
     ("evaluate.py", f"{DIGITS} --json x.pt", "--json x.pt checkpoint"),
     ("evaluate.py", f"{DIGITS} --csv checkpoints", "--csv checkpoints plain"),
-    ("evaluate.py", f"{DIGITS} --csv same.txt --json same.txt", "--csv --json same.txt different"),
+    ("evaluate.py", f"{DIGITS} --csv same.txt --json same.txt", "--csv --json same.txt another"),
     ("main_stage1.py", f"{DIGITS} --lr 1e300", "--lr 1e300 1e+30"),
     ("main_stage1.py", f"{DIGITS} --lr -1e-5", "--lr -1e-5 (0,"),
     ("main_stage1.py", f"{DIGITS} --subset shuffled --subset_seed 4294967296", "--subset_seed 4294967296 4294967295"),
@@ -108,7 +128,7 @@ ROWS = [  # script, arguments, words that the two lines must hold
     ("main_stage2.py", "--pretrained_pth checkpoints/digits_exp100_resnet8_stage2.pt", "stage-2 stage-1"),
     ("evaluate.py", "--pretrained_pth checkpoints/digits_exp100_resnet8_stage1.pt --imb_ratio 50", "--imb_ratio 100"),
     ("evaluate.py", "--pretrained_pth checkpoints/digits_exp100_resnet8_stage1.pt --cur_stage stage2", "stage2 stage1"),
-    ("evaluate.py", f"{DIGITS} --json file/x.json", "--json file written"),
+    ("evaluate.py", f"{DIGITS} --json file/x.json", "--json file/x.json folder"),
     ("evaluate.py", f"{DIGITS} --protocol published", "--protocol --help"),
 ]  # fmt: skip
 
@@ -125,6 +145,34 @@ def test_bad_input(finished: Path, monkeypatch, capsys, script: str, arguments: 
     assert len(lines) == 2 and lines[0].startswith("error: ") and lines[1].startswith("allowed: "), error
     assert all(word in error for word in words.split()), error
     assert {path: path.stat().st_mtime_ns for path in Path().rglob("*.pt*")} == before
+
+
+#: Command lines with the exact first line of what they are answered: script, arguments, line.
+TABLE = [line.split("\t") for line in Path(__file__).with_name("bad_input.tsv").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    "script, arguments, line", TABLE, ids=[f"{script} {arguments}" for script, arguments, _ in TABLE]
+)
+def test_first_line(finished: Path, monkeypatch, capsys, script: str, arguments: str, line: str) -> None:
+    monkeypatch.chdir(finished)
+    before = sorted(Path().rglob("*"))
+    with pytest.raises(SystemExit) as stop:
+        MAIN[script](arguments.split())
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.splitlines()[0] == line and len(error.splitlines()) == 2, error
+    assert sorted(Path().rglob("*")) == before
+
+
+@pytest.mark.parametrize("script", MAIN)
+def test_every_flag_has_a_line_for_what_is_beyond_its_limits(script: str) -> None:
+    """Numbers and names; of text and paths there are none."""
+    tried = {flag for name, arguments, _ in TABLE if name == script for flag in re.findall(r"--(\w+)", arguments)}
+    everywhere = {flag for _, arguments, _ in TABLE for flag in re.findall(r"--(\w+)", arguments)}
+    for name, spec in spec_of(import_module(script.removesuffix(".py")).Options).items():
+        kind = spec.kind.kind if isinstance(spec.kind, Vector) else spec.kind
+        assert not isinstance(kind, Number) or name in tried, name
+        assert not isinstance(kind, Choice | Flag) or name in everywhere, name
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
