@@ -513,7 +513,7 @@ def main(argv: list[str]) -> int:
     about = provenance("-m benchmarks.fuzz", argv, torch.device("cpu"), 0)
     forms = [form for form in FORMATS if options.only is None or form.name in options.only]
     worst: list[tuple[float, Format, bytes]] = []
-    with tempfile.TemporaryDirectory() as place:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as place:
         folder = Path(place)
         os.chdir(folder)
         for form in forms:

@@ -128,7 +128,7 @@ def parse_tensors(blob: bytes) -> object:
         Unreadable: anything else is wrong with it.
     """
     file = io.BytesIO(blob)
-    is_zip = zipfile.is_zipfile(file)
+    is_zip = blob.startswith(b"PK") or _ends_as_archive(file)
     if is_zip:
         _check_archive(file, len(blob))
     elif not blob.startswith(b"\x80") and not _is_tar(blob):
@@ -164,6 +164,13 @@ def _tensors(content: object) -> Iterator[torch.Tensor]:
             left += each.values()
         elif isinstance(each, list | tuple):
             left += each
+
+
+def _ends_as_archive(file: io.BytesIO) -> bool:
+    try:
+        return zipfile.is_zipfile(file)
+    except zipfile.BadZipFile:
+        return True
 
 
 def _is_tar(blob: bytes) -> bool:
