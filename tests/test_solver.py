@@ -145,11 +145,12 @@ def test_training_figures_are_those_before_each_step(loss: SoftmaxLoss) -> None:
     torch.manual_seed(1)
     start = nn.Linear(12, 5)
     group = [TrainableHead(copy.deepcopy(start), lambda _: loss, 0.0, 0.0) for _ in range(2)]
-    (mean, top1), _ = Solver(group).train_epoch(stream(0), 0.0, 1.0)
+    (mean, top1, first), _ = Solver(group).train_epoch(stream(0), 0.0, 1.0)
     logits = [(start(features).detach(), labels) for features, labels in stream(0)]
     losses = sum(float(loss(z, labels)) * len(labels) for z, labels in logits)
     correct = sum(int((z.argmax(1) == labels).sum()) for z, labels in logits)
     assert mean == pytest.approx(losses / 70, rel=1e-5) and top1 == correct / 70
+    assert first == pytest.approx(float(loss(*logits[0])), rel=1e-5)
 
 
 @pytest.mark.parametrize(
