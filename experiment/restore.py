@@ -15,7 +15,7 @@ from experiment.options import DataOptions, data_name, flags_of, recipe_layers
 from models import BACKBONES, HEADS, TIMM, Network, build_model, imagenet_weights, recognise
 from models.foreign import translate, translate_timm
 from utils import checkpoints
-from utils.checkpoints import Checkpoint, NoCheckpoint, require_weights
+from utils.checkpoints import Checkpoint, NoCheckpoint, require_weights, short
 from utils.console import show
 from utils.distributed import main_process_first
 from utils.errors import UsageError
@@ -175,6 +175,8 @@ def built(file: Checkpoint) -> Network:
     is_known = file.network.startswith(TIMM) or file.stem in BACKBONES.get(file.network, {})
     if not is_known:
         raise UsageError(f"{file.path} holds a {file.network} with the {file.stem} stem", ", ".join(BACKBONES))
+    if file.head not in HEADS:
+        raise UsageError(f"{file.path} has a {short(file.head)} head", ", ".join(HEADS))
     require_weights(file.model, str(file.path))
     rows = file.model.get("fc.weight")
     device = "cpu" if file.network.startswith(TIMM) else "meta"  # some of timm's look at values while they are built

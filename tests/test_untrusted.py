@@ -307,6 +307,12 @@ WEIGHTS: dict[str, tuple[Callable[[torch.Tensor], object], str]] = {
 }
 
 
+def test_an_unknown_head_is_refused_by_name(tmp_path: Path) -> None:
+    forge(tmp_path / "x.pt", head="other")
+    with pytest.raises(UsageError, match="has a 'other' head"):
+        built(open_checkpoint({"pretrained_pth": str(tmp_path / "x.pt")}, "stage1", DataOptions))
+
+
 @pytest.mark.parametrize("kind", WEIGHTS)
 @pytest.mark.parametrize("name", ["fc.weight", "conv1.weight"])
 def test_weights_that_cannot_be_right_are_refused_by_name(kind: str, name: str, tmp_path: Path) -> None:
