@@ -265,13 +265,13 @@ def test_stage2_names_the_parent_that_it_read(workdir, monkeypatch) -> None:
 
 def test_a_terminal_shows_a_bar_and_a_closed_output_does_not_end_a_training(workdir) -> None:
     terminal, stderr = pty.openpty()
-    flags = "--dataset digits --epochs 40 --seed 0 --eval_every 1".split()
+    flags = "--dataset digits --epochs 40 --seed 0 --eval_every 1 --threads 1".split()
     command = [sys.executable, str(ROOT / "main_stage1.py"), *flags]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True) as process:
         os.close(stderr)
         lines = [process.stdout.readline() for _ in range(20)]
         process.stdout.close()
-        process.wait(timeout=100)
+        process.wait(timeout=300)
     shown = b""
     with contextlib.suppress(OSError):  # the terminal's end
         while part := os.read(terminal, 65536):

@@ -274,7 +274,7 @@ def test_parts_add_up_to_the_step_of_one_process(two, three, case: str) -> None:
     for others, words in alike:
         for name, value in weights.items():
             assert (value.double() - others[name].double()).abs().max() < 1e-9, name
-        assert words == pytest.approx(told, abs=1e-9) and words[1::2] == told[1::2]
+        assert words == pytest.approx(told, abs=1e-9) and words[1::3] == told[1::3]
     assert (weights["fc.weight"] - CASES[case][0]().fc.weight).abs().max() > 0.01
 
 

@@ -133,7 +133,7 @@ def test_the_solver_s_epoch_stays_on_the_gpu(gpu: FakeGPU, number: int | None, n
     window = [(torch.zeros(n, 12, device=GPU), torch.zeros(n, dtype=torch.int64, device=GPU)) for n in (16, 6)]
     sums = solver._advance(window, part)
     part.end()
-    assert sums.shape == (2, len(losses)) and sums.device == GPU
+    assert sums.shape == (3, len(losses)) and sums.device == GPU
     assert all(tensor.device == GPU for kind in part.changing().values() for tensor in kind)
 
 
