@@ -29,7 +29,7 @@ from utils.files import require_room, require_writable, write_text
 from utils.metrics import GROUPS, Logits, Report, fit_temperature, per_class_csv, per_class_rows, percent, report
 from utils.options import Resolved, Values, flags
 from utils.plots import learning_curves, per_class_accuracy
-from utils.resume import completed_run
+from utils.resume import FINISHED, completed_run
 from utils.run import Run, make_folder, one_line
 from utils.system import ROOT, deterministic_words, pick_graph, provenance
 from utils.types import Record, StateDict
@@ -88,7 +88,7 @@ def begin(
     if resumed and on_main_process(lambda: completed_run(folder)):
         run.__exit__(None, None, None)
         raise UsageError(f"another process has completed {folder} meanwhile", "the same once more")
-    if resumed and not on_main_process(lambda: any(folder.rglob("state-*.pt"))):
+    if resumed and not on_main_process(lambda: any(map(any, map(folder.rglob, ("state-*.pt", FINISHED))))):
         run.say("nothing had been saved when it was cut off: it begins anew")
     where = f"{device}, {torch.get_num_threads()} threads" if device.type == "cpu" else str(device)
     if world_size() > 1:
@@ -127,7 +127,8 @@ def check_places(
     is_run = not options.dry_run
     require_writable("the folder", checkpoints.FOLDER, make=is_run)
     require_writable("--resume" if resumed else "--out", resumed.folder if resumed else Path(options.out), make=is_run)
-    saves, files = (1, 1) if resumed else (options.keep_states + 1, COPIES * runs)
+    done = len([*resumed.folder.glob(f"*/{FINISHED}")]) if resumed else 0
+    saves, files = (1, max(1, runs - done)) if resumed else (options.keep_states + 1, COPIES * runs)
     room = {resumed.folder if resumed else options.out: saves * state + files * size, checkpoints.FOLDER: size}
     require_room(room, f"a run with checkpoints of {size / 1e6:,.0f} MB and states of {state / 1e6:,.0f} MB")
 
@@ -292,7 +293,8 @@ def following(file: Checkpoint) -> str:
     usual |= next(iter(spec.recipes.values()))
     usual |= {"imb_ratio": NATURAL} if spec.natural or spec.own else {}
     stated = {name: value for name, value in data.items() if name in usual and value != usual[name]}
-    stated |= {"data_dir": file.options["data_dir"]} if spec.own else {}
+    place = file.options["data_dir"]
+    stated |= {"data_dir": place} if spec.own or (not spec.embedded and place != DataOptions.data_dir) else {}
     script = "main_stage2.py" if file.stage == "stage1" else "evaluate.py"
     return shlex.join(["python", place_of(script), *flags(stated)])
 

@@ -58,7 +58,9 @@ def _plain(value: object) -> object:
         return {"path": str(value)}
     for name, kind in ERRORS.items():
         if isinstance(value, Exception) and isinstance(value, kind):  # type: ignore[arg-type]
-            arguments = (value.errno, value.strerror, value.filename) if isinstance(value, OSError) else value.args
+            arguments: tuple[object, ...] = value.args
+            if isinstance(value, OSError):  # of some, as urllib's, there is only a text
+                arguments = (str(value),) if value.errno is None else (value.errno, value.strerror, value.filename)
             told = [each if each is None or isinstance(each, int) else str(each) for each in arguments]
             return {"error": [name, *told]}
     raise TypeError(f"{type(value).__name__} is no message")

@@ -45,7 +45,7 @@ class Pace:
                 began = time.perf_counter()
             elapsed, timed = time.perf_counter() - began, number - WARM_UP
             if timed >= WARM_UP and elapsed > ANNOUNCE_AFTER:
-                self._announce(elapsed / timed * self.steps * self.epochs)
+                self._announce(elapsed / timed * self.steps * (self.epochs - self.done))
             yield step
 
     def _announce(self, seconds: float) -> None:

@@ -69,8 +69,12 @@ def read_bytes(path: str | Path, most: int = MOST_TEXT) -> bytes:
     """The content of a regular file of at most so many bytes."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe would wait for a writer
+        try:
+            size = size_of(descriptor, most)
+        except BaseException:
+            os.close(descriptor)
+            raise
         with open(descriptor, "rb") as file:
-            size = size_of(file.fileno(), most)
             content = file.read(size)
     except OSError as error:
         raise Unreadable(error.strerror or str(error)) from None
