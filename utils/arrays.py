@@ -6,6 +6,7 @@ the file's name, so that a part can be checked without reading all of it.
 
 from __future__ import annotations
 
+import io
 import random
 import struct
 import zlib
@@ -34,24 +35,14 @@ def write_array(file: IO[bytes], name: str, shape: tuple[int, ...], kind: str, p
             sums.extend(_sum(left[:BLOCK]))
             del left[:BLOCK]
 
-    start = _Header()
+    start = io.BytesIO()
     np.lib.format.write_array_header_1_0(start, {"descr": kind, "fortran_order": False, "shape": shape})
-    write(bytes(start.content))
+    write(start.getvalue())
     for piece in pieces:
         write(piece)
     if left:
         sums.extend(_sum(left))
     file.write(bytes(sums) + _END.pack(_MAGIC, zlib.crc32(sums, zlib.crc32(name.encode()))))
-
-
-class _Header:
-    """Takes the header that NumPy writes."""
-
-    def __init__(self) -> None:
-        self.content = bytearray()
-
-    def write(self, content: bytes) -> None:
-        self.content += content
 
 
 def open_array(path: str | Path, name: str, is_whole: bool = False) -> Array:
@@ -62,7 +53,7 @@ def open_array(path: str | Path, name: str, is_whole: bool = False) -> Array:
     Raises:
         Unreadable: it is missing, damaged, or was written under another name.
     """
-    size = size_of_file(path)
+    size = size_of(path, MOST_NUMBERS)
     number = -(-(size - _END.size) // (BLOCK + 4))
     content = size - _END.size - 4 * number
     try:
@@ -81,14 +72,6 @@ def open_array(path: str | Path, name: str, is_whole: bool = False) -> Array:
     except OSError as error:
         raise Unreadable(error.strerror or str(error)) from None
     return map_array(path, size - content)
-
-
-def size_of_file(path: str | Path) -> int:
-    """Its size; Unreadable where it is missing or no regular file."""
-    try:
-        return size_of(path, MOST_NUMBERS)
-    except OSError as error:
-        raise Unreadable(error.strerror or str(error)) from None
 
 
 def _sum(block: bytes | bytearray) -> bytes:

@@ -181,7 +181,6 @@ _TYPES: dict[str, type | tuple[type, ...]] = {
 }
 #: The most classes, channels and pixels a side that a file may be of.
 _MOST_CLASSES, _MOST_CHANNELS, _MOST_SIDE = 1_000_000, 4096, 4096
-_SWEEP = {"settings": int, "chosen_on": str}
 #: The most files after each other that a file may come from.
 _MOST_PARENTS = 100
 

@@ -17,6 +17,7 @@ import stat
 import warnings
 import zipfile
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal
 
@@ -88,8 +89,9 @@ def read_bytes(path: str | Path, most: int = MOST_TEXT) -> bytes:
 
 
 def size_of(file: str | Path | int, most: int) -> int:
-    """The size of a regular file in bytes; Unreadable where it is something else, or larger than ``most``."""
-    status = os.stat(file)
+    """The size of a regular file in bytes; Unreadable where it is missing, something else, or larger than ``most``."""
+    with _refusing("not the name of a file"):
+        status = os.stat(file)
     if not stat.S_ISREG(status.st_mode):
         raise Unreadable("a folder" if stat.S_ISDIR(status.st_mode) else "no regular file")
     if status.st_size > most:
@@ -206,7 +208,7 @@ def read_arrays(path: str | Path, names: Iterable[str] | None = None) -> dict[st
     """The arrays of an .npz, or those that are named and there: of numbers, with as many bytes as they declare."""
     found: dict[str, Array] = {}
     most = min(MOST_NUMBERS, free_memory(torch.device("cpu")))
-    try:
+    with _refusing("a damaged .npz"):
         size_of(path, most)
         with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
             members = {member.filename.removesuffix(".npy"): member for member in archive.infolist()}
@@ -218,33 +220,21 @@ def read_arrays(path: str | Path, names: Iterable[str] | None = None) -> dict[st
                     shape, kind, order = _header(part, name, members[name].file_size)
                     content = bytearray(part.read())  # all of it, so that its checksum is looked at
                     found[name] = np.frombuffer(content, kind).reshape(shape, order=order)
-    except Unreadable:
-        raise
-    except OSError as error:
-        raise Unreadable(error.strerror or _words(error)) from None
-    except Exception as error:  # zipfile and zlib raise nearly anything
-        raise Unreadable(f"a damaged .npz ({_words(error)})") from None
     return found
 
 
 def array_shapes(path: str | Path, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
     """The shapes of those arrays of an .npz that are named and there, without reading them."""
-    try:
+    found = {}
+    with _refusing("a damaged .npz"):
         size_of(path, MOST_NUMBERS)
-        found = {}
         with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
             members = {member.filename.removesuffix(".npy"): member for member in archive.infolist()}
             for name in names:
                 if name in members:
                     with archive.open(members[name]) as part:
                         found[name] = _header(part, name, members[name].file_size)[0]
-        return found
-    except Unreadable:
-        raise
-    except OSError as error:
-        raise Unreadable(error.strerror or _words(error)) from None
-    except Exception as error:
-        raise Unreadable(f"a damaged .npz ({_words(error)})") from None
+    return found
 
 
 def map_array(path: str | Path, extra: int = 0) -> Array:
@@ -252,7 +242,7 @@ def map_array(path: str | Path, extra: int = 0) -> Array:
 
     ``extra`` bytes, which are not the array's, follow it; more or fewer are damage.
     """
-    try:
+    with _refusing("damaged"):
         size = size_of(path, MOST_NUMBERS)
         with open(path, "rb") as file:
             shape, kind, order = _header(file, Path(path).name, size - extra)
@@ -260,10 +250,19 @@ def map_array(path: str | Path, extra: int = 0) -> Array:
         if 0 in shape:
             return np.empty(shape, kind)
         return np.memmap(path, kind, mode="c", offset=place, shape=shape, order=order)
+
+
+@contextmanager
+def _refusing(what: str) -> Iterator[None]:
+    """Makes Unreadable of whatever is raised in the block; zipfile and zlib raise nearly anything."""
+    try:
+        yield
+    except Unreadable:
+        raise
     except OSError as error:
         raise Unreadable(error.strerror or _words(error)) from None
-    except (ValueError, MemoryError, OverflowError) as error:
-        raise Unreadable(f"damaged ({_words(error)})") from None
+    except Exception as error:
+        raise Unreadable(f"{what} ({_words(error)})") from None
 
 
 def _header(file: IO[bytes], name: str, size: int) -> tuple[tuple[int, ...], np.dtype[Any], Order]:
