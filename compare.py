@@ -36,10 +36,10 @@ from retraining.options import (
     Options as Stage2Options,
 )
 from retraining.results import ClassifierResult
-from retraining.settings import TUNABLE, make_methods
+from retraining.settings import TUNABLE, make_methods, settings_table
 from retraining.train import HINT, freeze, retrain, state_bytes
 from utils.command import command
-from utils.console import duration, show
+from utils.console import counted, duration, show
 from utils.distributed import require_single
 from utils.errors import UsageError
 from utils.metrics import spread
@@ -50,6 +50,11 @@ from utils.system import provenance
 
 #: The method that is also trained together with the backbone, which is the Decoupling paper's question.
 SCOPE_METHOD = "crt"
+
+#: What rows are sorted by, without held-out images and with them.
+SORTED_BY = ("test accuracy", "the class mean on held-out images")
+#: The columns that are printed, where there are such; the others are in the files.
+PRINTED = ("val class mean", *MEASURES, "ECE", "seconds")
 
 #: What a column shows of a result, and how its mean and deviation over so many seeds are written.
 Column = tuple[Callable[[ClassifierResult], float | None], Callable[[tuple[float, float] | None, int], str]]
@@ -79,14 +84,15 @@ class Options(Stage2Options):
 
 @command
 def main(argv: Sequence[str]) -> list[dict[str, Value]]:
-    """Runs the command; returns the table's rows, best first, accuracies as fractions."""
+    """Runs the command; returns the table's rows, sorted as they are printed, accuracies as fractions."""
     require_single("compare.py")
     typed = parse_typed(Options, argv, "compare.py", __doc__)
     typed, resumed = find_run(Options, typed, "compare.py", hash_of_stage1)
     if resumed and resumed.is_complete:
         return cast(list[dict[str, Value]], say_complete(resumed))
     if typed.get("print_options"):
-        show(continue_stage1(Options, typed)[1].table())
+        parent, resolved = continue_stage1(Options, typed)
+        show(f"{resolved.table()}\n{settings_table(choose_methods(resolved, typed, parent.num_classes))}")
         return []
     parent, resolved, device, data = prepare(Options, typed, "tune")
     options, names = resolved.options, resolved.values("method")
@@ -99,9 +105,9 @@ def main(argv: Sequence[str]) -> list[dict[str, Value]]:
         check_places(options, device, 0, state, resumed, 1)
         show(dry_run(methods, frozen))
         return []
-    with begin(resolved, "compare", data, device, typed, parent, resumed, state) as run:
+    with begin(resolved, "compare", data, device, typed, parent, resumed, state, classifiers=len(methods)) as run:
         frozen.source.progress = run.bar
-        run.say(wrapped_line("from", f"{parent.path}: {len(methods)} classifiers"))
+        run.say(wrapped_line("from", f"{parent.path}: {counted(len(methods), 'classifier')}"))
         results = retrain(methods, frozen, resolved, run)
         run.say(frozen.source.size)
         rows = ranked_rows(results, run, HINT)
@@ -110,7 +116,6 @@ def main(argv: Sequence[str]) -> list[dict[str, Value]]:
         settings = [method.setting for method in methods] if options.tune else [row.setting for row in rows]
         differing = varying(settings)
         rows = best_of_each(rows) if options.tune else rows
-        rows.sort(key=lambda row: -(row.figures(MEASURES["all"]) or (0.0,))[0])
         measured = {id(result): measure(result, frozen) for row in rows for result in row.results}
         columns = column_figures(data.val is not None, measured)
 
@@ -121,8 +126,8 @@ def main(argv: Sequence[str]) -> list[dict[str, Value]]:
         ]
         import pandas as pd  # here, since it is slow to import
 
-        frame = pd.DataFrame(cells)
-        run.say(f"\n{frame.to_string(index=False)}\n")
+        printed = [name for name in ("method", "seeds", *PRINTED) if any(cell.get(name, "-") != "-" for cell in cells)]
+        run.say(f"\n{pd.DataFrame(cells)[printed].to_string(index=False)}\n")
         numbers = [numeric(row, differing, columns) for row in rows]
         with run.side_output("compare.csv") as path:
             pd.DataFrame(numbers).convert_dtypes().to_csv(path, index=False)
@@ -146,14 +151,16 @@ def main(argv: Sequence[str]) -> list[dict[str, Value]]:
             with run.side_output("class_profiles.png") as path:
                 class_profiles(profiles, data.class_counts, title, path)
         figure = ", class_profiles.png" if profiles else ""
-        run.say(f"{how(options, typed, methods)}; sorted by test accuracy")
-        run.say(f"compare.csv, compare.md, results.jsonl{figure}: {run.folder}")
+        held_out = data.val is not None
+        run.say(f"{how(options, typed, methods)}; sorted by {SORTED_BY[held_out]}")
+        run.say(
+            f"magnitudes, calibration and all options: compare.csv, compare.md, results.jsonl{figure}: {run.folder}"
+        )
         best = rows[0]
         accuracy = plus_minus(best.figures(MEASURES["all"]), len(best.results))
-        run.say(
-            f"highest test accuracy: {accuracy} % of {label(best, differing)}, in {duration(run.seconds)}; "
-            f"next: {following(typed, best, differing)}"
-        )
+        where = "held-out images" if held_out else "the TEST set, so not a result to report"
+        run.say(f"best on {where}: {label(best, differing)}, test top-1 {accuracy} %, in {duration(run.seconds)}")
+        run.say(f"next: {following(typed, best, differing)}")
         return complete(run, numbers)
 
 
@@ -190,10 +197,12 @@ def following(typed: Values, row: Row[ClassifierResult], differing: Collection[s
 def how(options: Options, typed: Iterable[str], methods: Sequence[Method]) -> str:
     """How the options and epochs of the table's rows were chosen, in words."""
     changed = [name for name in TUNABLE if name in typed and name not in ("seed", "finetune_scope")]
-    words = f"--{' --'.join(changed)} as typed, the rest at its default" if changed else "default values"
+    typed_words = f"--{' --'.join(changed)} as typed" if changed else ""
+    words = f"{typed_words}, the other options at their defaults" if changed else "options at their defaults"
     if options.tune:
         beyond = any(method.scope != "fc" for method in methods)
-        words += f"; tuned on held-out images{', except with the backbone' if beyond else ''}"
+        words = f"options chosen on held-out images{', except with the backbone' if beyond else ''}"
+        words += f", {typed_words}" if changed else ""
     if options.select == "best_test":
         words += "; epochs chosen on the TEST set"
     return words
@@ -217,9 +226,8 @@ def column_figures(held_out: bool, measured: dict[int, Measures]) -> dict[str, C
 
         return of
 
-    columns: dict[str, Column] = {name: (of, plus_minus) for name, of in MEASURES.items()}
-    if held_out:
-        columns["val"] = score_of, plus_minus
+    columns: dict[str, Column] = {"val class mean": (score_of, plus_minus)} if held_out else {}
+    columns |= {name: (of, plus_minus) for name, of in MEASURES.items()}
     columns |= {
         "LoMa": (over_classes("logits_magnitude", 0), number),
         "LoMa spread": (over_classes("logits_magnitude", 1), number),
@@ -227,7 +235,7 @@ def column_figures(held_out: bool, measured: dict[int, Measures]) -> dict[str, C
         "norm spread": (over_classes("weight_norm", 1), number),
         "ECE": (lambda result: measured[id(result)].report["ece"], plus_minus),
         "ECE scaled": (lambda result: measured[id(result)].ece_calibrated, plus_minus),
-        "seconds": (lambda result: result.seconds, number),
+        "seconds": (lambda result: result.seconds, tenths),
     }
     return columns
 
@@ -235,6 +243,11 @@ def column_figures(held_out: bool, measured: dict[int, Measures]) -> dict[str, C
 def number(pair: tuple[float, float] | None, seeds: int) -> str:
     """A mean over seeds to three digits."""
     return "-" if pair is None else f"{pair[0]:.3g}"
+
+
+def tenths(pair: tuple[float, float] | None, seeds: int) -> str:
+    """A mean over seeds to one decimal."""
+    return "-" if pair is None else f"{pair[0]:.1f}"
 
 
 def label(row: Row[ClassifierResult], names: Iterable[str]) -> str:

@@ -144,14 +144,15 @@ def main(argv: Sequence[str]) -> Json:
     write(table(report) + "\n")
     write(f"worst class {percent(report['worst_class'])}, harmonic mean {percent(report['harmonic_mean'])}, ", end="")
     write(f"macro-F1 {percent(report['macro_f1'])}; ", end="")
-    write(f"calibration error {percent(report['ece'])}, after temperature scaling {percent(calibrated)}")
+    scaled = "" if calibrated is None else f", after temperature scaling {percent(calibrated)}"
+    write(f"calibration error {percent(report['ece'])}{scaled}")
     words = ("-" if pair is None else f"{pair[0]:.3f} ± {pair[1]:.3f}" for pair in spreads.values())
     write("over classes: " + ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in zip(spreads, words)))
     verdict = ""
     if file.metrics and flip_tta == stored_flip:
         same = all(report[key] == file.metrics.get(key) for key in ("top1", "top5", "per_class"))
         stored_top1 = percent(file.metrics["top1"])
-        verdict = f"; stored in training: {'the same' if same else f'the file says {stored_top1}'}"
+        verdict = f"; {'the same figures as in training' if same else f'in training it was {stored_top1} %'}"
     write(f"selected in training: {selection_words(file.metrics) if file.metrics else 'unknown'}")
     write("".join(f"{words}\n" for words in ancestors(file)), end="")
     write(f"flip averaging here: {'on' if flip_tta else 'off'}{verdict}")

@@ -19,6 +19,7 @@ Several GPUs share a run, each with its part of every batch:
 
 from __future__ import annotations
 
+import statistics
 import sys
 import threading
 from collections.abc import Sequence
@@ -61,7 +62,7 @@ from training.recipe import deferred_loss, make_batches, make_network, make_runs
 from utils import checkpoints
 from utils.checkpoints import Checkpoint, Data
 from utils.command import command
-from utils.console import show
+from utils.console import counted, duration, show
 from utils.distributed import on_main_process, process_group, rank
 from utils.errors import Diverged, UsageError
 from utils.metrics import Report, percent
@@ -128,10 +129,14 @@ def main(argv: Sequence[str]) -> Report:
     with begin(resolved, "stage1", data, device, typed, start, resumed, state, len(runs)) as run:
         run.is_sweep = len(runs) > 1
         if start and start.num_classes != data.num_classes:
-            run.say(f"from {start.path}, of {start.num_classes} classes: the classifier begins anew")
+            run.say(
+                f"from {start.path}, of {counted(start.num_classes, 'class', 'classes')}: the classifier begins anew"
+            )
         steps = options.epochs * -(-len(data.train) // options.batch_size)
         if options.ema and steps * (1 - options.ema) < 0.5:
-            run.say(f"note: --ema {options.ema} over {steps:,} steps: the average stays near the initial weights")
+            run.say(
+                f"note: --ema {options.ema} over {counted(steps, 'step')}: the average stays near the initial weights"
+            )
         if options.compile != "off":
             run.say("torch.compile: the first steps take up to a minute")
         if len(runs) > 1:
@@ -213,6 +218,7 @@ def train_many(
     names = ["seed", *varying([each.setting for each in runs])] + ["loss"] * (len({each.loss for each in runs}) > 1)
     finishing = threading.Lock()  # Matplotlib draws one figure at a time
     finished: list[RunResult] = []
+    times: list[float] = []
     seeds = {each.drawn_seed for each in runs} - {first.drawn_seed} if first.val_split else set()
     data_of = {  # which images are held out follows from the seed
         seed: load_data(first, val_fraction=first.val_split, val_seed=seed) for seed in seeds
@@ -230,7 +236,8 @@ def train_many(
             finished.append(result)
             return result
         with run.child(result.folder.name, f"{label}  " if (first.parallel or 1) > 1 else "") as child:
-            child.say(f"\n{number}: {label}")
+            left = (len(runs) - len(finished)) * statistics.fmean(times) / (first.parallel or 1) if times else 0
+            child.say(f"\n{number}: {label}{f', about {duration(left)} left for all' if left else ''}")
             try:
                 result.selection = train(options, mine, device, child, start)
             except Diverged as error:
@@ -239,6 +246,7 @@ def train_many(
             result.seconds = child.seconds
             with finishing:
                 finished.append(result)
+                times.append(result.seconds)
                 on_main_process(lambda: end(child, options, mine, result))
         return result
 
@@ -279,9 +287,10 @@ def conclude(results: Sequence[RunResult], options: Options, run: Run) -> Report
     ending = save_weights(chosen.file, run, final_path(options, "stage1"))
     show_sweep(results, rows, run, "wd", f"{options.dataset}, ratio {options.imb_ratio}, {options.network}", "loss")
     name = chosen.setting.describe(["seed", *varying([result.setting for result in results])])
-    run.say(f"{choice_in_words(sweep)}; saved: {name}")
+    run.say(f"{choice_in_words(sweep)}: {name}")
     accuracy = percent(chosen.selection.test["top1"])
-    run.say(f"{accuracy} %, {ending()}; all runs in {run.folder}; next: {following(chosen.file)}")
+    run.say(f"test top-1 {accuracy} % of that run; {ending()}, in {duration(run.seconds)}; all runs in {run.folder}")
+    run.say(f"next: {following(chosen.file)}")
     return chosen.selection.test
 
 

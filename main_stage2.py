@@ -20,6 +20,7 @@ from experiment.resuming import find_run, say_complete
 from experiment.sweeps import choice_in_words, chosen_on, ranked_rows, show_sweep, varying
 from models.heads import head_name
 from retraining.dry_run import dry_run
+from retraining.methods import Method
 from retraining.options import (
     Options,
     continue_stage1,
@@ -29,14 +30,14 @@ from retraining.options import (
     tunable_values,
 )
 from retraining.results import ClassifierResult, FrozenBackbone
-from retraining.settings import TUNABLE, make_methods
+from retraining.settings import TUNABLE, make_methods, settings_table
 from retraining.train import HINT, freeze, retrain, state_bytes
 from utils.checkpoints import Checkpoint
 from utils.command import command
 from utils.console import show
 from utils.distributed import require_single
 from utils.metrics import Report, report
-from utils.options import parse_typed
+from utils.options import Resolved, Values, parse_typed
 from utils.resume import complete
 from utils.run import Run
 
@@ -50,18 +51,19 @@ def main(argv: Sequence[str]) -> Report:
     if resumed and resumed.is_complete:
         return cast(Report, say_complete(resumed))
     if typed.get("print_options"):
-        show(continue_stage1(Options, typed)[1].table())
+        parent, resolved = continue_stage1(Options, typed)
+        show(f"{resolved.table()}\n{settings_table(choose_methods(resolved, typed, parent.num_classes))}")
         return Report()
     parent, resolved, device, data = prepare(Options, typed)
-    options, names = resolved.options, [str(name) for name in resolved.values("method")]
-    methods = make_methods(names, tunable_values(resolved), typed, data.num_classes, options.protocol == "published")
+    options, names = resolved.options, resolved.values("method")
+    methods = choose_methods(resolved, typed, data.num_classes)
     refuse_unused(typed, resolved, methods)
     state, frozen = state_bytes(methods, parent), freeze(parent, data, device, options)
     if options.dry_run:
         check_places(options, device, model_size(options, data)[1], state, resumed, 1)
         show(dry_run(methods, frozen))
         return Report()
-    with begin(resolved, "stage2", data, device, typed, parent, resumed, state) as run:
+    with begin(resolved, "stage2", data, device, typed, parent, resumed, state, classifiers=len(methods)) as run:
         frozen.source.progress = run.bar
         own = [name for name in methods[0].options() if name not in ("seed", "batch_size", "finetune_epoch")]
         what = methods[0].setting.describe(own) if len(methods) == 1 else f"{len(methods)} classifiers"
@@ -71,6 +73,13 @@ def main(argv: Sequence[str]) -> Report:
         results = retrain(methods, frozen, resolved, run)
         run.say(frozen.source.size)
         return complete(run, conclude(results, frozen, options, run, argv, parent))
+
+
+def choose_methods(resolved: Resolved[Options], typed: Values, num_classes: int) -> list[Method]:
+    """Every method with every setting that the options ask for."""
+    names = [str(name) for name in resolved.values("method")]
+    is_published = resolved.options.protocol == "published"
+    return make_methods(names, tunable_values(resolved), typed, num_classes, is_published)
 
 
 def conclude(
@@ -87,9 +96,10 @@ def conclude(
 
     def table() -> None:
         if len(results) > 1:
-            show_sweep(results, rows, run, "label_smooth", f"{data.spec.name}, ratio {options.imb_ratio}", "method")
+            title = f"{data.spec.name}, ratio {options.imb_ratio}, {options.network}"
+            show_sweep(results, rows, run, "label_smooth", title, "method")
             name = chosen.setting.describe(["seed", *varying(settings)])
-            run.say(f"{choice_in_words(sweep)}; saved: {name}")
+            run.say(f"{choice_in_words(sweep)}: {name}")
 
     run.epochs = chosen.records
     chosen.selection.test = report(frozen.logits_of(chosen, "test"), data.test.labels, data.class_counts)

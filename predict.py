@@ -160,7 +160,7 @@ class View:
                 f"{file.path} does not say how pixels are normalised", "--dataset NAME, or --mean and --std"
             )
         self.mean, self.std = list(mean), list(std)
-        write(f"shown at {self.side} pixels, mean {shown(self.mean)}, std {shown(self.std)}")
+        write(f"input: {self.side} x {self.side} pixels, mean {shown(self.mean)}, std {shown(self.std)}")
 
     def of(self, path: Path) -> Tensor | UsageError:
         """The pixels (c, side, side) uint8 of a file, or why there are none."""

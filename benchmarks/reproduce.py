@@ -124,7 +124,7 @@ RESNET34 = "--imb_ratio 100 --epochs 48 --lr 0.04 --batch_size 64"
 STRONG = "--aug autoaugment+cutout --mixup 0.2 --cutmix 1"
 ROWS: tuple[Row, ...] = (
     Row("resnet32_wd5e-4", "cifar100", "resnet32", f"{RESNET32} --wd 5e-4", weights=True),
-    Row("resnet34_wd5e-3", "cifar100", "resnet34", f"{RESNET34} --wd 5e-3"),
+    Row("resnet34_wd5e-3", "cifar100", "resnet34", f"{RESNET34} --wd 5e-3", weights=True),
     Row("resnet32_wd1e-3", "cifar100", "resnet32", f"{RESNET32} --wd 1e-3", weights=True),
     Row("resnet32_wd2e-3", "cifar100", "resnet32", f"{RESNET32} --wd 2e-3", weights=True),
     Row("resnet32_wd5e-4_strong", "cifar100", "resnet32", f"{RESNET32} --wd 5e-4 {STRONG}", weights=True),

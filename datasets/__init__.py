@@ -71,7 +71,7 @@ class LongTailed:
         val = "" if self.val is None else f", {len(self.val)} held out for validation"
         return (
             f"{self.spec.name}: {len(self.train):,} training images{val}, {len(self.test):,} test images, "
-            f"{self.num_classes} classes of {max(self.class_counts)} to {min(self.class_counts)}"
+            f"{self.num_classes} classes of {max(self.class_counts):,} to {min(self.class_counts):,} training images"
         )
 
 

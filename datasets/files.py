@@ -59,7 +59,11 @@ def read_image(path: str | Path) -> Tensor:
     except UsageError:
         raise
     except Exception as error:  # Pillow's plug-ins raise nearly anything
-        reason = "no image that is known" if isinstance(error, UnidentifiedImageError) else " ".join(str(error).split())
+        reason = (
+            "not an image file that Pillow reads"
+            if isinstance(error, UnidentifiedImageError)
+            else " ".join(str(error).split())
+        )
         raise UsageError(f"image {path} cannot be read ({reason})", "an undamaged image of 8 or 16 bits") from None
 
 

@@ -7,7 +7,7 @@ import torch
 import datasets
 from datasets import Batches, ImageOptions, ImageSet, LongTailed
 from experiment.options import DataOptions
-from utils.console import show
+from utils.console import counted, show
 from utils.distributed import main_process_first, rank, world_size
 from utils.errors import UsageError
 
@@ -48,7 +48,9 @@ def load_data(
     untested = sorted(set(range(data.num_classes)) - set(data.test.labels.tolist()))
     if untested:
         some = ", ".join(data.class_names[i] for i in untested[:5]) + (" ..." if len(untested) > 5 else "")
-        show(f"note: no test images of {len(untested)} classes, which count in no accuracy: {some}")
+        show(
+            f"note: no test images of {counted(len(untested), 'class', 'classes')}, which count in no accuracy: {some}"
+        )
     if options.num_class not in (None, data.num_classes):
         raise UsageError(f"--num_class {options.num_class}", f"{data.num_classes}, as {options.dataset} has")
     return data

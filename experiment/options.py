@@ -253,7 +253,7 @@ def recipe_layers(dataset: str, known: Values, stage: str = "") -> dict[str, Val
     layers: dict[str, Values] = {label: recipe}
     if spec.suited:
         size = known.get("image_size")
-        layers["for its images"] = spec.suited(
+        layers["from its images"] = spec.suited(
             str(known.get("data_dir", "data/")), size if isinstance(size, int) else None
         )
     return layers
@@ -301,7 +301,7 @@ def check_data_flags(options: DataOptions, typed: Values) -> None:
         raise UsageError(f"--imb_ratio {options.imb_ratio}: {options.dataset} is long-tailed as it is", NATURAL)
     flips = spec.augment.flip if options.flip is None else options.flip
     if getattr(options, "flip_tta", False) and not flips:
-        raise UsageError(f"--flip_tta: mirrored {options.dataset} are other characters", "--no-flip_tta")
+        raise UsageError(f"--flip_tta: images of {options.dataset} are not mirrored in training", "--no-flip_tta")
     for name in ("image_size", "jitter", "flip", "input"):
         if name in typed and not spec.photos:
             raise UsageError(

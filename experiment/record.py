@@ -22,7 +22,7 @@ from experiment.resuming import Resumed
 from models import TIMM, build_model, pick_stem
 from utils import checkpoints
 from utils.checkpoints import Checkpoint, Chosen, Metrics, Sweep
-from utils.console import duration
+from utils.console import counted, duration
 from utils.distributed import barrier, launcher, on_main_process, rank, world_size
 from utils.errors import Unsaved, UsageError
 from utils.files import require_room, require_writable, write_text
@@ -53,15 +53,29 @@ def begin(
     resumed: Resumed | None,
     state: int,
     runs: int = 1,
+    classifiers: int = 1,
 ) -> Run:
-    """Opens the folder of a run, or of so many, and says what will run; fails now what would fail later.
+    """Opens the folder of a run and says what will run; fails now what would fail later.
 
-    ``typed`` are the flags that --resume, beside the seeds, begins with again; ``start`` is the file it begins from;
-    ``state`` is about how many bytes a save takes.
+    Args:
+        resolved: the options.
+        stage: "stage1", "stage2" or "compare".
+        data: what it trains and tests on.
+        device: where it runs.
+        typed: the flags that --resume will begin with again, beside the seeds.
+        start: the file that training begins from.
+        resumed: the run that it goes on with.
+        state: about how many bytes a save takes.
+        runs: runs of a sweep, each in a folder of its own inside.
+        classifiers: classifiers that it makes, all in one folder.
+
+    Raises:
+        UsageError: see :func:`check_places`; or another process has the folder.
     """
     options, seeds = resolved.options, resolved.values("seed")
-    label = f"seed{seeds[0]}" if len(seeds) == 1 else f"{len(seeds)}seeds"
-    label = f"{runs}runs" if runs > 1 else label
+    several = {"runs": runs, "classifiers": classifiers}
+    label = next((f"{number}{what}" for what, number in several.items() if number > 1), f"seed{seeds[0]}")
+    kept = resumed.kept if resumed else ()
 
     script = "compare.py" if stage == "compare" else f"main_{stage}.py"
     parameters, size = model_size(options, data)
@@ -90,15 +104,15 @@ def begin(
         raise UsageError(f"another process has completed {folder} meanwhile", "the same once more")
     if resumed and not on_main_process(lambda: any(map(any, map(folder.rglob, ("state-*.pt", FINISHED))))):
         run.say("nothing had been saved when it was cut off: it begins anew")
-    where = f"{device}, {torch.get_num_threads()} threads" if device.type == "cpu" else str(device)
+    where = f"{device}, {counted(torch.get_num_threads(), 'thread')}" if device.type == "cpu" else str(device)
     if world_size() > 1:
         where = f"{where.replace(':0', '')} in each of {world_size()} processes"
     block = {
-        "command": shlex.join([*launcher(), script, *flags(typed)]),
+        "command": shlex.join([*launcher(), script, *flags({k: v for k, v in typed.items() if k not in kept})]),
         "data": data.describe(),
         "network": f"{options.network}, {parameters / 1e6:.2f} M parameters, on {where}",
-        "options": resolved.describe(),
-        "folder": str(run.folder),
+        "options": resolved.labelled(kept, "as the run began").describe(),
+        "folder": f"{run.folder}{', gone on with' if resumed else ''}",
     }
     run.say("\n".join(wrapped_line(name, text) for name, text in block.items()))
     if options.deterministic:
@@ -276,13 +290,14 @@ def finish(
 
     test, (best_epoch, best) = selection.test, selection.best_on_test
     groups = ", ".join(f"{group} {percent(test['groups'][group]['accuracy'])}" for group in GROUPS)
-    run.say(f"test top-1 {percent(test['top1'])} % ({groups}); {selection_words(file.metrics)}")
+    run.say(f"selected: {selection_words(file.metrics)}")
     for words in ancestors(file):
         run.say(words)
     if selection.rule != "best_test" and "sweep" not in file.metrics:
         run.say(f"best on the test set, not used: {percent(best['top1'])} % at epoch {best_epoch}")
-    next = f"; next: {following(file)}" if is_final else ""
-    run.say(f"{percent(test['top1'])} %, {ending()}, in {duration(run.seconds)}{next}")
+    run.say(f"test top-1 {percent(test['top1'])} % ({groups}); {ending()}, in {duration(run.seconds)}")
+    if is_final:
+        run.say(f"next: {following(file)}")
     return test
 
 
@@ -339,7 +354,7 @@ def selection_words(metrics: Metrics | Chosen) -> str:
     rule = {"last": "the last", "best_test": "the best on the TEST set", "best_val": "the best on held-out images"}
     flip = "with flip averaging" if metrics["flip_tta"] else "no flip averaging"
     swept = metrics.get("sweep")
-    setting = f"; the best of {swept['settings']} settings on {swept['chosen_on']}" if swept else ""
+    setting = f"; the best of {counted(swept['settings'], 'setting')} on {swept['chosen_on']}" if swept else ""
     return f"epoch {metrics['epoch']}, {rule[metrics['select']]}{setting}; {flip}"
 
 

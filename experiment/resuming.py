@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypedDict, cast
 
@@ -26,9 +26,13 @@ from utils.run import Run
 
 
 class Resumed(NamedTuple):
-    """A run to go on with: its folder and, where it is complete, what its command returned."""
+    """A run to go on with: its folder, the options it goes on with although nobody typed them, and how it ended.
+
+    ``result`` is what its command returned, where it is complete.
+    """
 
     folder: Path
+    kept: Sequence[str] = ()
     result: object = None
     is_complete: bool = False
 
@@ -71,13 +75,14 @@ def find_run(
         if name not in MAY_MOVE and stored.get(name) != value:
             was = f"with --{name} {shown(stored[name])}" if name in stored else "without it"
             raise UsageError(f"--{name} {shown(value)}: {wanted} was begun {was}", "the same, or a new run")
-    fixed: Values = {name: begun["options"][name] for name in ("amp", "compile") if name in begun["options"]}
+    kept: Values = {name: begun["options"][name] for name in ("amp", "compile") if name in begun["options"]}
+    kept = {**kept, "seed": tuple(begun["seed"])}
     moved = {name: value for name, value in typed.items() if name in MAY_MOVE}
-    found: dict[str, object] = {**stored, **fixed, **moved, "seed": tuple(begun["seed"])}
+    found: dict[str, object] = {**stored, **kept, **moved}
     done = completed_run(folder)
     if done is None and begun["start"] != start_of(found):
         raise UsageError(f"--resume {wanted} was begun from another checkpoint", "the same file, or a new run")
-    return found, Resumed(folder, done and done["result"], done is not None)
+    return found, Resumed(folder, [*(kept.keys() - stored)], done and done["result"], done is not None)
 
 
 def comparable(typed: Values) -> dict[str, object]:

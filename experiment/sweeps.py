@@ -124,7 +124,7 @@ def table_cells(rows: Sequence[Row[R]], names: Sequence[str], heading: str = "me
     ``heading`` is what the column of the settings' methods is called.
     """
     held_out = any(row.results[0].selection.val is not None for row in rows)
-    measures = ({"val": score_of} if held_out else {}) | MEASURES
+    measures = ({"val class mean": score_of} if held_out else {}) | MEASURES
     cells = []
     for row in rows:
         values = row.setting.values

@@ -16,7 +16,7 @@ from retraining.methods import Method, Trained
 from retraining.results import FrozenBackbone
 from retraining.settings import by_stream, cached_streams
 from retraining.solver import Solver
-from utils.console import duration
+from utils.console import counted, duration, step_time
 from utils.system import peak_memory, step_seconds
 
 
@@ -54,7 +54,8 @@ def dry_run(methods: Sequence[Method], frozen: FrozenBackbone) -> str:
     passes = of_image * (looked_at + 3 * epochs * len(data.train))
     disk = f"{lacking * source.array_bytes / 1e6:,.0f} MB in {source.cache_dir}"
     return (
-        f"dry run: about {duration(passes + steps)} for {len(methods)} classifiers, {peak_memory(device)}, {disk}; "
-        f"the backbone takes {duration(passes)} ({1000 * of_image:.3g} ms an image, {lacking} of {arrays} passes over "
+        f"dry run: about {duration(passes + steps)} for {counted(len(methods), 'classifier')}, "
+        f"{peak_memory(device)}, {disk}; "
+        f"the backbone takes {duration(passes)} ({step_time(of_image)} an image, {lacking} of {arrays} passes over "
         f"the training images), the classifiers {duration(steps)}. No run was made."
     )

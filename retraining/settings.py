@@ -83,3 +83,10 @@ def cached_streams(methods: Sequence[Method]) -> list[Stream]:
     """The batches of which features of a frozen backbone are kept."""
     groups = by_stream(methods).items()
     return [stream for stream, group in groups if stream and any(method.scope == "fc" for method in group)]
+
+
+def settings_table(methods: Sequence[Method]) -> str:
+    """The options of every classifier, a line for each: None above stands for what its method says here."""
+    names = [name for name in TUNABLE if name != "seed"]
+    lines = dict.fromkeys(method.setting.describe(names) for method in methods)
+    return "\n".join(["classifiers:", *(f"  {line}" for line in lines)])

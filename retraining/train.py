@@ -25,6 +25,7 @@ from retraining.results import ClassifierResult, Finished, FrozenBackbone, Resul
 from retraining.settings import by_stream, cached_streams
 from retraining.solver import Solver, heads_that_fit
 from utils.checkpoints import Checkpoint
+from utils.console import counted
 from utils.errors import Diverged
 from utils.files import require_room
 from utils.options import Resolved
@@ -74,7 +75,8 @@ def retrain(
     require_room({options.cache_dir: lacking * frozen.source.array_bytes}, f"--features {options.features}")
     if lacking:
         others = "" if lacking == arrays else f", {arrays - lacking} are in the cache"
-        run.say(f"features of {len(frozen.data.train):,} training images: {lacking} passes over the backbone{others}")
+        passes = counted(lacking, "pass", "passes")
+        run.say(f"features of {len(frozen.data.train):,} training images: {passes} over the backbone{others}")
     for stream, group in by_stream(methods).items():
         trained = [method for method in group if isinstance(method, Trained)]
         if stream is None:

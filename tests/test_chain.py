@@ -83,11 +83,11 @@ def test_the_four_commands_as_processes(shell, workdir) -> None:
     first = shell("main_stage1.py", *QUICK, "--imb_ratio", "100", "--cur_stage", "stage1")
     assert first.returncode == 0, first.stderr
     one = shell("evaluate.py", "--dataset", "digits", "--imb-ratio", "100", "--cur_stage", "stage1")
-    assert one.returncode == 0 and "stored in training: the same" in one.stdout, one.stderr + one.stdout
+    assert one.returncode == 0 and "the same figures as in training" in one.stdout, one.stderr + one.stdout
     second = shell("main_stage2.py", *QUICK2, "--imb_ratio", "100", "--cur_stage", "stage2", "--label_smooth", "0.98")
     assert second.returncode == 0, second.stderr
     two = shell("evaluate.py", "--dataset", "digits", "--json", "two.json", "--csv", "two.csv")
-    assert two.returncode == 0 and "stored in training: the same" in two.stdout, two.stderr
+    assert two.returncode == 0 and "the same figures as in training" in two.stdout, two.stderr
     assert not any(process.stderr for process in (first, one, second, two))  # no bar, no warning
 
     result, stored = json.loads(Path("two.json").read_text()), checkpoints.read(STAGE2)
@@ -164,7 +164,7 @@ def test_published_protocol_lets_the_statistics_drift_and_says_how_it_selected(w
     assert two.options["label_smooth"] == 0.98 and two.metrics["select"] == "best_test"
     evaluate.main(["--dataset", "cifar10", "--data_dir", small_cifar10, "--imb_ratio", "10"])
     out = capsys.readouterr().out
-    assert "the best on the TEST set; with flip averaging" in out and "stored in training: the same" in out
+    assert "the best on the TEST set; with flip averaging" in out and "the same figures as in training" in out
     evaluate.main(["--dataset", "cifar10", "--data_dir", small_cifar10, "--imb_ratio", "10", "--no-flip_tta"])
     assert "flip averaging here: off" in capsys.readouterr().out
 
@@ -258,7 +258,9 @@ def test_stage2_names_the_parent_that_it_read(workdir, monkeypatch) -> None:
     main_stage1.main(QUICK)
     read = sha256(STAGE1)
     begin = main_stage2.begin
-    monkeypatch.setattr(main_stage2, "begin", lambda *a: (STAGE1.write_bytes(b"replaced meanwhile"), begin(*a))[1])
+    monkeypatch.setattr(
+        main_stage2, "begin", lambda *a, **k: (STAGE1.write_bytes(b"replaced meanwhile"), begin(*a, **k))[1]
+    )
     main_stage2.main(QUICK2)
     assert checkpoints.read(STAGE2).parent["sha256"] == read
 

@@ -378,7 +378,7 @@ def test_every_number_of_processes_evaluates_alike(home: Path, two, three, monke
             assert found["out"] == (one["out"] if number == 0 else "")
     assert json.loads((home / "of3/0/report.json").read_text())["provenance"]["processes"] == 3
     assert not list(home.glob("of3/[12]/*.json"))
-    assert "stored in training: the same" in one["out"] and one["result"]["temperature"] > 0
+    assert "the same figures as in training" in one["out"] and one["result"]["temperature"] > 0
 
 
 def test_what_several_processes_cannot_do_is_refused_once(two) -> None:
@@ -457,4 +457,4 @@ def test_two_gpus(workdir) -> None:
         done = subprocess.run([*command, str(ROOT / "main_stage1.py"), *arguments], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         told = subprocess.run([*command, str(ROOT / "evaluate.py"), *arguments[:2]], capture_output=True, text=True)
-        assert "stored in training: the same" in told.stdout, told.stderr
+        assert "the same figures as in training" in told.stdout, told.stderr

@@ -427,7 +427,7 @@ def test_a_foreign_file_for_photos_is_shown_them_as_imagenet(workdir, capsys) ->
     torch.save(build_model("resnet10", 1000, stem="imagenet").state_dict(), "theirs.pt")
     paint("red", 90, 0).save("a.png")
     [found] = predict.main(["a.png", "--pretrained_pth", "theirs.pt"])
-    assert "shown at 224 pixels, mean 0.485 0.456 0.406, std 0.229 0.224 0.225" in capsys.readouterr().out
+    assert "input: 224 x 224 pixels, mean 0.485 0.456 0.406, std 0.229 0.224 0.225" in capsys.readouterr().out
     assert not any(top["name"].isdecimal() for top in found["top"])
     for flags, words in ((["--plot", "x.txt"], "--plot x.txt"), (["--pretrained_pth", "no.pt"], "no.pt")):
         with pytest.raises(SystemExit):

@@ -494,10 +494,10 @@ def test_a_run_folder_is_one_process_s_at_a_time(workdir, interruptions, capsys)
     with pytest.raises(SystemExit):
         main_stage1.main([*DIGITS, "--epochs", "3"])
     folder = run_folder("output")
-    records = (folder / "metrics.jsonl").read_text()
+    records = (folder / "options.json").read_text()
     with lock(folder):
         error = shown_error(capsys, main_stage1.main, *DIGITS, "--epochs", "3", "--resume", "auto")
-    assert f"{folder} is being run by process" in error and (folder / "metrics.jsonl").read_text() == records
+    assert f"{folder} is being run by process" in error and (folder / "options.json").read_text() == records
     main_stage1.main([*DIGITS, "--epochs", "3", "--resume", "auto"])
 
 

@@ -71,7 +71,7 @@ def test_a_side_output_that_fails_is_one_line(folder: Path, capsys) -> None:
         with run.side_output("b.csv") as path:
             path.write_text("whole")
     assert capsys.readouterr().out == "note: no a.csv: a name that does not suit\n"
-    assert sorted(p.name for p in folder.iterdir() if "tfevents" not in p.name) == ["b.csv", "log.txt", "metrics.jsonl"]
+    assert sorted(p.name for p in folder.iterdir() if "tfevents" not in p.name) == ["b.csv", "log.txt"]
     with pytest.raises(KeyboardInterrupt), Run(folder) as run, run.side_output("a.csv"):
         raise KeyboardInterrupt
 

@@ -448,7 +448,7 @@ def test_compare_tunes_on_held_out_images(held_out, capsys) -> None:
         "finetune_lr 0.05" in name for name in los
     )  # the typed lr stays, label_smooth is tuned
     [row] = [row for row in rows if row["method"] == "los"]
-    assert row["val"] == max(los.values()) and row["ECE_scaled"] is not None
+    assert row["val_class_mean"] == max(los.values()) and row["ECE_scaled"] is not None
     assert "tuned on held-out images" in capsys.readouterr().out
 
 

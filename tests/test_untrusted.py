@@ -176,7 +176,7 @@ def test_what_unpacks_to_more_than_memory_is_refused(tmp_path: Path, monkeypatch
     with zipfile.ZipFile(tmp_path / "x.npz", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("train_images.npy", header((10**8,), "|u1") + bytes(10**8))
     assert (tmp_path / "x.npz").stat().st_size < 10**6
-    with pytest.raises(Unreadable, match="which memory has"):
+    with pytest.raises(Unreadable, match="of free memory"):
         read_arrays(tmp_path / "x.npz")
 
 

@@ -12,7 +12,7 @@ from engine import is_due
 from experiment.data import eval_batches
 from training.options import Options
 from training.recipe import make_batches, make_network, make_step
-from utils.console import duration
+from utils.console import counted, duration, step_time
 from utils.system import peak_memory, step_seconds
 
 
@@ -31,12 +31,15 @@ def dry_run(runs: Sequence[Options], data: LongTailed, device: torch.device) -> 
     epochs = [steps[run] * of_kind[kind_of(run)][0] for run in runs]
     of_evaluation = of_kind[kind_of(first)][1]
     whole = sum(epochs) * first.epochs + of_evaluation * due * len(runs)
-    each = f"{len(runs)} runs, one after the other, of " if len(runs) > 1 else ""
+    parallel = min(first.parallel or 1, len(runs))
+    order = "one after the other" if parallel == 1 else f"less with {parallel} side by side"
+    each = f"{len(runs)} runs, {order}, of " if len(runs) > 1 else ""
     size, of_step = min(first.batch_size, len(data.train)), of_kind[kind_of(first)][0]
     return (
-        f"dry run: about {duration(whole)} for {each}{first.epochs} epochs, {peak_memory(device)}; "
-        f"{'of the first ' if len(runs) > 1 else ''}a step of {size} images takes {1000 * of_step:.3g} ms, an epoch "
-        f"{duration(epochs[0])}, each of {due} evaluations {duration(of_evaluation)}. No run was made."
+        f"dry run: about {duration(whole)} for {each}{counted(first.epochs, 'epoch')}, {peak_memory(device)}; "
+        f"{'of the first ' if len(runs) > 1 else ''}a step of {counted(size, 'image')} "
+        f"takes {step_time(of_step)}, an epoch "
+        f"{duration(epochs[0])}, each of {counted(due, 'evaluation')} {duration(of_evaluation)}. No run was made."
     )
 
 

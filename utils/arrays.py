@@ -61,7 +61,7 @@ def open_array(path: str | Path, name: str, is_whole: bool = False) -> Array:
             file.seek(max(0, content))
             sums = file.read(4 * number)
             if number < 1 or file.read() != _END.pack(_MAGIC, zlib.crc32(sums, zlib.crc32(name.encode()))):
-                raise Unreadable("damaged: its checksums are")
+                raise Unreadable("damaged, or written under another name")
             blocks = list(range(number))
             if content > CHECKED_WHOLE and not is_whole:
                 blocks = sorted({0, number - 1, *random.Random().sample(blocks, min(SAMPLED, number))})

@@ -22,7 +22,7 @@ class Board:
     def __init__(self, folder: Path, warn: Callable[[str], None]) -> None:
         place = f"{time.time():.0f}.{socket.gethostname()}.{os.getpid()}"
         self._added = AppendedFile(folder / f"events.out.tfevents.{place}", warn)
-        self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))
+        self._is_begun = False
 
     def add(self, step: int, scalars: dict[str, float]) -> None:
         values = [Summary.Value(tag=tag, simple_value=float(value)) for tag, value in scalars.items()]
@@ -35,7 +35,10 @@ class Board:
 
     def _write(self, event: Event) -> None:
         record = io.BytesIO()
-        RecordWriter(record).write(event.SerializeToString())
+        head = [] if self._is_begun else [Event(wall_time=time.time(), file_version="brain.Event:2")]
+        for each in (*head, event):
+            RecordWriter(record).write(each.SerializeToString())
+        self._is_begun = True
         self._added.write(record.getvalue())
 
     def close(self) -> None:

@@ -443,7 +443,7 @@ def save_final(checkpoint: Checkpoint, path: Path, content: bytes | None = None)
                 os.replace(names[place - 1], names[place])
             second_name(path, names[0])
         older = f", the one before as {names[1].name}" if names[1].exists() else ""
-        return f"saved {path} (it replaces a run of other options or seed, kept as {names[0]}{older})"
+        return f"saved {path} (another run's file, with other options or seed, is kept as {names[0]}{older})"
 
 
 def same_run(checkpoint: Checkpoint, path: Path) -> bool:

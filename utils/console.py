@@ -35,14 +35,26 @@ def show(text: str, end: str = "\n") -> None:
 
 
 def duration(seconds: float) -> str:
-    """A time as a person says it: "42 s", "12 min", "1 h 53 min", "2 d 4 h"."""
+    """A time as a person says it: "under 1 s", "42 s", "12 min", "1 h 53 min", "2 d 4 h"."""
     minutes = round(seconds / 60)
+    if seconds < 1:
+        return "under 1 s"
     if seconds < 100:
         return f"{seconds:.0f} s"
     if minutes < 100:
         return f"{minutes} min"
     hours, days = round(seconds / 3600), seconds / 86400
     return f"{minutes // 60} h {minutes % 60} min" if hours < 48 else f"{int(days)} d {hours % 24} h"
+
+
+def step_time(seconds: float) -> str:
+    """The time of something short: "12.5 ms", "3.99 s"."""
+    return f"{seconds:.3g} s" if seconds >= 1 else f"{1000 * seconds:.3g} ms"
+
+
+def counted(number: int, noun: str, plural: str = "") -> str:
+    """A number of things: "1 epoch", "2,000 epochs"."""
+    return f"{number:,} {noun if number == 1 else plural or f'{noun}s'}"
 
 
 def show_rest() -> None:

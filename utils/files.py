@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import hashlib
+import io
 import os
 import re
 import secrets
@@ -400,25 +401,29 @@ class AppendedFile:
     """A file that a run adds to as it goes. A disk that refuses costs what is added meanwhile, not the run.
 
     Args:
-        path: the file; what it holds already stays.
+        path: the file, made when something is added; what it holds already stays.
         warn: is told of every such loss.
     """
 
     def __init__(self, path: Path, warn: Callable[[str], None]) -> None:
         self.path, self.warn = path, warn
-        self._file = open(path, "ab", buffering=0)  # nothing stays behind that would be written later, or fail then
+        self._file: io.FileIO | None = None
 
     def empty(self) -> bool:
         """Removes what it holds; whether that was nothing."""
         with suppress(OSError):
-            size = os.fstat(self._file.fileno()).st_size
-            os.ftruncate(self._file.fileno(), 0)
+            size = os.stat(self.path).st_size
+            os.truncate(self.path, 0)
             return size == 0
         return True
 
     def write(self, content: bytes) -> None:
         try:
             with naming(self.path):
+                if (
+                    self._file is None
+                ):  # without a buffer nothing stays behind that would be written later, or fail then
+                    self._file = open(self.path, "ab", buffering=0)
                 end = os.fstat(self._file.fileno()).st_size
                 try:
                     left = memoryview(content)
@@ -433,4 +438,5 @@ class AppendedFile:
 
     def close(self) -> None:
         with suppress(OSError):
-            self._file.close()
+            if self._file is not None:
+                self._file.close()

@@ -263,11 +263,11 @@ def table(rep: Report) -> str:
     total: GroupScore = {"accuracy": rep["top1"], "classes": len(rep["per_class"]), "train_images": images}
     rows = [("all", total), *rep["groups"].items()]
     limits = {"many": f">{MANY_ABOVE}", "medium": f"{FEW_BELOW}-{MANY_ABOVE}", "few": f"<{FEW_BELOW}"}
-    lines = [f"{'classes with':<18}{'classes':>8}{'images':>9}{'top-1 %':>10}"]
+    lines = [f"{'images per class':<18}{'classes':>8}{'training images':>17}{'top-1 %':>10}"]
     for name, score in rows:
         label = f"{name} {limits[name]}" if name in limits else name
-        lines.append(f"{label:<18}{score['classes']:>8}{score['train_images']:>9,}{percent(score['accuracy']):>10}")
-    lines.append(f"{'all, top-5':<35}{percent(rep['top5']):>10}")
+        lines.append(f"{label:<18}{score['classes']:>8}{score['train_images']:>17,}{percent(score['accuracy']):>10}")
+    lines.append(f"{'all, top-5':<43}{percent(rep['top5']):>10}")
     return "\n".join(lines)
 
 

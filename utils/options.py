@@ -404,6 +404,10 @@ class Resolved(Generic[T_co]):
         sources = {name: "auto" if before[name] != after[name] else source for name, source in self.sources.items()}
         return Resolved(options, self.axes, sources)
 
+    def labelled(self, names: Iterable[str], source: str) -> Resolved[T_co]:
+        """The same with another word for where the values of these options came from."""
+        return dataclasses.replace(self, sources={**self.sources, **dict.fromkeys(names, source)})
+
     def stored(self) -> dict[str, Value | tuple[Value, ...]]:
         """Every option with its value, or its values where it is swept."""
         return {**vars(self.options), **self.axes}
@@ -434,9 +438,14 @@ class Resolved(Generic[T_co]):
             members = [name for name in self.sources if specs[name].group == group]
             lines += [f"{group}:"] * bool(members)
             lines += [
-                f"  {name:<{width}}  {shown(values[name])!s:<28}  {self.sources[name]}".rstrip() for name in members
+                f"  {name:<{width}}  {self._cell(name, values[name]):<28}  {self.sources[name]}".rstrip()
+                for name in members
             ]
         return "\n".join(lines)
+
+    def _cell(self, name: str, value: object) -> str:
+        """A value as the table shows it; a seed that is drawn is another in every run."""
+        return "anew in each run" if self.sources[name] == "drawn" else str(shown(value))
 
 
 def resolve(cls: type[T], typed: Values, layers: Mapping[str, Values]) -> Resolved[T]:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
-from utils.console import duration
+from utils.console import counted, duration
 
 T = TypeVar("T")
 #: Steps after which the pace is measured, the very first being slower than the others.
@@ -52,4 +52,4 @@ class Pace:
         is_long = seconds > 2 * ANNOUNCE_AFTER and time.perf_counter() - self._began > ANNOUNCE_AFTER
         if is_long and not self._is_announced:
             self._is_announced = True
-            self.say(f"about {duration(seconds)} left for {self.epochs - self.done} epochs")
+            self.say(f"about {duration(seconds)} left for {counted(self.epochs - self.done, 'epoch')}")

@@ -24,7 +24,8 @@ COLOURS = {
     "medium": "#009E73",
     "few": "#D55E00",
 }
-
+#: What the panels of :func:`class_profiles` show.
+PROFILE_HEADINGS = ("top-1 accuracy (%)", "Logits Magnitude, relative to its mean", "weight norm, relative to its mean")
 
 #: A value of an option, and mean and deviation of {all, many, medium, few} at it; None for an empty group.
 Point = tuple[float, dict[str, tuple[float, float] | None]]
@@ -54,13 +55,15 @@ def learning_curves(epochs: Sequence[Record], title: str, path: Path) -> None:
     """
     figure = _figure(9, 3.6)
     loss_axes, axes = figure.subplots(1, 2)
-    loss_axes.plot([r["epoch"] for r in epochs], [r["train_loss"] for r in epochs], color=COLOURS["train"])
+    dot = "o" if len(epochs) < 30 else None  # of a single epoch no line would be seen
+    losses = [r["train_loss"] for r in epochs]
+    loss_axes.plot([r["epoch"] for r in epochs], losses, color=COLOURS["train"], marker=dot, markersize=3)
     loss_axes.set(xlabel="epoch", ylabel="training loss (nats)")
     curves = {"train": "train_top1", "test": "test_top1", **{group: f"test_{group}" for group in GROUPS}}
     for name, key in curves.items():
         points = [(r["epoch"], 100 * value) for r in epochs if (value := r.get(key)) is not None]
         if points:
-            marker = "o" if len(points) < 30 and name != "train" else None
+            marker = "o" if len(points) < 30 else None
             label = name if name in ("train", "test") else f"test, {name}"
             axes.plot(*zip(*points), label=label, color=COLOURS[name], marker=marker, markersize=3)
     axes.set(xlabel="epoch", ylabel="top-1 accuracy (%)", ylim=(0, 102))
@@ -68,6 +71,8 @@ def learning_curves(epochs: Sequence[Record], title: str, path: Path) -> None:
     for each in (loss_axes, axes):
         each.grid(alpha=0.3)
         each.xaxis.get_major_locator().set_params(integer=True)
+        if len(epochs) == 1:
+            each.set_xticks([epochs[0]["epoch"]])
     figure.suptitle(plain(title))
     figure.savefig(path, format="png")
 
@@ -174,7 +179,7 @@ def class_profiles(
             xs = [math.exp(sum(math.log(x) for x, _ in found[e - window : e]) / window) for e in ends]
             ys = [scale * sum(values[e - window : e]) / window for e in ends]
             axes.plot(xs, ys, color=colour, label=plain(method))
-    for axes, heading in zip(panels, ("top-1 accuracy (%)", "Logits Magnitude / mean", "weight norm / mean")):
+    for axes, heading in zip(panels, PROFILE_HEADINGS):
         axes.set(xscale="log", xlabel="training images of the class", ylabel=heading)
         axes.grid(alpha=0.3)
     handles, labels = panels[0].get_legend_handles_labels()

@@ -214,7 +214,7 @@ def read_arrays(path: str | Path, names: Iterable[str] | None = None) -> dict[st
             members = {member.filename.removesuffix(".npy"): member for member in archive.infolist()}
             wanted = [name for name in members if names is None or name in set(names)]
             if sum(members[name].file_size for name in wanted) > most:
-                raise Unreadable(f"its arrays take more than {most / 1e6:,.0f} MB, which memory has")
+                raise Unreadable(f"its arrays take more than the {most / 1e6:,.0f} MB of free memory")
             for name in wanted:
                 with archive.open(members[name]) as part:
                     shape, kind, order = _header(part, name, members[name].file_size)

@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import TypeVar
 
 from utils.bar import bar
-from utils.console import duration, plain, show
+from utils.console import counted, duration, plain, show
 from utils.distributed import interruptible
 from utils.errors import Unsaved, UsageError, disk_words
 from utils.files import AppendedFile, atomic, lock, require_writable, sweep
@@ -32,27 +32,29 @@ COLUMNS: tuple[tuple[str, str, str], ...] = (
     ("lr", "lr", ".2e"),
     ("train_loss", "loss", ".4f"),
     ("train_top1", "train %", "%"),
-    ("val_class_mean", "val %", "%"),
+    ("val_class_mean", "val class mean %", "%"),
     ("test_top1", "test %", "%"),
     ("test_many", "many %", "%"),
     ("test_medium", "medium %", "%"),
     ("test_few", "few %", "%"),
-    ("seconds", "s", ".1f"),
+    ("seconds", "train s", ".1f"),
     ("left", "left", "time"),
 )
 
 
-def table_row(record: Record | None, columns: Iterable[tuple[str, str, str]] = COLUMNS) -> str:
+def table_row(record: Record | None, held_out: bool = True) -> str:
     """One line of the epoch table; without a record, its heading. Missing values print as "-"."""
     cells = []
-    for key, heading, form in columns:
+    for key, heading, form in COLUMNS:
+        if key == "val_class_mean" and not held_out:
+            continue
         value = None if record is None else record.get(key)
         if record is None:
             text = heading
         elif form == "%":
             text = percent(value)
         elif form == "time":
-            text = "-" if value is None else duration(value)
+            text = duration(value) if value else "-"
         else:
             text = "-" if value is None else format(value, form)
         cells.append(text.rjust(max(len(heading), 8 if form == ".2e" else 6)))
@@ -157,11 +159,11 @@ class Run:
                     return
                 where = "" if self.is_sweep else f", in epoch {len(self.epochs) + 1}"
                 why = str(value) or repr(value)
-                self.say(f"ended early{where}: {' '.join(why.split())}")
+                words = f"ended early{where}: {' '.join(why.split())}"
+                (self._note if self.is_sweep else self.say)(words)  # its runs and the command say it too
                 if self.resume_by and isinstance(value, KeyboardInterrupt):
                     value.add_note(f"to continue: {self.resume_by}")
-                    if self._log:
-                        self._log.write(f"to continue: {self.resume_by}\n".encode(errors="surrogateescape"))
+                    self._note(f"to continue: {self.resume_by}")
 
     def state_dict(self) -> StateDict:
         """The records so far, see :class:`utils.resume.TrainState`."""
@@ -189,10 +191,14 @@ class Run:
         """Since the run began, interruptions left out."""
         return time.perf_counter() - self.started
 
-    def say(self, text: str) -> None:
-        """Keeps a text in log.txt and prints it."""
+    def _note(self, text: str) -> None:
+        """Keeps a text in log.txt."""
         if self._log:
             self._log.write(f"{plain(text)}\n".encode(errors="surrogateescape"))
+
+    def say(self, text: str) -> None:
+        """Keeps a text in log.txt and prints it."""
+        self._note(text)
         show(textwrap.indent(text, self.prefix))
 
     def _warn(self, text: str) -> None:
@@ -245,8 +251,8 @@ class Run:
         if "test_top1" in record and self._has_row(record):  # on a terminal the bar shows the others
             if not self._has_heading:
                 self._has_heading = True
-                self.say(table_row(None))
-            self.say(table_row({**record, "left": self.pace.left}))
+                self.say(table_row(None, "val_class_mean" in record))
+            self.say(table_row({**record, "left": self.pace.left}, "val_class_mean" in record))
         self._measured(record)
         if self._board:
             known = {key: value for key, value in record.items() if key != "epoch" and value is not None}
@@ -273,5 +279,6 @@ class Run:
         if measured and self._has_row(next(iter(records.values()))):
             last = next(reversed(records.values()))
             low, high = percent(min(measured)), percent(max(measured))
-            left = f", {duration(self.pace.left or 0.0)} left"
-            self.say(f"{heading}, epoch {last['epoch']}: {len(measured)} classifiers, test {low} to {high} %{left}")
+            test = f"{low} to {high}" if len(measured) > 1 else low
+            left = f", {duration(self.pace.left)} left for these" if self.pace.left else ""
+            self.say(f"{heading}, epoch {last['epoch']}: {counted(len(measured), 'classifier')}, test {test} %{left}")
