@@ -21,15 +21,16 @@ import torch
 from torch import Tensor, nn
 
 from datasets import DATASETS
-from datasets.files import EXTENSIONS, read_image
+from datasets.files import FULL_RANGE, read_image
+from datasets.found import LeftOut, images_below
 from datasets.own import SMALL_SIDE, square
 from datasets.photos import centre
 from engine import for_evaluation
 from experiment.options import DataOptions, file_identity, refuse_contradictions
-from experiment.restore import built, files_read, open_latest
+from experiment.restore import built, files_read, open_latest, require_same_data
 from utils.checkpoints import Checkpoint
 from utils.command import command
-from utils.console import write
+from utils.console import counted, write
 from utils.distributed import require_single
 from utils.errors import UsageError
 from utils.files import Target, atomic, require_targets, write_text
@@ -93,7 +94,11 @@ def main(argv: Sequence[str]) -> list[Predicted]:
         raise UsageError(f"--plot {options.plot}", "the path of a .png")
     paths = images_in(Path(place))
     file = open_latest(typed, Options)
+    number = counted(file.num_classes, "class", "classes")
+    write(f"{file.path}: {file.stage or 'of another program'}, {file.network}, {number}")
     refuse_unused(typed, file)
+    if "data_dir" in typed and "pretrained_pth" not in typed:
+        require_same_data(file, str(typed["data_dir"]))
     reports = {"json": b"[\n {\n", "csv": b"path,rank,class,", "plot": b"\x89PNG"}
     asked = [(f"--{name}", getattr(options, name), head) for name, head in reports.items()]
     targets = [Target(flag, path, head) for flag, path, head in asked if path is not None]
@@ -139,6 +144,8 @@ def refuse_unused(typed: Values, file: Checkpoint) -> None:
     stored = file_identity(file) | {"num_class": file.num_classes} | ({"cur_stage": file.stage} if file.stage else {})
     if file.data:
         stored |= {"mean": tuple(file.data["mean"]), "std": tuple(file.data["std"])}
+        own = ("class_level", "skip_damaged", "drop_duplicates")
+        stored |= {name: file.options[name] for name in own if name in file.options}
     refuse_contradictions(typed, stored, str(file.path))
     for name in ("recipe", "jitter", "flip", "input"):
         if name in typed:
@@ -160,12 +167,14 @@ class View:
                 f"{file.path} does not say how pixels are normalised", "--dataset NAME, or --mean and --std"
             )
         self.mean, self.std = list(mean), list(std)
+        low, high = file.data.get("levels") or options.range or FULL_RANGE
+        self.levels = low, high
         write(f"input: {self.side} x {self.side} pixels, mean {shown(self.mean)}, std {shown(self.std)}")
 
     def of(self, path: Path) -> Tensor | UsageError:
         """The pixels (c, side, side) uint8 of a file, or why there are none."""
         try:
-            image = read_image(path)
+            image = read_image(path, self.levels)
         except UsageError as error:
             return error
         from torchvision.transforms.v2 import functional as F  # here, since it is slow to import
@@ -215,9 +224,12 @@ def images_in(place: Path) -> list[Path]:
         return [place]
     if not place.is_dir():
         raise UsageError(f"predict.py {place}: there is no such file or folder", "an image, or a folder of some")
-    paths = sorted(path for path in place.rglob("*") if path.suffix.lower() in EXTENSIONS and path.is_file())
+    left_out = LeftOut()
+    paths = [place / name for name in images_below(place, left_out)]
+    words = left_out.describe() or "nothing"
     if not paths:
-        raise UsageError(f"predict.py {place}: there is no image in it", f"files of {', '.join(EXTENSIONS)}")
+        raise UsageError(f"predict.py {place}: there is no image in it; left out: {words}", "images that Pillow reads")
+    write(f"read {place}: {counted(len(paths), 'image')}; left out: {words}")
     return paths
 
 
@@ -238,11 +250,11 @@ def write_reports(found: Sequence[Predicted], sheet: Sequence[tuple[Tensor, str]
         write_text(options.json, json.dumps(found, indent=1) + "\n")
     if options.csv is not None:
         rows = [
-            {"path": each["path"], "rank": rank, **top}
+            {"path": each["path"], "rank": rank, **top, "error": each["error"]}
             for each in found
-            for rank, top in enumerate(each["top"], start=1)
+            for rank, top in (enumerate(each["top"], start=1) if each["top"] else [(None, {})])
         ]
-        write_text(options.csv, csv_text(rows, ["path", "rank", "class", "name", "probability"]))
+        write_text(options.csv, csv_text(rows, ["path", "rank", "class", "name", "probability", "error"]))
     if options.plot is not None:
         with atomic(options.plot) as path:
             contact_sheet(sheet, path)

@@ -140,7 +140,9 @@ def _others() -> dict[str, bytes]:
 
 def _manifest() -> dict[str, bytes]:
     files = {
-        split: Files([f"{split}/{i}.png" for i in range(n)], torch.arange(n) % 3, torch.full((n, 2), 80).int())
+        split: Files(
+            [f"{split}/{i}.png" for i in range(n)], torch.arange(n) % 3, torch.full((n, 2), 80).int(), torch.arange(n)
+        )
         for split, n in SIZES.items()
     }
     made = Manifest("folder", "/data", files, ["a", "b", "c"], {"source": "data"})

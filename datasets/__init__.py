@@ -114,7 +114,14 @@ def load(
                 f"--jitter {image_options.jitter}: small images are cropped and mirrored alone", "without it"
             )
         augment = replace(augment, jitter=image_options.jitter)
-    spec = replace(spec, mean=source.mean or spec.mean, std=source.std or spec.std, augment=augment)
+    spec = replace(
+        spec,
+        mean=source.mean or spec.mean,
+        std=source.std or spec.std,
+        augment=augment,
+        levels=source.levels,
+        listing=source.listing,
+    )
     available = torch.bincount(full.labels, minlength=len(class_names)).tolist()
     counts, n_max = available, min(available)
     if not isinstance(imb_ratio, str):

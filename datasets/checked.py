@@ -10,12 +10,14 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from datasets.files import Files, Listing, Manifest
+from datasets.files import FULL_RANGE, Files, Listing, Manifest, is_deep
 from datasets.scan import check_files, has_pixels, require_files, write_pixels
-from utils.console import write
+from utils.console import counted, write
 from utils.errors import UsageError
-from utils.files import atomic
+from utils.files import atomic, write_text
+from utils.metrics import csv_text
 from utils.system import provenance
 
 
@@ -28,6 +30,7 @@ def check_all(
     side: int = 0,
     verify: bool = False,
     argv: Sequence[str] = (),
+    skip_damaged: bool = False,
 ) -> Manifest:
     """Checks all files of a data set and writes ``folder``/manifest.npz, and with a ``side`` their pixels beside it.
 
@@ -44,14 +47,14 @@ def check_all(
         side: see :func:`datasets.scan.write_pixels`; 0 writes none.
         verify: decode files that are known, too.
         argv: the command's arguments, for the manifest to keep.
+        skip_damaged: leave damaged files out, which the manifest then names.
 
     Raises:
-        UsageError: a file is missing or damaged, or other than it was; a class has no training image; no room.
+        UsageError: files are missing or damaged, all of which damaged.csv names, or other than they were; a class has
+            no training image; no room.
     """
     began, target = time.perf_counter(), folder / "manifest.npz"
-    counts = torch.bincount(listing.splits["train"][1], minlength=len(listing.class_names)).tolist()
-    if 0 in counts:
-        raise UsageError(f"class {counts.index(0)} of {name} has no training image", "at least one for every class")
+    require_every_class(name, listing, listing.splits["train"][1])
     old = Manifest.load(target)
     known = old.splits if old is not None and _same_files(old, root, listing) else {}
     key = str(old.about.get("pixels", "")) if old is not None and known else secrets.token_hex(16)
@@ -67,34 +70,73 @@ def check_all(
         require_files(root, paths, listing.origins[split])
     if wanted:
         _require_room(folder, {path: len(listing.splits[split][0]) for split, path in wanted.items()}, side)
-    splits = {}
+    splits: dict[str, Files] = {}
+    damaged: list[tuple[str, str]] = []
+    levels = old.levels if old is not None and known else levels_of(root, listing.splits["train"][0], workers, side)
     with ExitStack() as whole:  # renamed at its end, the last one first: pixels, and then the manifest
         temporary = whole.enter_context(atomic(target))
         for split, (paths, labels) in listing.splits.items():
-            origin = listing.origins[split]
             if split in wanted:
                 pixels = whole.enter_context(atomic(wanted[split]))
-                sizes = write_pixels(root, paths, side, pixels, workers, origin, key)
+                seen = write_pixels(root, paths, side, pixels, workers, key, levels or FULL_RANGE)
             elif split in known and not verify:
-                sizes = known[split].sizes
+                splits[split] = known[split]
+                continue
             else:
-                sizes = check_files(root, paths, workers, origin)
-            if split in known and not torch.equal(sizes, known[split].sizes):
-                raise UsageError(f"images of {origin} have another size than before", f"remove {target} to start anew")
-            splits[split] = Files(paths, labels, sizes)
+                seen = check_files(root, paths, workers)
+            levels = levels or (seen.levels if split == "train" else None)
+            damaged += [(paths[position], why) for position, why in seen.damaged.items()]
+            good = [position for position in range(len(paths)) if position not in seen.damaged]
+            if not good:
+                raise UsageError(f"all {split} images of {listing.origins[split]} are damaged", "images that are whole")
+            sizes, digests = seen.sizes[good], seen.digests[good]
+            if split in known and not torch.equal(digests, known[split].digests):
+                origin = listing.origins[split]
+                raise UsageError(f"images of {origin} are others than before", f"remove {target} to start anew")
+            splits[split] = Files([paths[position] for position in good], labels[good], sizes, digests)
             shorter = sizes.amin(dim=1)
             span = f"{int(shorter.min())} to {int(shorter.max())}, median {int(shorter.median())}"
-            write(f"{split}: {len(paths):,} images, all whole; shorter side {span} pixels")
+            are = f"{len(seen.damaged):,} damaged" if seen.damaged else "all whole"
+            write(f"{split}: {len(paths):,} images, {are}; shorter side {span} pixels")
+        if damaged:
+            report_damaged(damaged, folder / "damaged.csv", skip_damaged)
+            require_every_class(name, listing, splits["train"].labels)
         made = provenance("-m datasets.prepare", argv, torch.device("cpu"), time.perf_counter() - began)
-        about = listing.about | {"provenance": made} | ({"pixels": key} if key else {})
+        about = listing.about | {"provenance": made, "levels": levels, "skipped": [path for path, _ in damaged]}
+        about |= {"pixels": key} if key else {}
         manifest = Manifest(name, str(root), splits, listing.class_names, about)
         manifest.write(temporary)
     stores = stores_of(manifest, folder)
     for path in (path for split in ("train", "val", "test") for path in folder.glob(f"{split}_*.npy")):
         if path not in stores:
             path.unlink(missing_ok=True)
+    counts = torch.bincount(splits["train"].labels, minlength=len(listing.class_names)).tolist()
     write(f"{target}: {len(counts)} classes of {max(counts):,} to {min(counts):,} training images")
     return manifest
+
+
+def require_every_class(name: str, listing: Listing, labels: Tensor) -> None:
+    """Raises UsageError where a class has no image among these labels (N,)."""
+    counts = torch.bincount(labels, minlength=len(listing.class_names)).tolist()
+    if 0 in counts:
+        number = counts.index(0)
+        called = f"class {number} ({listing.class_names[number]})"
+        raise UsageError(f"{called} of {name} has no training image", "at least one for every class")
+
+
+def report_damaged(damaged: Sequence[tuple[str, str]], path: Path, is_skipped: bool) -> None:
+    """Writes which files are damaged, and why; says so, or raises UsageError where they are not to be skipped."""
+    write_text(path, csv_text([{"path": name, "problem": why} for name, why in damaged]))
+    words = f"{counted(len(damaged), 'image')} cannot be read, the first: {damaged[0][1]}"
+    if not is_skipped:
+        raise UsageError(f"{words}; all are in {path}", "images that are whole, or --skip_damaged")
+    write(f"--skip_damaged: {words}; all are in {path}")
+
+
+def levels_of(root: Path, paths: Sequence[str], workers: int, side: int) -> tuple[int, int] | None:
+    """The smallest and largest value of 16-bit grey images, where pixels of such are about to be written."""
+    deep = [path for path in paths if side and not path.lower().endswith((".jpg", ".jpeg")) and is_deep(root / path)]
+    return check_files(root, paths, workers).levels if side and len(deep) == len(paths) else None
 
 
 def stores_of(manifest: Manifest, folder: Path) -> dict[Path, tuple[str, int]]:
@@ -111,6 +153,8 @@ def stores_of(manifest: Manifest, folder: Path) -> dict[Path, tuple[str, int]]:
 
 def _same_files(manifest: Manifest, root: Path, listing: Listing) -> bool:
     kept = {split: (files.paths, files.labels.tolist()) for split, files in manifest.splits.items()}
+    if manifest.about.get("skipped"):  # its rows are fewer than the list's
+        return False
     listed = {split: (paths, labels.tolist()) for split, (paths, labels) in listing.splits.items()}
     return manifest.root == str(root) and kept == listed
 

@@ -17,39 +17,59 @@ import numpy as np
 import numpy.typing as npt
 import simplejpeg
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from utils.errors import UsageError
 from utils.readers import Array, Unreadable, parse_json, read_arrays, read_bytes
 from utils.types import Json
 
-#: File names that count as images.
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-MANIFEST_FORMAT = 2  # 1 had no checksum
+MANIFEST_FORMAT = 3  # 1 had no checksum, 2 no digests, and the sizes of images as they are stored, not as they are seen
+#: Values of 16-bit images that become black and white where nothing else is known.
+FULL_RANGE = (0, 65535)
+#: What a manifest keeps of the images of a split beside their paths, see :class:`Files`.
+_ARRAYS = ("labels", "sizes", "digests")
+#: EXIF's tag of how an image is to be turned.
+_ORIENTATION = 0x0112
 #: Pixels of one image, at most: PIL's own limit, beyond which a small file may ask for all memory there is.
 MOST_PIXELS = 178_956_970
 warnings.filterwarnings("ignore", module=r"PIL\.")  # of what it then reads, or refuses
 
 
-def read_image(path: str | Path) -> Tensor:
-    """The pixels of an image file: (3, H, W) uint8, RGB. An orientation in EXIF is not applied, as in published code.
+def read_image(path: str | Path, levels: tuple[int, int] = FULL_RANGE) -> Tensor:
+    """The pixels of an image file as viewers show it: (3, H, W) uint8, RGB, turned as EXIF says.
 
-    Grey, palette, CMYK and alpha images become RGB (alpha is dropped), 16-bit ones are scaled to 8 bits, of an
-    animation the first frame is taken.
+    Grey, palette, CMYK and alpha images become RGB (alpha is dropped), of an animation the first frame is taken.
+
+    Args:
+        path: the file.
+        levels: of 16-bit grey images, the values that become 0 and 255; others are between, or clipped.
 
     Raises:
         UsageError: the file is missing, no image, truncated, of a kind without a range (32-bit, float), or of more
             than ``MOST_PIXELS``.
     """
+    return to_rgb(decode(read_content(path), path), levels)
+
+
+def read_content(path: str | Path) -> bytes:
+    """The bytes of an image file; UsageError where they cannot be read."""
     try:
-        content = read_bytes(path)
+        return read_bytes(path)
     except Unreadable as error:
         raise UsageError(f"image {path}: {error}", "all files of the data set, readable") from None
+
+
+def decode(content: bytes, path: str | Path) -> Tensor:
+    """The pixels of an image, turned as EXIF says: (3, H, W) uint8, or (1, H, W) int32 of a 16-bit grey one.
+
+    ``path`` is for messages; see :func:`read_image`.
+    """
     if content.startswith(b"\xff\xd8"):  # JPEG, nearly all there is: half as long as with PIL, for the same pixels
         try:
             _bounded(path, *simplejpeg.decode_jpeg_header(content, strict=True)[:2])
-            return torch.from_numpy(simplejpeg.decode_jpeg(content, strict=True)).permute(2, 0, 1)
+            pixels = torch.from_numpy(simplejpeg.decode_jpeg(content, strict=True)).permute(2, 0, 1)
+            return turned(pixels, orientation(content))
         except ValueError:  # a rare kind or a blemish, which PIL can take, or damage, which it will tell
             pass
     try:
@@ -59,23 +79,59 @@ def read_image(path: str | Path) -> Tensor:
     except UsageError:
         raise
     except Exception as error:  # Pillow's plug-ins raise nearly anything
-        reason = (
-            "not an image file that Pillow reads"
-            if isinstance(error, UnidentifiedImageError)
-            else " ".join(str(error).split())
-        )
+        is_unknown = isinstance(error, UnidentifiedImageError)
+        reason = "not an image file that Pillow reads" if is_unknown else " ".join(str(error).split())
         raise UsageError(f"image {path} cannot be read ({reason})", "an undamaged image of 8 or 16 bits") from None
 
 
+def to_rgb(pixels: Tensor, levels: tuple[int, int]) -> Tensor:
+    """What :func:`decode` gives as (3, H, W) uint8; see :func:`read_image` for ``levels``."""
+    if pixels.dtype == torch.uint8:
+        return pixels
+    low, high = levels
+    grey = ((pixels - low).double() * (255 / max(1, high - low))).round().clamp(0, 255)
+    return grey.to(torch.uint8).expand(3, -1, -1).contiguous()
+
+
+def orientation(content: bytes) -> int:
+    """How EXIF says that a JPEG is to be turned, 1 to 8; 1 where it does not say."""
+    if b"Exif\x00\x00" not in content[:65536]:
+        return 1
+    try:
+        with Image.open(io.BytesIO(content)) as opened:
+            found = opened.getexif().get(_ORIENTATION, 1)
+    except Exception:  # Pillow's plug-ins raise nearly anything
+        return 1
+    return found if found in range(1, 9) else 1
+
+
+def turned(images: Tensor, how: int) -> Tensor:
+    """Images (..., H, W) turned by EXIF's number; 6, of a phone held upright, is a quarter clockwise."""
+    if how in (5, 6, 7, 8):
+        images = images.transpose(-2, -1)
+    flips = {2: (-1,), 3: (-2, -1), 4: (-2,), 6: (-1,), 7: (-2, -1), 8: (-2,)}
+    return images.flip(flips[how]) if how in flips else images
+
+
 def image_size(path: str | Path) -> tuple[int, int] | None:
-    """Height and width of an image file, of which only the beginning is read; None where it is none that is known."""
+    """Height and width of an image as viewers show it, of whose file the beginning is read; None where it is none."""
     try:
         if not Path(path).is_file():
             return None
         with Image.open(path) as opened:
-            return opened.height, opened.width
+            is_on_its_side = opened.format != "TIFF" and opened.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
+            return (opened.width, opened.height) if is_on_its_side else (opened.height, opened.width)
     except Exception:  # Pillow's plug-ins raise nearly anything
         return None
+
+
+def is_deep(path: str | Path) -> bool:
+    """Whether an image file has 16-bit grey values."""
+    try:
+        with Image.open(path) as opened:
+            return opened.mode.startswith("I;16")
+    except Exception:  # Pillow's plug-ins raise nearly anything
+        return False
 
 
 def _bounded(path: str | Path, height: int, width: int) -> None:
@@ -85,9 +141,9 @@ def _bounded(path: str | Path, height: int, width: int) -> None:
 
 
 def _from_pil(image: Image.Image) -> Tensor:
+    image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16"):
-        grey = torch.from_numpy(np.asarray(image).astype(np.int32) // 257).to(torch.uint8)
-        return grey.expand(3, -1, -1).contiguous()
+        return torch.from_numpy(np.asarray(image).astype(np.int32))[None]
     if image.mode in ("I", "F"):
         raise ValueError(f"pixels of 32 bits, mode {image.mode}, have no known range")
     return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
@@ -112,11 +168,15 @@ class Listing:
 
 @dataclass(frozen=True)
 class Files:
-    """Images of a split: paths relative to a root, labels (N,) int64, sizes (N, 2) int32 (height, width)."""
+    """Images of a split: paths relative to a root, labels (N,) int64, sizes (N, 2) int32 (height, width).
+
+    ``digests`` (N,) int64 are of the files' bytes, the same for the same content.
+    """
 
     paths: list[str]
     labels: Tensor
     sizes: Tensor
+    digests: Tensor
 
 
 @dataclass(frozen=True)
@@ -143,7 +203,8 @@ class Manifest:
         arrays: dict[str, Array] = {}
         for name, split in self.splits.items():
             arrays[f"{name}_paths"] = _text("\n".join(split.paths))
-            arrays[f"{name}_labels"], arrays[f"{name}_sizes"] = split.labels.numpy(), split.sizes.numpy()
+            for part in _ARRAYS:
+                arrays[f"{name}_{part}"] = getattr(split, part).numpy()
         text = json.dumps(head | {"about": self.about, "checksum": _checksum(arrays)})
         with open(path, "wb") as file:
             np.savez(file, head=_text(text), **arrays)  # type: ignore[arg-type]
@@ -159,8 +220,7 @@ class Manifest:
             splits = {
                 name: Files(
                     bytes(arrays[f"{name}_paths"]).decode(errors="surrogateescape").split("\n"),
-                    torch.from_numpy(arrays[f"{name}_labels"]),
-                    torch.from_numpy(arrays[f"{name}_sizes"]),
+                    *(torch.from_numpy(arrays[f"{name}_{part}"]) for part in _ARRAYS),
                 )
                 for name in ("train", "val", "test")
                 if f"{name}_paths" in arrays
@@ -170,20 +230,39 @@ class Manifest:
         except (Unreadable, ValueError, KeyError, TypeError):
             return None
 
+    @property
+    def levels(self) -> tuple[int, int] | None:
+        """The smallest and largest value of the training images, where all are 16-bit grey; None else."""
+        found = self.about.get("levels")
+        return (int(found[0]), int(found[1])) if found else None
+
+    @property
+    def skipped(self) -> list[str]:
+        """Files that were damaged and left out."""
+        return list(self.about.get("skipped", []))
+
     def is_right(self) -> bool:
         """Whether its parts fit each other."""
         names, classes = self.class_names, len(self.class_names)
         if not (isinstance(self.name, str) and isinstance(self.root, str) and isinstance(self.about, dict)):
             return False
+        if not _are_levels(self.about.get("levels")) or not isinstance(self.about.get("skipped", []), list):
+            return False
         if "train" not in self.splits or not all(isinstance(name, str) for name in names):
             return False
         return all(
-            len(files.paths) == len(files.labels) == len(files.sizes)
-            and (files.labels.dtype, files.sizes.dtype) == (torch.int64, torch.int32)
-            and (files.labels.dim(), files.sizes.shape[1:]) == (1, (2,))
+            len(files.paths) == len(files.labels) == len(files.sizes) == len(files.digests)
+            and (files.labels.dtype, files.sizes.dtype, files.digests.dtype) == (torch.int64, torch.int32, torch.int64)
+            and (files.labels.dim(), files.sizes.shape[1:], files.digests.dim()) == (1, (2,), 1)
             and bool((files.labels >= 0).all() and (files.labels < classes).all() and (files.sizes > 0).all())
             for files in self.splits.values()
         )
+
+
+def _are_levels(found: object) -> bool:
+    """Whether this is None or two values of 16 bits."""
+    is_pair = isinstance(found, list | tuple) and len(found) == 2 and all(type(value) is int for value in found)
+    return found is None or (is_pair and 0 <= found[0] <= found[1] <= FULL_RANGE[1])  # type: ignore[index]
 
 
 def _checksum(arrays: Mapping[str, Array]) -> str:

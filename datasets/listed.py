@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from datasets.checked import stores_of
-from datasets.files import Manifest
+from datasets.files import FULL_RANGE, Manifest
 from datasets.photos import Photos
 from datasets.spec import ImageOptions, ImageSet, Source
 from utils.errors import UsageError
@@ -53,6 +53,7 @@ def photos_of(manifest: Manifest, image_options: ImageOptions, home: Path) -> So
             image_options.how,
             image_options.workers,
             identity=identity,
+            levels=image_options.levels or manifest.levels or FULL_RANGE,
         )
         sets[split] = ImageSet.of(photos, files.labels)
     return Source(

@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import re
 import statistics
-from collections.abc import Mapping
+import unicodedata
+from collections.abc import Callable, Mapping, Sequence, Set
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -20,10 +24,13 @@ from torch import Tensor
 
 from datasets.batches import Augment
 from datasets.checked import check_all
-from datasets.files import EXTENSIONS, Listing, Manifest, image_size, read_image
+from datasets.files import FULL_RANGE, Listing, Manifest, image_size, read_image
+from datasets.found import LeftOut, images_below
 from datasets.listed import PHOTO_SIDE, photos_of
 from datasets.photos import Crops, Photos, cropped, shortened
+from datasets.scan import digest_of
 from datasets.spec import ImageOptions, ImageSet, Recipe, Source
+from utils.console import counted, show
 from utils.errors import UsageError
 from utils.files import require_writable, write_text
 from utils.readers import Unreadable, array_shapes, read_arrays, read_json, read_table
@@ -36,6 +43,11 @@ SMALL_SIDE = 64
 #: Files whose size decides what kind of images these are, and of which mean and std of photos are computed.
 PEEKED, MEASURED = 100, 5000
 SPLITS = ("train", "val", "test")
+#: What the folder of a split, or its rows in a CSV, may be called, in small or capital letters.
+FOLDERS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
+#: Labels of a CSV that stand for none, in small letters, as pandas reads and writes them.
+MISSING = {"", "nan", "none", "null", "n/a", "na", "<na>"}
+WHOLE = re.compile(r"-?\d+(\.0*)?")
 LAYOUTS = {
     "folder": "a folder with train/<class>/<images> and test/<class>/<images> (or val/)",
     "csv": "a CSV with the columns path, label, split (train, val, test), or a folder of train.csv and test.csv",
@@ -56,12 +68,13 @@ ON_PHOTOS: Recipe = {
 }
 
 
-def suited(kind: str, data_dir: str, image_size: int | None) -> Recipe:
+def suited(kind: str, data_dir: str, image_options: ImageOptions) -> Recipe:
     """Option values for the images in a place: those for small images, or those for photos."""
-    return ON_SMALL if (image_size or natural_side(kind, data_dir)) <= SMALL_SIDE else ON_PHOTOS
+    side = image_options.image_size or natural_side(kind, data_dir, image_options.class_level)
+    return ON_SMALL if side <= SMALL_SIDE else ON_PHOTOS
 
 
-def natural_side(kind: str, data_dir: str) -> int:
+def natural_side(kind: str, data_dir: str, class_level: int = 1) -> int:
     """The side that images are shown at by default: their own where they are small, else 224."""
     if kind == "npz":
         path = _only(data_dir, ".npz", kind)
@@ -70,8 +83,8 @@ def natural_side(kind: str, data_dir: str) -> int:
         except (Unreadable, KeyError) as error:
             raise UsageError(f"{path} has no train_images ({error})", LAYOUTS["npz"]) from None
         return min(shape[1:3], default=0)
-    root, listing = list_images(kind, data_dir)
-    sizes = [image_size(root / name) for name in _some(listing["train"][0])]
+    listed = list_images(kind, data_dir, class_level)
+    sizes = [image_size(listed.root / name) for name in _some(listed.splits["train"][0])]
     return _usual([min(size) for size in sizes if size])  # the check of all files names the others
 
 
@@ -86,55 +99,107 @@ def _usual(sides: list[int]) -> int:
     return side if side <= SMALL_SIDE else PHOTO_SIDE
 
 
-def list_images(kind: str, data_dir: str) -> tuple[Path, Named]:
-    """The root and the images of a folder or a CSV, split by split, in the order of their paths or lines.
+class Listed(NamedTuple):
+    """The root and the images of a folder or a CSV, split by split, and what there is to say of how they were read."""
+
+    root: Path
+    splits: Named
+    notes: list[str]
+
+
+def list_images(kind: str, data_dir: str, class_level: int = 1) -> Listed:
+    """The images of a folder or a CSV in the order of their paths or lines.
 
     Raises:
         UsageError: it is not laid out so, or a split that must be there is not.
     """
-    root, listing = _list_folder(data_dir) if kind == "folder" else _list_csv(data_dir)
-    if "test" not in listing and "val" in listing:  # as in ImageNet: there is a val folder, and it is the test set
-        listing = {"train": listing["train"], "test": listing["val"]}
-    missing = [split for split in ("train", "test") if not listing.get(split, ([], []))[0]]
+    root, splits, left_out, notes = _list_folder(data_dir, class_level) if kind == "folder" else _list_csv(data_dir)
+    if "test" not in splits and "val" in splits:  # as in ImageNet: there is a val folder, and it is the test set
+        splits = {"train": splits["train"], "test": splits["val"]} if "train" in splits else splits
+        notes.append("note: there are no test images: those to validate on are the test set")
+    missing = [split for split in ("train", "test") if not splits.get(split, ([], []))[0]]
     if missing:
         raise UsageError(f"--data_dir {data_dir} has no {missing[0]} images", LAYOUTS[kind])
     seen: dict[str, tuple[str, str]] = {}
-    for split, (paths, labels) in listing.items():
+    for split, (paths, labels) in splits.items():
         for path, label in zip(paths, labels):
             if "\n" in path:
                 raise UsageError(f"image {path!r}: a name of two lines", "names without line ends")
-            if seen.setdefault(path, (split, label)) != (split, label):
-                where = " and ".join(f"in {part} as {name}" for part, name in (seen[path], (split, label)))
-                raise UsageError(f"image {root / path} is {where}", "each image in one split and of one class")
-    return root, listing
+            first = seen.setdefault(path, (split, label))
+            if first[1] != label:
+                where = " and ".join(f"in {part} as {name}" for part, name in (first, (split, label)))
+                raise UsageError(f"image {root / path} is {where}", "each image of one class")
+    counts = ", ".join(f"{len(paths):,} {split}" for split, (paths, _) in splits.items())
+    words = left_out.describe()
+    notes.insert(0, f"read {data_dir}: {counts} images; left out: {words or 'nothing'}")
+    return Listed(root, splits, notes)
 
 
-def _list_folder(data_dir: str) -> tuple[Path, Named]:
-    root = Path(data_dir)
-    if not (root / "train").is_dir():
+def _list_folder(
+    data_dir: str, class_level: int
+) -> tuple[Path, dict[str, tuple[list[str], list[str]]], LeftOut, list[str]]:
+    root, left_out, notes = Path(data_dir), LeftOut(), list[str]()
+    if not root.is_dir():
         raise UsageError(f"--data_dir {data_dir}: no folder {root / 'train'}", LAYOUTS["folder"])
-    listing = {}
-    for split in SPLITS:
-        paths, labels = [], []
-        for folder in sorted(p for p in (root / split).glob("[!.]*") if p.is_dir()):
-            found = sorted(
-                p for p in folder.rglob("*") if p.suffix.lower() in EXTENSIONS and not p.name.startswith(".")
+    found: dict[str, dict[str, list[str]]] = {}
+    folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    for split, names in FOLDERS.items():
+        mine = [folder for folder in folders if folder.name.lower() in names]
+        if len(mine) > 1:
+            raise UsageError(f"--data_dir {data_dir} has more than one folder of {split} images", "one of them")
+        for folder in mine:
+            found[split] = _by_class(folder, class_level, left_out)
+            folders.remove(folder)
+    for folder in folders:
+        left_out.add("folders that are no split", str(folder))
+    if "train" not in found:
+        raise UsageError(f"--data_dir {data_dir}: no folder {root / 'train'}", LAYOUTS["folder"])
+    if class_level == 1:
+        deeper = [path for paths in found["train"].values() for path in paths if path.count("/") > 2]
+        if deeper and len(deeper) == sum(map(len, found["train"].values())):
+            notes.append(
+                f"note: all images lie in folders inside the class folders ({deeper[0]}): classes are the folders in "
+                f"{root / 'train'}; --class_level 2 takes those inside them"
             )
-            if not found:
-                raise UsageError(f"{folder} has no image", f"images ({', '.join(EXTENSIONS)}), or no such folder")
-            paths += [str(path.relative_to(root)) for path in found]
-            labels += [folder.name] * len(found)
+    leaves: dict[str, set[str]] = {}
+    for classes in found.values():
+        for name in classes:
+            leaves.setdefault(name.rpartition("/")[2], set()).add(name)
+    splits = {}
+    for split, classes in found.items():
+        paths, labels = [], []
+        for name, images in classes.items():
+            leaf = name.rpartition("/")[2]
+            paths += images
+            labels += [normal(leaf if len(leaves[leaf]) == 1 else name)] * len(images)
         if paths:
-            listing[split] = paths, labels
-    return root, listing
+            splits[split] = paths, labels
+    return root, splits, left_out, notes
 
 
-def _list_csv(data_dir: str) -> tuple[Path, Named]:
-    place = Path(data_dir)
+def _by_class(folder: Path, class_level: int, left_out: LeftOut) -> dict[str, list[str]]:
+    """{class: its images}, both as paths: of the class in a split's folder, of an image with that folder's name."""
+    classes: dict[str, list[str]] = {}
+    for name in images_below(folder, left_out):
+        parts = name.split("/")
+        if len(parts) <= class_level:
+            left_out.add("beside the class folders", str(folder / name))
+        else:
+            classes.setdefault("/".join(parts[:class_level]), []).append(f"{folder.name}/{name}")
+    if class_level == 1:
+        for inside in sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")):
+            if inside.name not in classes:
+                raise UsageError(f"{inside} has no image", "images that Pillow reads, or no such folder")
+    return classes
+
+
+def _list_csv(data_dir: str) -> tuple[Path, dict[str, tuple[list[str], list[str]]], LeftOut, list[str]]:
+    place, left_out = Path(data_dir), LeftOut()
     files = [(place, None)] if place.is_file() else [(place / f"{split}.csv", split) for split in SPLITS]
     if not place.is_file() and not (place / "train.csv").is_file():
         raise UsageError(f"--data_dir {data_dir}: there is no {place / 'train.csv'}", LAYOUTS["csv"])
-    listing: dict[str, tuple[list[str], list[str]]] = {}
+    root = place.parent if place.is_file() else place
+    rows: dict[tuple[str, str, str], None] = {}
     for path, split in files:
         if not path.is_file():
             continue
@@ -147,14 +212,52 @@ def _list_csv(data_dir: str) -> tuple[Path, Named]:
                 raise UsageError(
                     f"{path} has no column {column}, only {', '.join(map(str, table.columns))}", LAYOUTS["csv"]
                 )
-        parts = [split] * len(table) if split else table["split"].tolist()
-        for number, (image, label, part) in enumerate(zip(table["path"], table["label"].str.strip(), parts), start=2):
-            if part not in SPLITS or not image or not label:
+        parts = [split] * len(table) if split else [part.strip().lower() for part in table["split"]]
+        for number, (image, label, part) in enumerate(zip(table["path"], table["label"], parts), start=2):
+            part = next((name for name, names in FOLDERS.items() if part in names), part)
+            label = normal(label)
+            if part not in SPLITS or not image.strip():
                 raise UsageError(f"{path}, line {number}: {image}, {label}, {part}", LAYOUTS["csv"])
-            paths, labels = listing.setdefault(part, ([], []))
-            paths.append(image)
-            labels.append(label)
-    return (place.parent if place.is_file() else place), listing
+            if label.lower() in MISSING:
+                raise UsageError(f"{path}, line {number}: {image} has no label ({label!r})", "a label in every row")
+            row = _below(root, image), label, part
+            if row in rows:
+                left_out.add("repeated rows", f"{path}, line {number}")
+            rows[row] = None
+    names = whole_numbers({label for _, label, _ in rows})
+    splits: dict[str, tuple[list[str], list[str]]] = {}
+    for image, label, part in rows:
+        paths, labels = splits.setdefault(part, ([], []))
+        paths.append(image)
+        labels.append(names.get(label, label))
+    return root, splits, left_out, []
+
+
+def _below(root: Path, path: str) -> str:
+    """A path of a CSV in its shortest form, relative to ``root`` where it lies below."""
+    whole, top = os.path.normpath(root / path.strip()), os.path.normpath(root)
+    if os.path.isabs(path.strip()):
+        top = os.path.abspath(root)
+    return os.path.relpath(whole, top) if os.path.commonpath([whole, top]) == top else whole
+
+
+def normal(name: str) -> str:
+    """A class name as names are compared: without spaces around it, in Unicode's normal form C."""
+    return unicodedata.normalize("NFC", name.strip())
+
+
+def whole_numbers(labels: Set[str]) -> dict[str, str]:
+    """{label: whole number}, where all of these are such, written as "3.0" perhaps, as pandas does beside a gap.
+
+    Raises:
+        UsageError: one of them is negative.
+    """
+    if not all(WHOLE.fullmatch(label) for label in labels):
+        return {}
+    negative = sorted(label for label in labels if label.startswith("-") and float(label))
+    if negative:
+        raise UsageError(f"label {negative[0]}", "whole numbers from 0, or names")
+    return {label: str(int(float(label))) for label in labels}
 
 
 def class_names_of(listing: Named) -> list[str]:
@@ -170,39 +273,114 @@ def class_names_of(listing: Named) -> list[str]:
             raise UsageError(f"class {unseen[0]} has {split} images but no training images", "classes that are trained")
     if len(names) < 2:
         raise UsageError(f"all training images are of class {names.pop()}", "two classes or more")
+    by_letters: dict[str, str] = {}
+    for name in sorted(names):
+        if by_letters.setdefault(name.casefold(), name) != name:
+            show(f"note: {by_letters[name.casefold()]} and {name} are two classes, which differ in small letters alone")
     return sorted(names, key=lambda name: (not name.isdecimal(), int(name) if name.isdecimal() else 0, name))
 
 
 def read_files(kind: str, data_dir: str, image_options: ImageOptions) -> Source:
     """The data set of a folder or a CSV."""
-    manifest = manifest_of(kind, data_dir, image_options.workers)
+    manifest = manifest_of(kind, data_dir, image_options)
+    levels = image_options.levels or manifest.levels
+    if levels:
+        said = "as --range says" if image_options.levels else "the training images' own; --range chooses"
+        show(f"16-bit grey images: {levels[0]} becomes black and {levels[1]} white ({said})")
+    shared = Duplicates({split: files.digests for split, files in manifest.splits.items()})
+    shared.say(lambda split, position: manifest.splits[split].paths[position], image_options.drop_duplicates)
     side = image_options.image_size or _usual(_some(manifest.splits["train"].sizes.amin(dim=1).tolist()))
     if side > SMALL_SIDE:
         home = Path(manifest.about["home"])
         source = photos_of(manifest, replace(image_options, image_size=side), home)
-        return _with_statistics(source, image_options, home / f"statistics_{side}.json")
-    if image_options.how != "files":
-        raise UsageError(f"--input {image_options.how}: images of {side} pixels are held in memory", "files")
-    sets = {}
-    for split, files in manifest.splits.items():
-        images = torch.stack([square(read_image(Path(manifest.root, path)), side) for path in files.paths])
-        sets[split] = ImageSet.of(images, files.labels)
-    return _in_memory(sets, manifest.class_names, image_options)
+        source = shared.dropped(source) if image_options.drop_duplicates else source
+        is_plain = levels == manifest.levels and not image_options.drop_duplicates
+        kept = home / f"statistics_{side}.json" if is_plain else None
+        source = _with_statistics(source, image_options, kept)
+    else:
+        if image_options.how != "files":
+            raise UsageError(f"--input {image_options.how}: images of {side} pixels are held in memory", "files")
+        sets = {}
+        for split, files in manifest.splits.items():
+            paths = [Path(manifest.root, path) for path in files.paths]
+            images = torch.stack([square(read_image(path, levels or FULL_RANGE), side) for path in paths])
+            sets[split] = ImageSet.of(images, files.labels)
+        if image_options.drop_duplicates:
+            sets["train"] = shared.without(sets["train"], manifest.class_names)
+        source = _in_memory(sets, manifest.class_names, image_options)
+    return source._replace(levels=levels, listing=str(manifest.about.get("listing", "")))
 
 
-def manifest_of(kind: str, data_dir: str, workers: int) -> Manifest:
-    """What is known of the files: from an earlier check of the very same ones, else all are decoded now."""
-    root, home, listing = listing_of(kind, data_dir)
-    known = Manifest.load(home / "manifest.npz")
-    return known or check_all(kind, root, home, listing, max(1, min(workers, available_cpus())))
+class Duplicates:
+    """Images that are there more than once, by digests {split: (N,) int64} of their content."""
+
+    def __init__(self, digests: Mapping[str, Tensor]) -> None:
+        self.digests = digests
+        others = [digests[split] for split in ("val", "test") if split in digests]
+        self.in_train = torch.isin(digests["train"], torch.cat(others))
+
+    def say(self, name: Callable[[str, int], str], is_dropped: bool) -> None:
+        """Says which splits share images, with the first pair; ``name`` gives an image's by split and position."""
+        splits = [split for split in ("test", "val", "train") if split in self.digests]
+        for k, split in enumerate(splits):
+            for other in splits[k + 1 :]:
+                mine, theirs = self.digests[split], self.digests[other]
+                same = torch.isin(mine, theirs).nonzero().flatten().tolist()
+                if same:
+                    pair = name(split, same[0]), name(other, int((theirs == mine[same[0]]).nonzero()[0]))
+                    what = "--drop_duplicates takes them out of training" * (other == "train" and not is_dropped)
+                    what = (
+                        "they are taken out of training (--drop_duplicates)"
+                        if other == "train" and is_dropped
+                        else what
+                    )
+                    show(
+                        f"note: {len(same):,} of {len(mine):,} {split} images are {other} images too, the first: "
+                        f"{' = '.join(pair)}{'; ' if what else ''}{what}"
+                    )
+
+    def without(self, train: ImageSet, class_names: Sequence[str]) -> ImageSet:
+        """The training images that are in no other split; UsageError where a class has no other."""
+        left = train.take((~self.in_train).nonzero().flatten())
+        empty = sorted(set(range(len(class_names))) - set(left.labels.tolist()))
+        if empty:
+            raise UsageError(
+                f"--drop_duplicates leaves class {class_names[empty[0]]} without a training image",
+                "test images that are not trained on",
+            )
+        return left
+
+    def dropped(self, source: Source) -> Source:
+        """A data set whose training images are in no other split."""
+        return source._replace(train=self.without(source.train, source.class_names))
 
 
-def listing_of(kind: str, data_dir: str) -> tuple[Path, Path, Listing]:
+def manifest_of(kind: str, data_dir: str, image_options: ImageOptions) -> Manifest:
+    """What is known of the files: from an earlier check of the very same ones, else all are decoded now.
+
+    Raises:
+        UsageError: see :func:`datasets.checked.check_all`; or damaged files, that an earlier run was told to skip.
+    """
+    root, home, listing = listing_of(kind, data_dir, image_options.class_level)
+    known, skip = Manifest.load(home / "manifest.npz"), image_options.skip_damaged
+    if known is not None and known.skipped and not skip:
+        words = f"{counted(len(known.skipped), 'image')} cannot be read, the first: {root / known.skipped[0]}"
+        raise UsageError(f"{words}; all are in {home / 'damaged.csv'}", "images that are whole, or --skip_damaged")
+    if known is not None and known.skipped:
+        show(f"--skip_damaged: {counted(len(known.skipped), 'image')} left out; all are in {home / 'damaged.csv'}")
+    workers = max(1, min(image_options.workers, available_cpus()))
+    return known or check_all(kind, root, home, listing, workers, skip_damaged=skip)
+
+
+def listing_of(kind: str, data_dir: str, class_level: int = 1) -> tuple[Path, Path, Listing]:
     """The root of the files, the folder for what is found of them, which changes with them, and the files."""
-    root, found = list_images(kind, data_dir)
+    root, found, notes = list_images(kind, data_dir, class_level)
+    for note in notes:
+        show(note)
     names = class_names_of(found)
     place = {name: number for number, name in enumerate(names)}
-    splits, origins, stamps = {}, {}, [str(root.resolve())]
+    splits, origins = {}, {}
+    lines, stamps = [], [str(root.resolve())]
     for split, (paths, labels) in found.items():
         splits[split], origins[split] = (paths, torch.tensor([place[label] for label in labels])), data_dir
         for path, label in zip(paths, labels):
@@ -211,10 +389,42 @@ def listing_of(kind: str, data_dir: str) -> tuple[Path, Path, Listing]:
             except (OSError, ValueError) as error:  # a name too long, or with a NUL
                 reason = getattr(error, "strerror", None) or "no name of a file"
                 raise UsageError(f"image {root / path}: {reason}", "files that are there") from None
-            stamps.append(f"{split} {path} {label} {status.st_size} {status.st_mtime_ns}")
-    home = CACHE / hashlib.sha256("\n".join(stamps).encode()).hexdigest()[:16]
+            lines.append(f"{split} {path} {label} {status.st_size}")
+            stamps.append(f"{lines[-1]} {status.st_mtime_ns}")
+    home = CACHE / _hash(stamps)[:16]
     require_writable("the folder", home)
-    return root.resolve(), home, Listing(splits, names, origins, {"source": data_dir, "home": str(home)})
+    about = {"source": data_dir, "home": str(home), "listing": _hash(lines)}
+    return root.resolve(), home, Listing(splits, names, origins, about)
+
+
+def _hash(lines: Sequence[str]) -> str:
+    return hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()
+
+
+def identity_of(kind: str, data_dir: str, class_level: int) -> tuple[list[str], str]:
+    """The class names of a data set of one's own, and its ``listing``, see :class:`datasets.spec.Source`, or "".
+
+    Raises:
+        UsageError: it is not laid out so.
+    """
+    if kind == "npz":
+        labels = _npz_labels(_only(data_dir, ".npz", kind))
+        return class_names_of({"train": ([], labels)}), ""
+    root, found, _ = list_images(kind, data_dir, class_level)
+    lines = []
+    for split, (paths, labels) in found.items():
+        for path, label in zip(paths, labels):
+            with suppress(OSError, ValueError):
+                lines.append(f"{split} {path} {label} {(root / path).stat().st_size}")
+    return class_names_of(found), _hash(lines)
+
+
+def _npz_labels(path: Path) -> list[str]:
+    """The names of the training images' classes, of an .npz."""
+    try:
+        return [str(label) for label in read_arrays(path, ["train_labels"])["train_labels"].flatten()]
+    except (Unreadable, KeyError) as error:
+        raise UsageError(f"{path} has no train_labels ({error})", LAYOUTS["npz"]) from None
 
 
 def read_npz(data_dir: str, image_options: ImageOptions) -> Source:
@@ -250,8 +460,21 @@ def read_npz(data_dir: str, image_options: ImageOptions) -> Source:
                 f"{path}: {split}_labels is {labels.dtype} {labels.shape}",
                 f"one whole number for each of {len(images)} images",
             )
+        if labels.min() < 0:
+            raise UsageError(f"{path}: {split}_labels has {labels.min()}", "whole numbers from 0")
         pixels[split] = images.reshape(*images.shape[:3], -1)
         listing[split] = [], [str(label) for label in labels]
+    colours = {split: images.shape[3] for split, images in pixels.items()}
+    if len(set(colours.values())) > 1:
+        grey = [split for split, number in colours.items() if number == 1]
+        show(f"note: {' and '.join(grey)} images are grey, the others have colours: grey ones become colour images")
+        pixels = {split: np.repeat(images, 3 // images.shape[3], axis=3) for split, images in pixels.items()}
+    shapes = {split: images.shape[1:3] for split, images in pixels.items()}
+    if len(set(shapes.values())) > 1:
+        of_split = ", ".join(f"{split} {height} x {width}" for split, (height, width) in shapes.items())
+        show(f"note: images of several sizes ({of_split}): all are scaled to the training images', or --image_size")
+    shared = Duplicates({split: _digests(images) for split, images in pixels.items()})
+    shared.say(lambda split, position: f"{split}_images[{position}]", image_options.drop_duplicates)
     names = class_names_of(listing)
     place = {name: number for number, name in enumerate(names)}
     side = image_options.image_size or min(pixels["train"].shape[1:3])
@@ -266,9 +489,16 @@ def read_npz(data_dir: str, image_options: ImageOptions) -> Source:
             sets[split] = ImageSet.of(
                 Photos(path.parent, [], sizes, side, images, "files", image_options.workers), numbers
             )
+    if image_options.drop_duplicates:
+        sets["train"] = shared.without(sets["train"], names)
     if side <= SMALL_SIDE:
         return _in_memory(sets, names, image_options)
     return _with_statistics(Source(sets["train"], sets["test"], names, sets.get("val")), image_options)
+
+
+def _digests(images: np.typing.NDArray[np.uint8]) -> Tensor:
+    """Digests (N,) int64 of images (N, ...)."""
+    return torch.tensor([digest_of(image.tobytes()) for image in images], dtype=torch.int64)
 
 
 def _in_memory(sets: Mapping[str, ImageSet], names: list[str], image_options: ImageOptions) -> Source:

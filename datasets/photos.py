@@ -7,6 +7,7 @@ drawn in the same way for all; the cache differs from the files in resolution al
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,7 +21,7 @@ import torch
 from torch import Generator, Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from datasets.files import read_image
+from datasets.files import FULL_RANGE, orientation, read_image, turned
 from utils.console import show
 from utils.distributed import local_rank_and_size
 from utils.errors import UsageError
@@ -170,6 +171,7 @@ class Photos:
         store: decoded pixels (M, S, S, 3) uint8, each image squashed into a square; None to read the files.
         rows: (N,) rows of ``store``.
         identity: changes with the content of the files.
+        levels: see :func:`datasets.files.read_image`.
         how: one of ``INPUTS``.
         workers: processes that decode.
     """
@@ -187,20 +189,22 @@ class Photos:
         workers: int = 0,
         rows: Tensor | None = None,
         identity: str = "",
+        levels: tuple[int, int] = FULL_RANGE,
     ) -> None:
         self.root, self.paths, self.sizes = root, paths, sizes
         self.size, self.resize = size, resized(size)
         self.store, self.how, self.workers, self.identity = store, how, workers, identity
         self.rows = torch.arange(len(sizes)) if rows is None else rows
+        self.levels = levels
 
     def __len__(self) -> int:
         return len(self.sizes)
 
     def __getitem__(self, positions: Tensor) -> Photos:
         paths = [self.paths[i] for i in positions.tolist()] if self.paths else []
-        rows = self.rows[positions]
-        sizes = self.sizes[positions]
-        return Photos(self.root, paths, sizes, self.size, self.store, self.how, self.workers, rows, self.identity)
+        chosen = copy.copy(self)
+        chosen.paths, chosen.sizes, chosen.rows = paths, self.sizes[positions], self.rows[positions]
+        return chosen
 
     @property
     def read(self) -> str:
@@ -213,7 +217,7 @@ class Photos:
 
     def fingerprint(self) -> str:
         """A hash that changes with the images and with how they are shown."""
-        digest = hashlib.sha256(f"{self.how} {self.size} {self.resize} {self.identity}".encode())
+        digest = hashlib.sha256(f"{self.how} {self.size} {self.resize} {self.identity} {self.levels}".encode())
         digest.update("\n".join(self.paths).encode(errors="surrogateescape"))
         digest.update(self.sizes.numpy().tobytes())
         if self.store is not None:
@@ -243,7 +247,7 @@ class Photos:
         if self.store is not None:
             image = torch.from_numpy(self.store[int(self.rows[position])]).permute(2, 0, 1)
         else:
-            image = read_image(self.path(position))
+            image = read_image(self.path(position), self.levels)
         return self.cut(image, box)
 
     def cut(self, image: Tensor, box: Sequence[int] | None) -> Tensor:
@@ -374,11 +378,13 @@ class Crops:
 
         try:
             images = decode_jpeg(contents, mode="RGB", device=self.device)
+            images = [turned(image, orientation(file.numpy().tobytes())) for image, file in zip(images, contents)]
         except RuntimeError as error:  # one of them is no baseline JPEG
             if not self._told:
                 show(f"--input nvjpeg: some steps are decoded on the CPU ({' '.join(str(error).split())[:80]})")
                 self._told = True
-            images = [read_image(self.photos.path(i)).to(self.device) for i in index.tolist()]
+            levels = self.photos.levels
+            images = [read_image(self.photos.path(i), levels).to(self.device) for i in index.tolist()]
         rows: list[Sequence[int] | None] = [None] * len(images) if boxes is None else boxes.tolist()
         return torch.stack([self.photos.cut(image, box).permute(1, 2, 0) for image, box in zip(images, rows)])
 

@@ -61,6 +61,10 @@ class Options:
     any_counts: bool = option(
         False, Flag(), "go on where images per class are not the published, for trials on a part", "data"
     )
+    class_level: int = option(
+        1, Number(int, 1, 20), "folder: how many folders below the split's the classes are", "data"
+    )
+    skip_damaged: bool = option(False, Flag(), "go on without files that cannot be read", "data")
     verify: bool = option(False, Flag(), "check all files again", "data")
 
     def __post_init__(self) -> None:
@@ -87,8 +91,11 @@ def main(argv: Sequence[str]) -> Manifest:
         for flag in ("data_dir", "any_counts"):
             if flag in typed:
                 raise UsageError(f"--{flag} with {name}, data of one's own", "without it")
-        root, home, listing = listing_of(name, options.root)
-        return check_all(name, root, home, listing, workers, side, options.verify, argv)
+        root, home, listing = listing_of(name, options.root, options.class_level)
+        return check_all(name, root, home, listing, workers, side, options.verify, argv, options.skip_damaged)
+    for flag in ("class_level", "skip_damaged"):
+        if flag in typed:
+            raise UsageError(f"--{flag} with {name}, whose lists are published", "without it")
     root, folder = Path(os.path.abspath(options.root)), Path(options.data_dir, name)
     require_writable("--data_dir", folder)
 

@@ -5,17 +5,19 @@ The work is done by threads, since decoding and scaling run outside of Python's 
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import IO, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from datasets.files import read_image
+from datasets.files import FULL_RANGE, decode, read_content, to_rgb
 from utils.bar import bar
 from utils.errors import UsageError
 from utils.readers import Unreadable, map_array
@@ -40,18 +42,76 @@ def require_files(root: str | Path, paths: Sequence[str], origin: str = "the dat
         )
 
 
-def check_files(root: str | Path, paths: Sequence[str], workers: int, origin: str = "the data set") -> Tensor:
-    """Decodes every image; returns their sizes (N, 2) int32, height and width.
+class Seen(NamedTuple):
+    """What a pass over images has found.
 
-    Args:
-        root: what the paths (N,) are relative to.
-        workers: images decoded at a time.
-        origin: where the images come from, for messages.
-
-    Raises:
-        UsageError: names the first image, in the order of the list, that is missing or damaged.
+    Attributes:
+        sizes: (N, 2) int32, height and width; zeros where an image is damaged.
+        digests: (N,) int64, of the files' bytes.
+        levels: smallest and largest value, where all are 16-bit grey images; None else.
+        damaged: {position: what is wrong}.
     """
-    return _sizes(_each(lambda image: image.shape[1:], root, paths, workers, origin, "checking"))
+
+    sizes: Tensor
+    digests: Tensor
+    levels: tuple[int, int] | None
+    damaged: dict[int, str]
+
+
+class _Look(NamedTuple):
+    """What a pass finds of one image that is whole; ``deep`` are the smallest and largest of 16-bit grey values."""
+
+    size: torch.Size
+    digest: int
+    deep: tuple[int, int] | None
+    pixels: bytes
+
+
+def check_files(root: str | Path, paths: Sequence[str], workers: int) -> Seen:
+    """Decodes every image, ``workers`` at a time; what the paths (N,) are relative to is ``root``."""
+    return _gather(_each(partial(_look, root=root), paths, workers, "checking"), lambda _: None)
+
+
+def _look(path: str, root: str | Path, side: int = 0, levels: tuple[int, int] = FULL_RANGE) -> _Look | str:
+    """What there is to know of one image, with its pixels at ``side`` where that is not 0; or what is wrong with it."""
+    from torchvision.transforms.v2.functional import resize  # here, since it is slow to import
+
+    try:
+        content = read_content(Path(root, path))
+        pixels = decode(content, Path(root, path))
+    except UsageError as error:
+        return str(error.args[0])
+    deep = None if pixels.dtype == torch.uint8 else (int(pixels.min()), int(pixels.max()))
+    small: Tensor | None = None
+    if side:
+        small = resize(to_rgb(pixels, levels), [side, side], antialias=True).permute(1, 2, 0)
+    return _Look(pixels.shape[1:], digest_of(content), deep, b"" if small is None else small.numpy().tobytes())
+
+
+def _gather(looks: Iterable[_Look | str], keep: Callable[[bytes], object]) -> Seen:
+    """What was seen of all images; ``keep`` takes the pixels of those that are whole, in their order."""
+    sizes, digests, damaged = [], [], {}
+    deep: list[int] = []
+    for position, look in enumerate(looks):
+        if isinstance(look, str):
+            damaged[position] = look
+            sizes.append(torch.Size((0, 0)))
+            digests.append(0)
+            continue
+        sizes.append(look.size)
+        digests.append(look.digest)
+        deep += look.deep or ()
+        keep(look.pixels)
+    is_all = len(deep) == 2 * (len(sizes) - len(damaged))
+    levels = (min(deep), max(deep)) if deep and is_all else None
+    return Seen(
+        torch.tensor(sizes, dtype=torch.int32).reshape(-1, 2), torch.tensor(digests, dtype=torch.int64), levels, damaged
+    )
+
+
+def digest_of(content: bytes) -> int:
+    """64 bits of the BLAKE2 hash of a file's bytes, as a signed integer."""
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little", signed=True)
 
 
 def write_pixels(
@@ -60,35 +120,34 @@ def write_pixels(
     side: int,
     target: str | Path,
     workers: int,
-    origin: str = "the data set",
     key: str = "",
-) -> Tensor:
-    """Decodes every image and writes their pixels; returns their sizes as :func:`check_files` does, and fails as it.
+    levels: tuple[int, int] = FULL_RANGE,
+) -> Seen:
+    """Decodes every image and writes the pixels of those that are whole.
 
     ``target`` becomes a .npy of (N, side, side, 3) uint8, which NumPy can map into memory: each image as a whole,
     squashed into a square by torchvision's antialiased bilinear resize. The file is written as it goes, and ends in
-    the ``key`` of the list that it is of, which NumPy does not look at.
+    the ``key`` of the list that it is of, which NumPy does not look at. For ``levels`` see
+    :func:`datasets.files.read_image`.
 
     Raises:
         OSError: the disk is full.
     """
-    from torchvision.transforms.v2.functional import resize  # here, since it is slow to import
-
-    def shrink(image: Tensor) -> tuple[torch.Size, bytes]:
-        small: Tensor = resize(image, [side, side], antialias=True)
-        return image.shape[1:], small.permute(1, 2, 0).numpy().tobytes()
-
-    def written() -> Iterator[torch.Size]:
-        for size, pixels in _each(shrink, root, paths, workers, origin, f"writing {Path(target).name}"):
-            file.write(pixels)  # not through a memory map, where a full disk kills the process
-            yield size
-
+    look = partial(_look, root=root, side=side, levels=levels)
     with open(target, "wb") as file:
-        header = {"descr": "|u1", "fortran_order": False, "shape": (len(paths), side, side, 3)}
-        np.lib.format.write_array_header_1_0(file, header)
-        sizes = _sizes(written())
+        _write_header(file, len(paths), side)
+        seen = _gather(_each(look, paths, workers, f"writing {Path(target).name}"), file.write)  # not through a map of
+        # memory, where a full disk kills the process
         file.write(key.encode())
-    return sizes
+        file.seek(0)
+        _write_header(file, len(paths) - len(seen.damaged), side)
+    return seen
+
+
+def _write_header(file: IO[bytes], number: int, side: int) -> None:
+    """The head of a .npy of so many images; of the same length for any number."""
+    header = {"descr": "|u1", "fortran_order": False, "shape": (number, side, side, 3)}
+    np.lib.format.write_array_header_1_0(file, header)
 
 
 def has_pixels(path: str | Path, n: int, side: int, key: str = "") -> bool:
@@ -103,25 +162,12 @@ def has_pixels(path: str | Path, n: int, side: int, key: str = "") -> bool:
     return bool(is_of_list and pixels.shape == (n, side, side, 3) and pixels.dtype == np.uint8)
 
 
-def _each(
-    task: Callable[[Tensor], R], root: str | Path, paths: Sequence[str], workers: int, origin: str, label: str
-) -> Iterator[R]:
-    """What ``task`` returns for each image, in the order of ``paths``."""
-
-    def one(path: str) -> R:
-        try:
-            return task(read_image(Path(root, path)))
-        except UsageError as error:
-            problem, allowed = error.args
-            raise UsageError(problem, f"{allowed}, as in {origin}") from None
+def _each(task: Callable[[str], R], paths: Sequence[str], workers: int, label: str) -> Iterator[R]:
+    """What ``task`` returns for each path, in their order."""
 
     def turns() -> Iterator[R]:
         with ThreadPoolExecutor(workers) as pool:
             for start in range(0, len(paths), TURN * workers):
-                yield from pool.map(one, paths[start : start + TURN * workers])
+                yield from pool.map(task, paths[start : start + TURN * workers])
 
     return bar(turns(), len(paths), label)
-
-
-def _sizes(sizes: Iterator[torch.Size]) -> Tensor:
-    return torch.tensor(list(sizes), dtype=torch.int32).reshape(-1, 2)

@@ -102,6 +102,9 @@ class ImageOptions:
         jitter, flip: of the training augmentation.
         how: one of :data:`datasets.photos.INPUTS`.
         workers: processes that decode.
+        levels: of 16-bit grey images, the values that become black and white.
+        class_level: of a folder of one's own, how many folders below the split's the classes are.
+        skip_damaged, drop_duplicates: go on without damaged files, or without training images that are in other splits.
     """
 
     image_size: int | None = None
@@ -111,13 +114,20 @@ class ImageOptions:
     flip: bool | None = None
     how: str = "files"
     workers: int = 0
+    levels: tuple[int, int] | None = None
+    class_level: int = 1
+    skip_damaged: bool = False
+    drop_duplicates: bool = False
 
 
 DEFAULT_IMAGE_OPTIONS = ImageOptions()  # nothing chosen
 
 
 class Source(NamedTuple):
-    """A data set as it was read. What is None is as :class:`DatasetSpec` has it; ``val`` None: there is none."""
+    """A data set as it was read. What is None is as :class:`DatasetSpec` has it; ``val`` None: there is none.
+
+    ``listing`` is a hash of the list of files, wherever they lie, and ``levels`` as in :class:`ImageOptions`.
+    """
 
     train: ImageSet
     test: ImageSet
@@ -126,6 +136,8 @@ class Source(NamedTuple):
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     augment: Augment | ResizedCrop | None = None
+    levels: tuple[int, int] | None = None
+    listing: str = ""
 
 
 Recipe = Mapping[str, Value]
@@ -148,7 +160,8 @@ class DatasetSpec:
         photos: whether its images may be files of many sizes, which --image_size, --input and --workers are for.
         recipes: {--recipe name: option values}; the first is the default. Typed flags win over it.
         published: what --protocol published takes where that differs for it.
-        suited: option values that depend on the data, (data_dir, image_size) -> values; they come after the recipe's.
+        suited: (data_dir, image_options) -> option values that depend on the data; they come after the recipe's.
+        levels, listing: see :class:`Source`.
     """
 
     name: str
@@ -162,4 +175,6 @@ class DatasetSpec:
     photos: bool = False
     recipes: Mapping[str, Recipe] = field(default_factory=lambda: MappingProxyType({"default": NO_RECIPE}))
     published: Recipe = field(default_factory=lambda: NO_RECIPE)
-    suited: Callable[[str, int | None], Recipe] | None = None
+    suited: Callable[[str, ImageOptions], Recipe] | None = None
+    levels: tuple[int, int] | None = None
+    listing: str = ""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 import datasets
-from datasets import Batches, ImageOptions, ImageSet, LongTailed
-from experiment.options import DataOptions
+from datasets import Batches, ImageSet, LongTailed
+from experiment.options import DataOptions, image_options_of
 from utils.console import counted, show
 from utils.distributed import main_process_first, rank, world_size
 from utils.errors import UsageError
@@ -23,20 +23,11 @@ def load_data(
     Raises:
         UsageError: also where --num_class disagrees with the data.
     """
-    image_options = ImageOptions(
-        options.image_size,
-        options.mean,
-        options.std,
-        options.jitter,
-        options.flip,
-        options.input,
-        options.workers,
-    )
     with main_process_first():
         data = datasets.load(
             options.dataset,
             options.data_dir,
-            image_options=image_options,
+            image_options=image_options_of(options),
             imb_type=options.imb_type,
             imb_ratio=options.imb_ratio,
             subset=options.subset,

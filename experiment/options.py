@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import torch
 
-from datasets import DATASETS, IMB_TYPES, INPUTS, NATURAL, SUBSETS, Natural
+from datasets import DATASETS, IMB_TYPES, INPUTS, NATURAL, SUBSETS, ImageOptions, Natural
 from models import BACKBONES, STEMS, TIMM, pick_stem
 from utils.checkpoints import HOW_IT_RUNS, IDENTITY, SELECT, STAGES, Checkpoint
 from utils.console import show
@@ -94,6 +94,20 @@ class DataOptions:
         "photos: decoded on the fly, read from what datasets.prepare --cache decoded, or decoded by the GPU",
         "data",
     )
+    range: tuple[int, ...] | None = option(
+        None,
+        Vector(Number(int, 0, 65535)),
+        "own data, 16-bit grey images: the values that become black and white; None: the training images' extremes "
+        "where all are such, else 0 65535",
+        "data",
+    )
+    class_level: int = option(
+        1, Number(int, 1, 20), "folder: how many folders below the split's the classes are", "data"
+    )
+    skip_damaged: bool = option(False, Flag(), "own data: go on without files that cannot be read", "data")
+    drop_duplicates: bool = option(
+        False, Flag(), "own data: train without images that are in another split too", "data"
+    )
     network: str = option(
         "resnet34", Choice(BACKBONES, prefix=TIMM), "backbone; timm:NAME where timm is installed", "network"
     )
@@ -111,6 +125,25 @@ class DataOptions:
 
     def __post_init__(self) -> None:
         check(self)
+        if self.range is not None and not (len(self.range) == 2 and self.range[0] < self.range[1]):
+            raise UsageError(f"--range {shown(self.range)}", "two values, the smaller one first")
+
+
+def image_options_of(options: DataOptions) -> ImageOptions:
+    """What :func:`datasets.load` takes of them."""
+    return ImageOptions(
+        options.image_size,
+        options.mean,
+        options.std,
+        options.jitter,
+        options.flip,
+        options.input,
+        options.workers,
+        None if options.range is None else (options.range[0], options.range[1]),
+        options.class_level,
+        options.skip_damaged,
+        options.drop_duplicates,
+    )
 
 
 @dataclass(frozen=True)
@@ -252,10 +285,11 @@ def recipe_layers(dataset: str, known: Values, stage: str = "") -> dict[str, Val
     label = f"--dataset {dataset}" + (f", {name}" if len(spec.recipes) > 1 else "")
     layers: dict[str, Values] = {label: recipe}
     if spec.suited:
-        size = known.get("image_size")
-        layers["from its images"] = spec.suited(
-            str(known.get("data_dir", "data/")), size if isinstance(size, int) else None
+        size, level = known.get("image_size"), known.get("class_level")
+        looked = ImageOptions(
+            image_size=size if isinstance(size, int) else None, class_level=level if isinstance(level, int) else 1
         )
+        layers["from its images"] = spec.suited(str(known.get("data_dir", "data/")), looked)
     return layers
 
 
@@ -265,6 +299,7 @@ def file_identity(file: Checkpoint) -> dict[str, object]:
     stated |= {key: value for key, value in file.data.items() if key in IDENTITY}
     if file.data and DATASETS[file.data["dataset"]].own:
         stated |= {"mean": tuple(file.data["mean"]), "std": tuple(file.data["std"])}
+        stated |= {"range": tuple(file.data["levels"])} if file.data.get("levels") else {}
     return stated
 
 
@@ -272,7 +307,8 @@ def file_defaults(file: Checkpoint) -> dict[str, object]:
     """What a checkpoint's own run was given and the next may change: where data of one's own lies, how it is read."""
     if not file.data:
         return {}
-    names = ("recipe", "jitter", "flip", "input", *(["data_dir"] if DATASETS[file.data["dataset"]].own else []))
+    own = ("data_dir", "class_level", "skip_damaged", "drop_duplicates")
+    names = ("recipe", "jitter", "flip", "input", *(own if DATASETS[file.data["dataset"]].own else ()))
     return {name: file.options[name] for name in names if file.options.get(name) is not None}
 
 
@@ -308,10 +344,10 @@ def check_data_flags(options: DataOptions, typed: Values) -> None:
                 f"--{name} {typed[name]}: {options.dataset} has images of one size, held in memory",
                 f"without it, or one of {', '.join(key for key, each in DATASETS.items() if each.photos)}",
             )
-    for name in ("mean", "std"):
+    for name in ("mean", "std", "range", "class_level", "skip_damaged", "drop_duplicates"):
         if name in typed and not spec.own:
             own = ", ".join(key for key, each in DATASETS.items() if each.own)
-            raise UsageError(f"--{name}: that of {options.dataset} is fixed", f"without it, or one of {own}")
+            raise UsageError(f"--{name}: {options.dataset} is no data of one's own", f"without it, or one of {own}")
     if "data_dir" in typed and spec.embedded:
         show(f"--data_dir {options.data_dir}: {options.dataset} comes with the installation; nothing is read there")
     if "workers" in typed and not spec.photos:

@@ -249,6 +249,8 @@ def make_checkpoint(
             "class_counts": data.class_counts,
             "mean": list(data.spec.mean),
             "std": list(data.spec.std),
+            **({} if data.spec.levels is None else {"levels": list(data.spec.levels)}),
+            "listing": data.spec.listing,
             "val_indices": [] if data.val is None else data.val.indices.tolist(),
         },
         metrics=metrics,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from datasets import DATASETS, LongTailed
-from datasets.own import SPLITS
+from datasets.own import SPLITS, identity_of
 from experiment.options import DataOptions, data_name, flags_of, recipe_layers
 from models import BACKBONES, HEADS, TIMM, Network, build_model, imagenet_weights, recognise
 from models.foreign import translate, translate_timm
@@ -90,6 +90,29 @@ def open_latest(typed: Values, cls: type[DataOptions]) -> Checkpoint:
         return open_checkpoint(typed, "stage2", cls)
     except NoCheckpoint:
         return open_checkpoint(typed, "stage1", cls)
+
+
+def require_same_data(file: Checkpoint, data_dir: str) -> None:
+    """Checks that a file found by the name of data of one's own is of the data in that place, if they are there.
+
+    Raises:
+        UsageError: its classes are others.
+    """
+    if not file.data or not DATASETS[file.data["dataset"]].own:
+        return
+    if not Path(data_dir).exists():
+        show(f"note: {data_dir} is not there: {file.path} is taken by its name alone")
+        return
+    level = file.options.get("class_level", 1)
+    names, listing = identity_of(file.data["dataset"], data_dir, level if isinstance(level, int) else 1)
+    if names != file.data["class_names"]:
+        theirs, ours = next((a, b) for a, b in zip([*file.data["class_names"], "none"], [*names, "none"]) if a != b)
+        raise UsageError(
+            f"{file.path} is of other data than {data_dir}: class {theirs} where {data_dir} has {ours}",
+            "--pretrained_pth FILE, of a run folder or a .prev file for instance",
+        )
+    if file.data.get("listing", "") not in ("", listing):
+        show(f"note: the images in {data_dir} are not those that {file.path} was trained on, though the classes are")
 
 
 def files_read(file: Checkpoint, options: DataOptions) -> list[Path]:

@@ -449,7 +449,7 @@ def test_compare_tunes_on_held_out_images(held_out, capsys) -> None:
     )  # the typed lr stays, label_smooth is tuned
     [row] = [row for row in rows if row["method"] == "los"]
     assert row["val_class_mean"] == max(los.values()) and row["ECE_scaled"] is not None
-    assert "tuned on held-out images" in capsys.readouterr().out
+    assert "options chosen on held-out images" in capsys.readouterr().out
 
 
 def test_every_column_of_compare_with_flips_and_held_out_images(workdir, small_cifar10) -> None:

@@ -65,6 +65,8 @@ class Data(TypedDict, total=False):
     class_counts: list[int]
     mean: list[float]
     std: list[float]
+    levels: list[int]
+    listing: str
     val_indices: list[int]
 
 
@@ -214,6 +216,10 @@ def contradictions(content: Mapping[str, Any]) -> Iterator[str]:
     side = data.get("image_size", 32)
     if type(side) is not int or not 1 <= side <= _MOST_SIDE:
         yield f"data.image_size {short(side)}"
+    levels = data.get("levels", [0, 1])
+    is_pair = isinstance(levels, list) and len(levels) == 2 and all(type(value) is int for value in levels)
+    if not (is_pair and 0 <= levels[0] <= levels[1] <= 65535):
+        yield f"data.levels {short(levels)}"
     if not (_is_number(metrics["top1"]) and 0 <= metrics["top1"] <= 1):
         yield f"metrics.top1 {short(metrics['top1'])}"
     if len(metrics["per_class"]) != classes or not all(
@@ -329,8 +335,9 @@ def find(
     wanted = default_path(data, imb_type, imb_ratio, network, stage)
     if wanted.is_file():
         return wanted
-    before, after = default_path(data, imb_type, imb_ratio, "*", stage).name.split("*")
-    others = sorted(FOLDER.glob(f"{before}*{after}"))
+    before, after = default_path(data, imb_type, imb_ratio, "\0", stage).name.split("\0")
+    files = FOLDER.iterdir() if FOLDER.is_dir() else ()
+    others = sorted(path for path in files if path.name.startswith(before) and path.name.endswith(after))
     if not exact and len(others) == 1:
         return others[0]
     if not exact and others:

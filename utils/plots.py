@@ -41,8 +41,11 @@ def _figure(width: float, height: float) -> Figure:
 
 
 def plain(text: str) -> str:
-    """A text that Matplotlib draws as it stands: between two dollar signs it would see a formula."""
-    return text.replace("$", r"\$")
+    """A text that Matplotlib draws as it stands: between two dollar signs it would see a formula.
+
+    Bytes of a file name that are no UTF-8 become question marks.
+    """
+    return text.encode(errors="replace").decode().replace("$", r"\$")
 
 
 def learning_curves(epochs: Sequence[Record], title: str, path: Path) -> None:

@@ -127,12 +127,14 @@ def read_table(path: str | Path) -> pd.DataFrame:
 
 
 def parse_tensors(blob: bytes) -> object:
-    """The content of a file of torch.save: plain values and tensors, on the CPU.
+    """The content of a file of torch.save or of safetensors: plain values and tensors, on the CPU.
 
     Raises:
         HoldsCode: it names classes or functions that are not tensors' own.
         Unreadable: anything else is wrong with it.
     """
+    if blob[8:9] == b"{":  # after the length of its head
+        return _parse_safetensors(blob)
     file = io.BytesIO(blob)
     is_zip = blob.startswith(b"PK") or _ends_as_archive(file)
     if is_zip:
@@ -154,6 +156,16 @@ def parse_tensors(blob: bytes) -> object:
         if is_plain and tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
             raise Unreadable(f"a tensor of shape {tuple(tensor.shape)}, which the file does not have")
     return content
+
+
+def _parse_safetensors(blob: bytes) -> dict[str, torch.Tensor]:
+    """The tensors of a file of safetensors, which checks names, shapes and places against its length."""
+    import safetensors.torch
+
+    try:
+        return {str(name): value for name, value in safetensors.torch.load(blob).items()}
+    except Exception as error:  # its own and PyTorch's
+        raise Unreadable(f"no file of safetensors, or damaged ({_words(error)})") from None
 
 
 def _tensors(content: object) -> Iterator[torch.Tensor]:

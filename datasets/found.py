@@ -1,0 +1,83 @@
+"""Which files below a folder are images, and which were left out: one rule for training, evaluation and prediction.
+
+An image is a file whose suffix Pillow reads, or one without suffix that it recognises. Links are followed, to files and
+to folders. Hidden files and folders, whose names begin with a dot, are left out.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+
+from datasets.files import image_size
+
+#: Formats that Pillow lists, but needs another program for.
+_NEED_PROGRAMS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
+
+
+@dataclass
+class LeftOut:
+    """Files and folders that were not read, {why: paths}."""
+
+    paths: dict[str, list[str]] = field(default_factory=dict)
+
+    def add(self, why: str, path: str) -> None:
+        self.paths.setdefault(why, []).append(path)
+
+    def describe(self) -> str:
+        """How many of each kind, with the first of them; "" where there are none."""
+        return ", ".join(f"{len(paths):,} {why} ({paths[0]})" for why, paths in self.paths.items())
+
+
+@cache
+def suffixes() -> frozenset[str]:
+    """The suffixes of files that Pillow reads by itself, in small letters, with their dots."""
+    from PIL import Image
+
+    Image.init()
+    formats = set(Image.OPEN) - _NEED_PROGRAMS
+    return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in formats)
+
+
+def is_image(path: str) -> bool:
+    """Whether a file counts as an image, by its name; without suffix by its first bytes."""
+    suffix = os.path.splitext(path)[1].lower()
+    return suffix in suffixes() if suffix else image_size(path) is not None
+
+
+def images_below(folder: str | Path, left_out: LeftOut) -> list[str]:
+    """The images in a folder and those inside it, relative to it, in the order of their paths.
+
+    What is no image, is hidden, or links to a folder that it lies in goes to ``left_out``.
+    """
+    top = os.fspath(folder)
+    found: list[str] = []
+
+    def walk(inside: str, above: frozenset[tuple[int, int]]) -> None:
+        for entry in sorted(os.scandir(os.path.join(top, inside)), key=lambda entry: entry.name):
+            name = f"{inside}/{entry.name}" if inside else entry.name
+            path = os.path.join(top, name)
+            if entry.name.startswith("."):
+                left_out.add("hidden", path)
+            elif entry.is_dir():
+                here = identity(path)
+                if here in above:
+                    left_out.add("links to a folder that they lie in", path)
+                else:
+                    walk(name, above | {here})
+            elif is_image(path):
+                found.append(name)
+            else:
+                left_out.add("of other kinds", path)
+
+    home = Path(top).resolve()
+    walk("", frozenset(map(identity, (home, *home.parents))))
+    return sorted(found, key=lambda name: name.split("/"))
+
+
+def identity(path: str | Path) -> tuple[int, int]:
+    """What tells a folder from any other, by whatever path it is reached."""
+    status = os.stat(path)
+    return status.st_dev, status.st_ino

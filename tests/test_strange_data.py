@@ -1,0 +1,451 @@
+"""Data of one's own as it really lies about: what is read of it, what is left out, and that both are said."""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_own import COLOURS, make_folder, paint, read
+
+import evaluate
+import main_stage1
+import predict
+from datasets import prepare
+from datasets.files import image_size, read_image
+from utils import checkpoints
+from utils.errors import UsageError
+
+QUICK = ["--network", "resnet8", "--epochs", "1", "--seed", "0", "--workers", "0"]
+
+
+def train(kind: str, place: str, *more: str) -> checkpoints.Checkpoint:
+    main_stage1.main(["--dataset", kind, "--data_dir", place, *QUICK, *more])
+    name = f"{kind}-{Path(place).stem if kind != 'folder' else Path(place).name}"
+    return checkpoints.read(f"checkpoints/{name}_natural_resnet8_stage1.pt")
+
+
+# Another model answers
+
+
+@pytest.mark.parametrize(("first", "second"), [("a/data", "b/data"), ("x/y/pets", "x/z/pets")])
+def test_a_file_of_other_data_of_the_same_name_is_refused(first: str, second: str, workdir) -> None:
+    make_folder(Path(first))
+    make_folder(Path(second))
+    for split in ("train", "test"):
+        os.rename(f"{second}/{split}/red", f"{second}/{split}/wasp")
+    train("folder", first)
+    train("folder", second)
+    with pytest.raises(SystemExit) as ended:
+        predict.main([f"{first}/test/red", "--dataset", "folder", "--data_dir", first, "--network", "resnet8"])
+    assert ended.value.code == 2
+    found = predict.main([f"{second}/test/blue", "--dataset", "folder", "--data_dir", second, "--network", "resnet8"])
+    assert {top["name"] for top in found[0]["top"]} == {"blue", "green", "wasp"}
+
+
+def test_other_images_of_the_same_classes_are_said(workdir, capsys) -> None:
+    make_folder(Path("a/data"))
+    make_folder(Path("b/data"), train=(9, 4, 2))
+    train("folder", "b/data")
+    capsys.readouterr()
+    predict.main(["a/data/test/red", "--dataset", "folder", "--data_dir", "a/data", "--network", "resnet8"])
+    assert "the images in a/data are not those" in capsys.readouterr().out
+    predict.main(["a/data/test/red", "--dataset", "folder", "--data_dir", "b/data", "--network", "resnet8"])
+    assert "are not those" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["run[12]", "pets [2020]", "a*", "what?"])
+def test_a_folder_s_name_is_no_pattern(name: str, workdir) -> None:
+    for other in ("run1", "ab", "whatx"):
+        make_folder(Path(other))
+        train("folder", other)
+    make_folder(Path(name), train=(9, 4, 2))
+    with pytest.raises(SystemExit):  # others' files do not stand in
+        evaluate.main(["--dataset", "folder", "--data_dir", name, "--workers", "0"])
+    train("folder", name)
+    result = evaluate.main(["--dataset", "folder", "--data_dir", name, "--workers", "0"])
+    assert result["class_counts"] == [2, 4, 9]
+
+
+# The picture is what the user sees
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
+@pytest.mark.parametrize("how", range(1, 9))
+def test_an_image_is_turned_as_exif_says(suffix: str, how: int, tmp_path) -> None:
+    upright = Image.fromarray(np.random.default_rng(how).integers(0, 256, (3, 5, 3), dtype=np.uint8)).resize((40, 24))
+    undo = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # Image.Transpose that a viewer's turn takes back
+    stored = upright if how == 1 else upright.transpose(Image.Transpose(undo[how]))
+    exif = Image.Exif()
+    exif[0x0112] = how
+    path = tmp_path / f"x.{suffix}"
+    stored.save(path, exif=exif.tobytes() if suffix != "tif" else exif, quality=100, subsampling=0, lossless=True)
+    shown = read_image(path)
+    assert shown.shape == (3, 24, 40) and image_size(path) == (24, 40)
+    wanted = torch.from_numpy(np.array(upright)).permute(2, 0, 1)
+    assert (shown.int() - wanted.int()).abs().double().mean() < (4 if suffix == "jpg" else 1e-9)
+
+
+@pytest.mark.parametrize("scale", [1, 16, 257])
+def test_the_range_of_16_bit_images_is_the_training_images_own(scale: int, workdir) -> None:
+    generator = np.random.default_rng(0)
+    for split, number in (("train", 20), ("test", 10)):
+        for k in range(2):
+            folder = Path("d", split, f"c{k}")
+            folder.mkdir(parents=True)
+            for i in range(number):
+                grey = 100 + generator.integers(0, 20, (16, 16))
+                grey[4:12, 4:12] += 60 * k
+                Image.fromarray((grey * scale).astype(np.uint16)).save(folder / f"{i}.png")
+    file = train("folder", "d", "--epochs", "8", "--batch_size", "8")
+    assert file.metrics["top1"] == 1
+    low, high = file.data["levels"]
+    assert (low, high) == (100 * scale, high) and 170 * scale < high <= 179 * scale
+    found = predict.main(["d/test", "--dataset", "folder", "--data_dir", "d", "--network", "resnet8"])
+    assert all(each["top"][0]["name"] == Path(each["path"]).parent.name for each in found)
+    result = evaluate.main(["--dataset", "folder", "--data_dir", "d", "--workers", "0"])
+    assert result["top1"] == 1
+    data = read("folder", "d", levels=(0, 65535))
+    assert data.train.images.max() == round(high / 257)
+    with pytest.raises(SystemExit):
+        evaluate.main(["--dataset", "folder", "--data_dir", "d", "--workers", "0", "--range", "0", "5"])
+
+
+def test_a_16_bit_image_among_others_has_the_full_range(workdir) -> None:
+    make_folder(Path("d"))
+    grey = np.array(paint("red", 12, 0).convert("L"))
+    Image.fromarray(grey.astype(np.uint16) * 257).save("d/train/red/z.png")
+    data = read("folder", "d")
+    assert data.spec.levels is None and torch.equal(data.train.images[-1][0], torch.from_numpy(grey))
+
+
+# What is not read is counted
+
+
+def said(capsys) -> str:
+    return next(line for line in capsys.readouterr().out.splitlines() if line.startswith("read "))
+
+
+@pytest.mark.parametrize("link", ["a folder", "a file", "a class"])
+def test_links_are_followed(link: str, workdir) -> None:
+    make_folder(Path("d"))
+    shutil.copytree("d/train/red", "store")
+    shutil.rmtree("d/test/red")
+    if link == "a folder":
+        os.symlink(Path("store").resolve(), "d/train/red/more")
+    elif link == "a file":
+        os.symlink(Path("store/0.png").resolve(), "d/train/red/more.png")
+    os.symlink(Path("store").resolve(), "d/test/red")
+    data = read("folder", "d")
+    assert data.class_counts[2] == 8 + {"a folder": 8, "a file": 1, "a class": 0}[link]
+    assert torch.bincount(data.test.labels).tolist() == [3, 3, 8]
+
+
+def test_a_link_to_where_one_is_ends(workdir, capsys) -> None:
+    make_folder(Path("d"))
+    os.symlink(Path("d/train").resolve(), "d/train/red/all")
+    os.symlink(Path("d/train/red").resolve(), "d/train/red/itself")
+    assert read("folder", "d").class_counts == [2, 4, 8]
+    assert "2 links to a folder that they lie in (d/train/red/all)" in said(capsys)
+
+
+@pytest.mark.parametrize("name", [".ipynb_checkpoints/0.png", "._0.png", ".thumbs/a/b/0.jpg"])
+def test_hidden_files_and_folders_are_left_out(name: str, workdir, capsys) -> None:
+    make_folder(Path("d"))
+    for split in ("train", "test"):
+        path = Path("d", split, "red", name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy("d/train/red/0.png", path)
+    data = read("folder", "d")
+    assert data.class_counts == [2, 4, 8] and len(data.test) == 9
+    assert f"left out: 2 hidden (d/train/red/{name.split('/')[0]})" in said(capsys)
+    path = Path("new", name)
+    path.parent.mkdir(parents=True)
+    shutil.copy("d/train/red/0.png", path)
+    shutil.copy("d/train/red/0.png", "new/seen.png")
+    file = train("folder", "d")
+    found = predict.main(["new", "--pretrained_pth", str(file.path)])
+    assert [each["path"] for each in found] == ["new/seen.png"]
+
+
+@pytest.mark.parametrize("suffix", ["jfif", "ppm", "PGM", "bmp", "TIFF", "jp2", "ico", ""])
+def test_whatever_pillow_reads_is_an_image(suffix: str, workdir, capsys) -> None:
+    make_folder(Path("d"))
+    content = io.BytesIO()
+    kind = {"jfif": "JPEG", "jp2": "JPEG2000", "": "PNG", "ico": "ICO"}.get(suffix, {"PGM": "PPM"}.get(suffix, suffix))
+    paint("red", 16, 50).save(content, kind.upper())
+    Path(f"d/train/red/x.{suffix}".rstrip(".")).write_bytes(content.getvalue())
+    Path("d/train/red/notes.txt").write_text("no image")
+    Path("d/train/red/LICENSE").write_text("no image either")
+    assert read("folder", "d").class_counts == [2, 4, 9]
+    assert "left out: 2 of other kinds (d/train/red/LICENSE)" in said(capsys)
+
+
+@pytest.mark.parametrize("name", ["valid", "validation", "Val"])
+def test_names_of_the_validation_folder(name: str, workdir, capsys) -> None:
+    make_folder(Path("d"))
+    shutil.copytree("d/test", f"d/{name}")
+    data = read("folder", "d")
+    assert data.val is not None and len(data.val) == 9
+    assert "9 of 9 test images are val images too" in capsys.readouterr().out
+    shutil.rmtree("d/test")
+    assert read("folder", "d").val is None
+    assert "those to validate on are the test set" in capsys.readouterr().out
+    shutil.copytree(f"d/{name}", "d/VALID" if name != "valid" else "d/val")
+    with pytest.raises(UsageError, match="more than one folder of val images"):
+        read("folder", "d")
+
+
+def test_images_and_folders_beside_the_classes_are_counted(workdir, capsys) -> None:
+    make_folder(Path("d"))
+    for k in range(4):
+        paint("red", 12, k).save(f"d/train/loose{k}.png")
+    Path("d/extra").mkdir()
+    assert read("folder", "d").class_counts == [2, 4, 8]
+    words = said(capsys)
+    assert "4 beside the class folders (d/train/loose0.png)" in words and "1 folders that are no split" in words
+
+
+@pytest.mark.parametrize("is_shared", [False, True])
+def test_which_level_is_the_class(is_shared: bool, workdir, capsys) -> None:
+    for split in ("train", "test"):
+        for group, names in (("animals", ("wolf", "lynx")), ("plants", ("oak", "wolf" if is_shared else "elm"))):
+            for k, name in enumerate(names):
+                folder = Path("d", split, group, name)
+                folder.mkdir(parents=True)
+                for i in range(2):
+                    paint("red", 12, hash((split, group, k, i)) % 1000).save(folder / f"{i}.png")
+    assert read("folder", "d").class_names == ["animals", "plants"]
+    assert "--class_level 2" in capsys.readouterr().out
+    names = ["animals/wolf", "lynx", "oak", "plants/wolf"] if is_shared else ["elm", "lynx", "oak", "wolf"]
+    assert read("folder", "d", class_level=2).class_names == names
+    with pytest.raises(UsageError, match="no train images"):
+        read("folder", "d", class_level=3)
+    train("folder", "d", "--class_level", "2")
+    result = evaluate.main(["--dataset", "folder", "--data_dir", "d", "--workers", "0"])
+    assert result["class_names"] == names
+
+
+# Train and test share images
+
+
+@pytest.mark.parametrize("how", ["copies", "links", "spellings"])
+def test_shared_images_are_said_and_can_be_dropped(how: str, workdir, capsys) -> None:
+    make_folder(Path("d"))
+    rows = [f"{path},{path.parent.name},{path.parts[1]}" for path in sorted(Path("d").glob("*/*/*.png"))]
+    for path in sorted(Path("d/test/red").iterdir()):
+        target = Path("d/train/red", f"x{path.name}")
+        if how == "copies":
+            shutil.copy(path, target)
+        elif how == "links":
+            os.symlink(path.resolve(), target)
+        else:
+            rows.append(f"./d/../{path},red,train")
+    Path("d.csv").write_text("\n".join(["path,label,split", *rows]))
+    kind, place = ("csv", "d.csv") if how == "spellings" else ("folder", "d")
+    colours = list(COLOURS)  # test images are the first of each class: paint(name, side, i) is the same in both splits
+    assert read(kind, place).class_counts == [2, 4, 11] and len(colours) == 3
+    out = capsys.readouterr().out
+    assert "of 9 test images are train images too" in out and "--drop_duplicates takes them out" in out
+
+
+def test_dropped_images_are_in_no_other_split(workdir, capsys) -> None:
+    make_folder(Path("d"), train=(8, 6, 5))
+    for name in COLOURS:
+        for k in range(3):
+            paint(name, 12, 100 + k).save(f"d/test/{name}/{k}.png")
+    shutil.copy("d/test/red/0.png", "d/train/red/copy.png")
+    file = train("folder", "d", "--drop_duplicates")
+    assert file.data["class_counts"] == [5, 6, 8] and "taken out of training" in capsys.readouterr().out
+    assert evaluate.main(["--dataset", "folder", "--data_dir", "d", "--workers", "0"])["class_counts"] == [5, 6, 8]
+    arrays = {f"{split}_images": np.zeros((4, 8, 8), np.uint8) for split in ("train", "test")}
+    for k in range(4):
+        arrays["train_images"][k] += k
+        arrays["test_images"][k] += k + 3
+    np.savez("x.npz", train_labels=np.arange(4) % 2, test_labels=np.arange(4) % 2, **arrays)
+    assert read("npz", "x.npz").class_counts == [2, 2]
+    assert "train_images[3]" in capsys.readouterr().out
+    assert read("npz", "x.npz", drop_duplicates=True).class_counts == [2, 1]
+    with pytest.raises(UsageError, match="leaves class"):
+        np.savez("x.npz", train_labels=np.arange(4), test_labels=np.arange(4), **arrays)
+        read("npz", "x.npz", drop_duplicates=True)
+
+
+# Labels as text
+
+
+def write_csv(labels: list[str], twice: int = 0) -> None:
+    rows = []
+    for k, label in enumerate(labels):
+        for i, split in enumerate(("train", "train", "test")):
+            image = Image.fromarray(np.random.default_rng(3 * k + i).integers(0, 256, (12, 12, 3), dtype=np.uint8))
+            image.save(f"{k}_{i}.png")
+            rows.append(f"{k}_{i}.png,{label},{split}")
+    Path("x.csv").write_text("\n".join(["path,label,split", *rows, *[rows[0]] * twice]))
+
+
+@pytest.mark.parametrize(
+    ("labels", "names"),
+    [
+        ([f"{k}.0" for k in range(12)], [str(k) for k in range(12)]),
+        (["10", "9.", "2.00"], ["2", "9", "10"]),
+        (["1.5", "10", "2"], ["2", "10", "1.5"]),
+        ([" oak", "elm ", "ash"], ["ash", "elm", "oak"]),
+    ],
+)
+def test_labels_are_numbers_where_all_are(labels: list[str], names: list[str], workdir) -> None:
+    write_csv(labels)
+    assert read("csv", "x.csv").class_names == names
+
+
+def test_forms_of_a_name_are_one_class(workdir, capsys) -> None:
+    write_csv(["caf\u00e9", "cafe\u0301", "tea"])
+    assert read("csv", "x.csv").class_counts == [4, 2]
+    write_csv(["Cat", "cat"])
+    assert read("csv", "x.csv").class_names == ["Cat", "cat"]
+    assert "Cat and cat are two classes" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("label", ["", "nan", "NaN", "None", "<NA>", "  "])
+def test_a_missing_label_is_refused_with_its_row(label: str, workdir) -> None:
+    write_csv(["0", label, "1"])
+    with pytest.raises(UsageError, match=r"x\.csv, line 5: 1_0\.png has no label"):
+        read("csv", "x.csv")
+
+
+def test_negative_labels_are_refused(workdir) -> None:
+    write_csv(["0", "-1", "1"])
+    with pytest.raises(UsageError, match="label -1"):
+        read("csv", "x.csv")
+    images = np.zeros((2, 8, 8), np.uint8)
+    np.savez("x.npz", train_images=images, train_labels=[-1, 0], test_images=images, test_labels=[0, 0])
+    with pytest.raises(UsageError, match="train_labels has -1"):
+        read("npz", "x.npz")
+
+
+def test_repeated_rows_count_once(workdir, capsys) -> None:
+    write_csv(["a", "b"], twice=5)
+    assert read("csv", "x.csv").class_counts == [2, 2]
+    assert "left out: 5 repeated rows (x.csv, line 8)" in said(capsys)
+
+
+# Names, splits that do not fit, damaged files
+
+
+@pytest.mark.parametrize("names", [("$", "$$", "$$$"), ("<b>", "=1+1", "a|b"), ("\\frac", "{x}", "_^")])
+def test_a_name_is_no_markup(names: tuple[str, ...], workdir) -> None:
+    make_folder(Path("d"))
+    for split in ("train", "test"):
+        for old, new in zip(COLOURS, names):
+            os.rename(f"d/{split}/{old}", f"d/{split}/{new}")
+    file = train("folder", "d")
+    [run] = Path("output").glob("*/*")
+    assert sorted(file.data["class_names"]) == sorted(names) and (run / "per_class.png").is_file()
+
+
+def test_names_that_are_not_utf8(workdir) -> None:
+    make_folder(Path("d"))
+    os.rename(b"d/train/red/0.png", b"d/train/red/\xe9t\xe9.png")
+    for split in (b"train", b"test"):
+        os.rename(b"d/" + split + b"/blue", b"d/" + split + b"/p\xe9che")
+    train("folder", "d")
+    [run] = Path("output").glob("*/*")
+    assert (run / "per_class.png").is_file()
+    assert evaluate.main(["--dataset", "folder", "--data_dir", "d", "--workers", "0"])["class_counts"] == [4, 2, 8]
+    found = predict.main(["d/train/red", "--dataset", "folder", "--data_dir", "d", "--csv", "x.csv"])
+    assert len(found) == 8 and all(each["error"] is None for each in found)
+
+
+@pytest.mark.parametrize("grey", ["train", "test"])
+def test_grey_and_colour_splits_become_colour(grey: str, workdir, capsys) -> None:
+    generator = np.random.default_rng(0)
+    shapes = {split: (6, 16, 16) if split == grey else (6, 16, 16, 3) for split in ("train", "test")}
+    arrays = {f"{split}_images": generator.integers(0, 255, shape).astype(np.uint8) for split, shape in shapes.items()}
+    np.savez("x.npz", train_labels=np.arange(6) % 3, test_labels=np.arange(6) % 3, **arrays)
+    data = read("npz", "x.npz")
+    assert data.train.channels == data.test.channels == 3 and f"note: {grey} images are grey" in capsys.readouterr().out
+    part = data.train if grey == "train" else data.test
+    pixels = part.images[part.indices.argsort()]
+    assert torch.equal(pixels[:, 0], torch.from_numpy(arrays[f"{grey}_images"])) and torch.equal(
+        pixels[:, 0], pixels[:, 2]
+    )
+
+
+def test_splits_of_other_sizes_are_scaled_and_said(workdir, capsys) -> None:
+    images = np.zeros((4, 16, 16), np.uint8)
+    np.savez(
+        "x.npz", train_images=images, train_labels=[0, 1, 0, 1], test_images=images[:, :8, :8], test_labels=[0, 1, 0, 1]
+    )
+    assert read("npz", "x.npz").test.images.shape[2:] == (16, 16)
+    assert "images of several sizes (train 16 x 16, test 8 x 8)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("side", [12, 90])
+def test_damaged_files_are_named_at_once_and_can_be_skipped(side: int, workdir, capsys) -> None:
+    make_folder(Path("d"), side=side)
+    for i in (1, 3, 5):
+        Path(f"d/train/red/{i}.png").write_bytes(b"")
+    half = Path("d/test/green/1.png")
+    half.write_bytes(half.read_bytes()[:100])
+    with pytest.raises(UsageError, match=r"4 images cannot be read, the first: image .*d/train/red/1\.png") as refused:
+        read("folder", "d")
+    listed = Path(str(refused.value.args[0]).rpartition("all are in ")[2]).read_text().splitlines()
+    assert len(listed) == 5 and listed[4].startswith("test/green/1.png,")
+    data = read("folder", "d", skip_damaged=True)
+    assert data.class_counts == [2, 4, 5] and len(data.test) == 8
+    capsys.readouterr()
+    assert read("folder", "d", skip_damaged=True).class_counts == [2, 4, 5]
+    assert "--skip_damaged: 4 images left out" in capsys.readouterr().out
+    with pytest.raises(UsageError, match="4 images cannot be read"):
+        read("folder", "d")
+    if side == 12:
+        file = train("folder", "d", "--skip_damaged")
+        assert file.options["skip_damaged"] is True
+        assert evaluate.main(["--dataset", "folder", "--data_dir", "d", "--workers", "0"])["class_counts"] == [2, 4, 5]
+    else:
+        made = prepare.main(["folder", "--root", "d", "--cache", "32", "--skip_damaged"])
+        data = read("folder", "d", skip_damaged=True, how="cache", image_size=80)
+        assert len(made.skipped) == 4 and data.train.images.store.shape == (11, 32, 32, 3)
+
+
+def test_a_class_of_damaged_files_alone_is_refused(workdir) -> None:
+    make_folder(Path("d"))
+    for path in Path("d/train/blue").iterdir():
+        path.write_bytes(b"")
+    with pytest.raises(UsageError, match=r"blue.* has no training image"):
+        read("folder", "d", skip_damaged=True)
+
+
+def test_predict_has_a_row_for_every_file(workdir) -> None:
+    make_folder(Path("d"))
+    file = train("folder", "d")
+    Path("new").mkdir()
+    paint("red", 12, 9).save("new/a.png")
+    Path("new/b.png").write_bytes(b"")
+    predict.main(["new", "--pretrained_pth", str(file.path), "--top_k", "2", "--csv", "o.csv"])
+    rows = Path("o.csv").read_text().splitlines()
+    assert rows[0].endswith(",error") and [row.split(",")[0] for row in rows[1:]] == ["new/a.png"] * 2 + ["new/b.png"]
+    assert "cannot be read" in rows[3]
+
+
+def test_weights_of_safetensors_are_read(workdir) -> None:
+    from safetensors.torch import save_file
+    from torchvision.models import resnet18
+
+    make_folder(Path("d"), side=80)
+    torch.manual_seed(0)
+    state = resnet18(num_classes=3).state_dict()
+    save_file(state, "model.safetensors")
+    found = predict.main(["d/test/red", "--pretrained_pth", "model.safetensors"])
+    torch.save(state, "model.pth")
+    assert found == predict.main(["d/test/red", "--pretrained_pth", "model.pth"])
+    blob = Path("model.safetensors").read_bytes()
+    Path("model.safetensors").write_bytes(blob[: len(blob) // 2])
+    with pytest.raises(SystemExit) as ended:
+        predict.main(["d/test/red", "--pretrained_pth", "model.safetensors"])
+    assert ended.value.code == 2
