@@ -355,8 +355,9 @@ def is_due(epoch: int, epochs: int, every: int) -> bool:
 class Selection:
     """Keeps the weights that a rule selects among the evaluated epochs.
 
-    last: the last epoch's. best_test: the highest top-1 on the test set, later epochs winning ties (what LOS, Weight
-    Balancing and LDAM-DRW publish). best_val: the highest class mean on the held-out images.
+    last: the last epoch's. best_test: the highest top-1 on the test set, which LOS, Weight Balancing and LDAM-DRW
+    publish. best_val: the highest class mean on the held-out images. Of equals the later wins, as in LOS (of the
+    others' the earlier does).
 
     Attributes:
         epoch, test, val, state: of the selected epoch (from 1), its reports and weights (on the CPU).

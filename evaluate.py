@@ -15,12 +15,13 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
-from datasets import NATURAL
+from datasets import DATASETS, NATURAL
 from engine import predict
 from experiment.data import eval_batches, load_data
 from experiment.options import (
     DataOptions,
     check_data_flags,
+    constants_of,
     file_defaults,
     file_identity,
     recipe_layers,
@@ -78,6 +79,8 @@ def main(argv: Sequence[str]) -> Json:
     stored_flip = file.metrics.get("flip_tta", False)
     layers: dict[str, Values] = {str(file.path): stored | {"flip_tta": stored_flip}, "its options": file_defaults(file)}
     known = {"dataset": "cifar100", **file_defaults(file), **stored, **typed}
+    if not file.data and DATASETS[str(known["dataset"])].own:
+        layers[f"{file.path}'s weights"] = dict(constants_of(file))
     options = resolve(Options, typed, layers | recipe_layers(str(known["dataset"]), known)).options
     check_data_flags(options, typed)
     flip_tta = bool(options.flip_tta)

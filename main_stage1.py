@@ -148,10 +148,12 @@ def main(argv: Sequence[str]) -> Report:
 
 
 def open_start(typed: Values) -> Checkpoint | None:
-    """The file that training starts from, for its network and weights, not for its data; None where it is none."""
+    """The file that training starts from, for its network, weights and normalisation, not for its data; None: none."""
     if typed.get("pretrained_pth", "none") in START_WORDS:
         return None
-    return replace(open_checkpoint(typed, "stage1", Options), data=Data())
+    file = open_checkpoint(typed, "stage1", Options)
+    kept = Data(mean=file.data["mean"], std=file.data["std"]) if file.data else Data()
+    return replace(file, data=kept)
 
 
 def hash_of_start(typed: Values) -> str | None:

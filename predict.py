@@ -26,8 +26,9 @@ from datasets.found import LeftOut, images_below
 from datasets.own import SMALL_SIDE, square
 from datasets.photos import centre
 from engine import for_evaluation
-from experiment.options import DataOptions, file_identity, refuse_contradictions
+from experiment.options import LAYOUT, DataOptions, constants_of, file_identity, refuse_contradictions
 from experiment.restore import built, files_read, open_latest, require_same_data
+from utils.bar import bar
 from utils.checkpoints import Checkpoint
 from utils.command import command
 from utils.console import counted, write
@@ -39,6 +40,8 @@ from utils.options import Choice, Flag, Number, Text, Values, option, parse_type
 from utils.plots import contact_sheet
 from utils.system import available_cpus, pick_device
 
+#: Images that could not be read of which it is said, where reports are written.
+SAID = 20
 #: Images on a contact sheet, at most.
 SHOWN = 48
 
@@ -99,9 +102,13 @@ def main(argv: Sequence[str]) -> list[Predicted]:
     refuse_unused(typed, file)
     if "data_dir" in typed and "pretrained_pth" not in typed:
         require_same_data(file, str(typed["data_dir"]))
-    reports = {"json": b"[\n {\n", "csv": b"path,rank,class,", "plot": b"\x89PNG"}
-    asked = [(f"--{name}", getattr(options, name), head) for name, head in reports.items()]
-    targets = [Target(flag, path, head) for flag, path, head in asked if path is not None]
+    reports = {
+        "json": (b'[\n {\n  "path": ', b'"error": '),
+        "csv": (b"path,rank,class,name,probability", b""),
+        "plot": (b"\x89PNG", b"Matplotlib"),
+    }
+    asked = [(f"--{name}", getattr(options, name), marks) for name, marks in reports.items()]
+    targets = [Target(flag, path, *marks) for flag, path, marks in asked if path is not None]
     require_targets(targets, [*paths, *files_read(file, options)])
     device = pick_device(options.device, options.gpu, options.threads)
     model, names = for_evaluation(built(file).to(device)), class_names(file)
@@ -116,7 +123,8 @@ def main(argv: Sequence[str]) -> list[Predicted]:
 
     found: list[Predicted] = []
     sheet: list[tuple[Tensor, str]] = []
-    for path, image, row in predictions(paths, view, forward, options.batch_size, options.workers):
+    shown_rows = predictions(paths, view, forward, options.batch_size, options.workers)
+    for path, image, row in bar(shown_rows, len(paths), "predicting"):
         if isinstance(image, UsageError):
             found.append({"path": str(path), "error": image.args[0], "top": []})
             continue
@@ -129,12 +137,17 @@ def main(argv: Sequence[str]) -> list[Predicted]:
         if options.plot and len(sheet) < SHOWN:
             sheet.append((image, f"{top[0]['name']}\n{100 * top[0]['probability']:.0f} %"))
 
-    for each in found:
+    failed = [each for each in found if each["error"]]
+    is_written = bool(options.csv or options.json)
+    for each in failed[:SAID] if is_written else found:
         words = ", ".join(f"{top['name']} {100 * top['probability']:.2f} %" for top in each["top"])
-        write(each["error"] or f"{each['path']}: {words}")
+        write((each["error"] or f"{each['path']}: {words}").replace("\n", "\\n"))
     write(f"{file.path}: temperature {temperature:.3g}, flip averaging {'on' if flip else 'off'}")
+    if is_written:
+        places = ", ".join(path for path in (options.csv, options.json) if path)
+        write(f"{counted(len(found) - len(failed), 'image')} predicted, {len(failed)} not read: {places}")
     write_reports(found, sheet, options)
-    if all(each["error"] for each in found):
+    if len(failed) == len(found):
         raise UsageError(f"none of {len(found)} images could be read", "undamaged images")
     return found
 
@@ -144,8 +157,7 @@ def refuse_unused(typed: Values, file: Checkpoint) -> None:
     stored = file_identity(file) | {"num_class": file.num_classes} | ({"cur_stage": file.stage} if file.stage else {})
     if file.data:
         stored |= {"mean": tuple(file.data["mean"]), "std": tuple(file.data["std"])}
-        own = ("class_level", "skip_damaged", "drop_duplicates")
-        stored |= {name: file.options[name] for name in own if name in file.options}
+        stored |= {name: file.options[name] for name in LAYOUT if name in file.options}
     refuse_contradictions(typed, stored, str(file.path))
     for name in ("recipe", "jitter", "flip", "input"):
         if name in typed:
@@ -156,12 +168,11 @@ class View:
     """How the network of a checkpoint is shown an image: its size, its channels, its normalisation."""
 
     def __init__(self, file: Checkpoint, options: Options, is_typed: bool) -> None:
-        foreign = "imagenet_lt" if file.stem == "imagenet" and not is_typed else options.dataset
-        spec = DATASETS[file.data.get("dataset", foreign)]
+        spec = DATASETS[file.data.get("dataset", options.dataset)]
+        own = constants_of(file) if file.data or not is_typed or spec.own else {}
         usual = 224 if file.stem == "imagenet" else 8 if spec.name == "digits" else 32
         self.side, self.channels = options.image_size or file.data.get("image_size") or usual, file.in_channels
-        mean = file.data.get("mean") or options.mean or spec.mean
-        std = file.data.get("std") or options.std or spec.std
+        mean, std = options.mean or own.get("mean", spec.mean), options.std or own.get("std", spec.std)
         if len(mean) != self.channels or len(std) != self.channels:
             raise UsageError(
                 f"{file.path} does not say how pixels are normalised", "--dataset NAME, or --mean and --std"
@@ -215,6 +226,8 @@ def probabilities(model: nn.Module, images: Tensor, temperature: float, flip: bo
     if flip:
         logits = (logits + model(images.flip(dims=(3,)))) / 2
     rows: Tensor = (logits / temperature).softmax(dim=1).cpu()
+    if not bool(rows.isfinite().all()):
+        raise UsageError("the network's logits are not finite", "a checkpoint of weights that are fit for these images")
     return rows
 
 

@@ -29,8 +29,8 @@ from torchvision.transforms.v2.functional import resize
 
 from datasets.checked import stores_of
 from datasets.files import Manifest, read_image
+from utils.arrays import open_array
 from utils.checkpoints import Checkpoint, read
-from utils.readers import map_array
 
 #: What takes room on a disk, and what changes it.
 ROOM = ("make", "write")
@@ -226,7 +226,7 @@ class Prepare:
         found = stores_of(manifest, folder / self.home)
         assert ended.status or len(found) == len(manifest.splits), "it ended well and has no pixels"
         for path, (split, side) in found.items():
-            for row, name in zip(map_array(path, len(str(manifest.about["pixels"]))), manifest.splits[split].paths):
+            for row, name in zip(open_array(path, str(manifest.about["pixels"])), manifest.splits[split].paths):
                 shown = resize(read_image(folder / manifest.root / name), [side, side], antialias=True)
                 assert np.array_equal(row, shown.permute(1, 2, 0)), f"{path} is not of this manifest"
 

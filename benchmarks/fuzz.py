@@ -243,7 +243,7 @@ def _listed(path: Path) -> str:
         folder.mkdir()
         for i in range(40):
             Image.new("L", (9, 9)).save(folder / f"{i}.png")
-    _, _, listing = listing_of("csv", str(path))
+    _, _, listing = listing_of("csv", str(path), DEFAULT_IMAGE_OPTIONS)
     return str(listing.splits)
 
 

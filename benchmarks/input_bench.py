@@ -40,7 +40,7 @@ from datasets.scan import write_pixels
 from engine import TrainStep, make_sgd
 from losses import make_loss
 from models import build_model
-from utils.readers import map_array
+from utils.arrays import open_array
 from utils.system import available_cpus, pick_device, provenance
 
 SPEC = DATASETS["imagenet_lt"]
@@ -62,7 +62,7 @@ def make_photos(folder: Path, store: Path, repeat: int, workers: int = 0) -> dic
     sizes = torch.tensor([read_image(folder / path).shape[1:] for path in paths], dtype=torch.int32)
     target = store / f"train_{SIDE}.npy"
     write_pixels(folder, paths * repeat, SIDE, target, available_cpus())
-    pixels = map_array(target)
+    pixels = open_array(target, "")
     args = (folder, paths * repeat, sizes.repeat(repeat, 1), 224)
     return {how: Photos(*args, pixels if how == "cache" else None, how, workers) for how in INPUTS}
 

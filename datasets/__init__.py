@@ -121,6 +121,7 @@ def load(
         augment=augment,
         levels=source.levels,
         listing=source.listing,
+        test_files=source.test_files,
     )
     available = torch.bincount(full.labels, minlength=len(class_names)).tolist()
     counts, n_max = available, min(available)

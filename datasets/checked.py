@@ -60,7 +60,7 @@ def check_all(
     key = str(old.about.get("pixels", "")) if old is not None and known else secrets.token_hex(16)
     wanted = {split: folder / f"{split}_{side}.npy" for split in listing.splits if side}
     for split, files in known.items():
-        if split in wanted and has_pixels(wanted[split], len(files.paths), side, key) and not verify:
+        if split in wanted and has_pixels(wanted[split], len(files.paths), side, key, verify):
             del wanted[split]
     if old is not None and known and not wanted and not verify:
         write(f"{target}: prepared already; --verify checks all files again")
@@ -79,6 +79,9 @@ def check_all(
             if split in wanted:
                 pixels = whole.enter_context(atomic(wanted[split]))
                 seen = write_pixels(root, paths, side, pixels, workers, key, levels or FULL_RANGE)
+                if skip_damaged and seen.damaged:  # once more, without them
+                    good = [path for position, path in enumerate(paths) if position not in seen.damaged]
+                    write_pixels(root, good, side, pixels, workers, key, levels or FULL_RANGE)
             elif split in known and not verify:
                 splits[split] = known[split]
                 continue
@@ -86,21 +89,29 @@ def check_all(
                 seen = check_files(root, paths, workers)
             levels = levels or (seen.levels if split == "train" else None)
             damaged += [(paths[position], why) for position, why in seen.damaged.items()]
-            good = [position for position in range(len(paths)) if position not in seen.damaged]
-            if not good:
+            whole_ones = [position for position in range(len(paths)) if position not in seen.damaged]
+            if not whole_ones:
                 raise UsageError(f"all {split} images of {listing.origins[split]} are damaged", "images that are whole")
-            sizes, digests = seen.sizes[good], seen.digests[good]
+            sizes, digests = seen.sizes[whole_ones], seen.digests[whole_ones]
             if split in known and not torch.equal(digests, known[split].digests):
                 origin = listing.origins[split]
-                raise UsageError(f"images of {origin} are others than before", f"remove {target} to start anew")
-            splits[split] = Files([paths[position] for position in good], labels[good], sizes, digests)
+                raise UsageError(
+                    f"images of {origin} have another content, or another size than before",
+                    f"remove {target} to start anew",
+                )
+            splits[split] = Files([paths[position] for position in whole_ones], labels[whole_ones], sizes, digests)
             shorter = sizes.amin(dim=1)
             span = f"{int(shorter.min())} to {int(shorter.max())}, median {int(shorter.median())}"
             are = f"{len(seen.damaged):,} damaged" if seen.damaged else "all whole"
             write(f"{split}: {len(paths):,} images, {are}; shorter side {span} pixels")
         if damaged:
-            report_damaged(damaged, folder / "damaged.csv", skip_damaged)
+            first = next(split for split, (paths, _) in listing.splits.items() if damaged[0][0] in paths)
+            allowed = f"images that are whole, as in {listing.origins[first]}"
+            allowed += ", or --skip_damaged" if "listing" in listing.about else ""
+            report_damaged(damaged, folder / "damaged.csv", None if skip_damaged else allowed)
             require_every_class(name, listing, splits["train"].labels)
+        else:
+            (folder / "damaged.csv").unlink(missing_ok=True)
         made = provenance("-m datasets.prepare", argv, torch.device("cpu"), time.perf_counter() - began)
         about = listing.about | {"provenance": made, "levels": levels, "skipped": [path for path, _ in damaged]}
         about |= {"pixels": key} if key else {}
@@ -120,16 +131,19 @@ def require_every_class(name: str, listing: Listing, labels: Tensor) -> None:
     counts = torch.bincount(labels, minlength=len(listing.class_names)).tolist()
     if 0 in counts:
         number = counts.index(0)
-        called = f"class {number} ({listing.class_names[number]})"
-        raise UsageError(f"{called} of {name} has no training image", "at least one for every class")
+        words = f"class {number} of {name} has no training image ({listing.class_names[number]})"
+        raise UsageError(words, "at least one for every class")
 
 
-def report_damaged(damaged: Sequence[tuple[str, str]], path: Path, is_skipped: bool) -> None:
-    """Writes which files are damaged, and why; says so, or raises UsageError where they are not to be skipped."""
+def report_damaged(damaged: Sequence[tuple[str, str]], path: Path, allowed: str | None) -> None:
+    """Writes which files are damaged, and why, and says so; where they are not to be skipped, that ends in UsageError.
+
+    ``allowed`` is what the error says, None where they are skipped.
+    """
     write_text(path, csv_text([{"path": name, "problem": why} for name, why in damaged]))
     words = f"{counted(len(damaged), 'image')} cannot be read, the first: {damaged[0][1]}"
-    if not is_skipped:
-        raise UsageError(f"{words}; all are in {path}", "images that are whole, or --skip_damaged")
+    if allowed is not None:
+        raise UsageError(f"{words}; all are in {path}", allowed)
     write(f"--skip_damaged: {words}; all are in {path}")
 
 
@@ -156,7 +170,8 @@ def _same_files(manifest: Manifest, root: Path, listing: Listing) -> bool:
     if manifest.about.get("skipped"):  # its rows are fewer than the list's
         return False
     listed = {split: (paths, labels.tolist()) for split, (paths, labels) in listing.splits.items()}
-    return manifest.root == str(root) and kept == listed
+    is_same = manifest.root == str(root) and manifest.class_names == listing.class_names
+    return is_same and kept == listed
 
 
 def _require_room(folder: Path, images: dict[Path, int], side: int) -> None:

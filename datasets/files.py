@@ -11,6 +11,7 @@ import json
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +35,17 @@ _ORIENTATION = 0x0112
 #: Pixels of one image, at most: PIL's own limit, beyond which a small file may ask for all memory there is.
 MOST_PIXELS = 178_956_970
 warnings.filterwarnings("ignore", module=r"PIL\.")  # of what it then reads, or refuses
+
+
+#: Formats for which Pillow runs another program, PostScript's for instance, or asks for one.
+_NEED_PROGRAMS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
+
+
+@cache
+def formats() -> tuple[str, ...]:
+    """The formats that Pillow reads by itself. A file's content tells its format, whatever it is called."""
+    Image.init()
+    return tuple(name for name in Image.OPEN if name not in _NEED_PROGRAMS)
 
 
 def read_image(path: str | Path, levels: tuple[int, int] = FULL_RANGE) -> Tensor:
@@ -73,7 +85,7 @@ def decode(content: bytes, path: str | Path) -> Tensor:
         except ValueError:  # a rare kind or a blemish, which PIL can take, or damage, which it will tell
             pass
     try:
-        with Image.open(io.BytesIO(content)) as opened:
+        with Image.open(io.BytesIO(content), formats=formats()) as opened:
             _bounded(path, opened.height, opened.width)
             return _from_pil(opened)
     except UsageError:
@@ -98,7 +110,7 @@ def orientation(content: bytes) -> int:
     if b"Exif\x00\x00" not in content[:65536]:
         return 1
     try:
-        with Image.open(io.BytesIO(content)) as opened:
+        with Image.open(io.BytesIO(content), formats=formats()) as opened:
             found = opened.getexif().get(_ORIENTATION, 1)
     except Exception:  # Pillow's plug-ins raise nearly anything
         return 1
@@ -118,7 +130,7 @@ def image_size(path: str | Path) -> tuple[int, int] | None:
     try:
         if not Path(path).is_file():
             return None
-        with Image.open(path) as opened:
+        with Image.open(path, formats=formats()) as opened:
             is_on_its_side = opened.format != "TIFF" and opened.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
             return (opened.width, opened.height) if is_on_its_side else (opened.height, opened.width)
     except Exception:  # Pillow's plug-ins raise nearly anything
@@ -128,7 +140,7 @@ def image_size(path: str | Path) -> tuple[int, int] | None:
 def is_deep(path: str | Path) -> bool:
     """Whether an image file has 16-bit grey values."""
     try:
-        with Image.open(path) as opened:
+        with Image.open(path, formats=formats()) as opened:
             return opened.mode.startswith("I;16")
     except Exception:  # Pillow's plug-ins raise nearly anything
         return False
@@ -205,7 +217,8 @@ class Manifest:
             arrays[f"{name}_paths"] = _text("\n".join(split.paths))
             for part in _ARRAYS:
                 arrays[f"{name}_{part}"] = getattr(split, part).numpy()
-        text = json.dumps(head | {"about": self.about, "checksum": _checksum(arrays)})
+        head |= {"about": self.about}
+        text = json.dumps(head | {"checksum": _checksum(arrays, head)})
         with open(path, "wb") as file:
             np.savez(file, head=_text(text), **arrays)  # type: ignore[arg-type]
 
@@ -215,7 +228,7 @@ class Manifest:
         try:
             arrays = read_arrays(path)
             head = parse_json(bytes(arrays.pop("head")))
-            if head["format"] != MANIFEST_FORMAT or head["checksum"] != _checksum(arrays):
+            if head["format"] != MANIFEST_FORMAT or head.pop("checksum") != _checksum(arrays, head):
                 return None
             splits = {
                 name: Files(
@@ -241,6 +254,15 @@ class Manifest:
         """Files that were damaged and left out."""
         return list(self.about.get("skipped", []))
 
+    def fits(self, root: Path, listing: Listing) -> bool:
+        """Whether it is of these files, but for those that were skipped."""
+        skipped = set(self.skipped)
+        listed = {
+            split: [path for path in paths if path not in skipped] for split, (paths, _) in listing.splits.items()
+        }
+        known = {split: files.paths for split, files in self.splits.items()}
+        return (self.root, self.class_names, known) == (str(root), listing.class_names, listed)
+
     def is_right(self) -> bool:
         """Whether its parts fit each other."""
         names, classes = self.class_names, len(self.class_names)
@@ -265,9 +287,9 @@ def _are_levels(found: object) -> bool:
     return found is None or (is_pair and 0 <= found[0] <= found[1] <= FULL_RANGE[1])  # type: ignore[index]
 
 
-def _checksum(arrays: Mapping[str, Array]) -> str:
-    """The SHA-256 of arrays with their names."""
-    digest = hashlib.sha256()
+def _checksum(arrays: Mapping[str, Array], head: Json) -> str:
+    """The SHA-256 of arrays with their names, and of what else a manifest says."""
+    digest = hashlib.sha256(json.dumps(head, sort_keys=True).encode())
     for name in sorted(arrays):
         digest.update(f"{name} {arrays[name].dtype} {arrays[name].shape}".encode())
         digest.update(np.ascontiguousarray(arrays[name]).tobytes())

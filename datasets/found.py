@@ -11,10 +11,9 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
-from datasets.files import image_size
+from PIL import Image
 
-#: Formats that Pillow lists, but needs another program for.
-_NEED_PROGRAMS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
+from datasets.files import formats, image_size
 
 
 @dataclass
@@ -34,11 +33,7 @@ class LeftOut:
 @cache
 def suffixes() -> frozenset[str]:
     """The suffixes of files that Pillow reads by itself, in small letters, with their dots."""
-    from PIL import Image
-
-    Image.init()
-    formats = set(Image.OPEN) - _NEED_PROGRAMS
-    return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in formats)
+    return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in formats())
 
 
 def is_image(path: str) -> bool:

@@ -8,8 +8,8 @@ from datasets.checked import stores_of
 from datasets.files import FULL_RANGE, Manifest
 from datasets.photos import Photos
 from datasets.spec import ImageOptions, ImageSet, Source
+from utils.arrays import open_array
 from utils.errors import UsageError
-from utils.readers import map_array
 
 #: The side at which photos are shown where nothing else is said.
 PHOTO_SIDE = 224
@@ -41,7 +41,7 @@ def photos_of(manifest: Manifest, image_options: ImageOptions, home: Path) -> So
     for split, files in manifest.splits.items():
         store, identity = None, str(manifest.about.get("home", manifest.root))  # of own data it follows from the files
         if split in stores:
-            store = map_array(stores[split], len(str(manifest.about.get("pixels", ""))))
+            store = open_array(stores[split], str(manifest.about.get("pixels", "")))
             identity += f" {stores[split].stat().st_mtime_ns}"
         size = image_options.image_size or PHOTO_SIDE
         photos = Photos(

@@ -7,7 +7,6 @@ photos and treated as ImageNet is. Every file is decoded once, the first time, s
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import statistics
@@ -27,13 +26,14 @@ from datasets.checked import check_all
 from datasets.files import FULL_RANGE, Listing, Manifest, image_size, read_image
 from datasets.found import LeftOut, images_below
 from datasets.listed import PHOTO_SIDE, photos_of
+from datasets.longtail import hold_out
 from datasets.photos import Crops, Photos, cropped, shortened
 from datasets.scan import digest_of
 from datasets.spec import ImageOptions, ImageSet, Recipe, Source
 from utils.console import counted, show
 from utils.errors import UsageError
 from utils.files import require_writable, write_text
-from utils.readers import Unreadable, array_shapes, read_arrays, read_json, read_table
+from utils.readers import Unreadable, array_shapes, read_arrays, read_sealed, read_table, sealed
 from utils.system import available_cpus
 
 T = TypeVar("T")
@@ -47,7 +47,7 @@ SPLITS = ("train", "val", "test")
 FOLDERS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
 #: Labels of a CSV that stand for none, in small letters, as pandas reads and writes them.
 MISSING = {"", "nan", "none", "null", "n/a", "na", "<na>"}
-WHOLE = re.compile(r"-?\d+(\.0*)?")
+WHOLE = re.compile(r"-?\d{1,15}(\.0*)?")
 LAYOUTS = {
     "folder": "a folder with train/<class>/<images> and test/<class>/<images> (or val/)",
     "csv": "a CSV with the columns path, label, split (train, val, test), or a folder of train.csv and test.csv",
@@ -56,6 +56,7 @@ LAYOUTS = {
 
 #: What is found: {split: (paths relative to the root, names of their classes)}.
 Named = Mapping[str, tuple[list[str], list[str]]]
+Splits = dict[str, tuple[list[str], list[str]]]
 ON_SMALL: Recipe = {"network": "resnet32", "epochs": 200, "lr": 0.1, "batch_size": 128, "wd": 5e-4}
 ON_PHOTOS: Recipe = {
     "network": "resnet50",
@@ -70,11 +71,11 @@ ON_PHOTOS: Recipe = {
 
 def suited(kind: str, data_dir: str, image_options: ImageOptions) -> Recipe:
     """Option values for the images in a place: those for small images, or those for photos."""
-    side = image_options.image_size or natural_side(kind, data_dir, image_options.class_level)
+    side = image_options.image_size or natural_side(kind, data_dir, image_options)
     return ON_SMALL if side <= SMALL_SIDE else ON_PHOTOS
 
 
-def natural_side(kind: str, data_dir: str, class_level: int = 1) -> int:
+def natural_side(kind: str, data_dir: str, image_options: ImageOptions) -> int:
     """The side that images are shown at by default: their own where they are small, else 224."""
     if kind == "npz":
         path = _only(data_dir, ".npz", kind)
@@ -83,8 +84,10 @@ def natural_side(kind: str, data_dir: str, class_level: int = 1) -> int:
         except (Unreadable, KeyError) as error:
             raise UsageError(f"{path} has no train_images ({error})", LAYOUTS["npz"]) from None
         return min(shape[1:3], default=0)
-    listed = list_images(kind, data_dir, class_level)
-    sizes = [image_size(listed.root / name) for name in _some(listed.splits["train"][0])]
+    reader = _list_folder if kind == "folder" else _list_csv
+    root, splits, *_ = reader(data_dir, replace(image_options, test_split=0.5))  # in any layout: a file may know which
+    paths = next(iter(splits.values()), ([], []))[0]
+    sizes = [image_size(root / name) for name in _some(paths)]
     return _usual([min(size) for size in sizes if size])  # the check of all files names the others
 
 
@@ -107,19 +110,32 @@ class Listed(NamedTuple):
     notes: list[str]
 
 
-def list_images(kind: str, data_dir: str, class_level: int = 1) -> Listed:
+def list_images(kind: str, data_dir: str, image_options: ImageOptions) -> Listed:
     """The images of a folder or a CSV in the order of their paths or lines.
+
+    Where there is no test set, ``test_split`` takes one from the training images.
 
     Raises:
         UsageError: it is not laid out so, or a split that must be there is not.
     """
-    root, splits, left_out, notes = _list_folder(data_dir, class_level) if kind == "folder" else _list_csv(data_dir)
+    reader = _list_folder if kind == "folder" else _list_csv
+    root, splits, left_out, notes = reader(data_dir, image_options)
+    if image_options.test_split:
+        if splits.get("test"):
+            raise UsageError(f"--test_split {image_options.test_split}: {data_dir} has test images", "without it")
+        if "train" in splits:
+            splits |= split_off(splits["train"], image_options)
+            notes.append(
+                f"--test_split {image_options.test_split}: {len(splits['test'][0]):,} of the images are the test set, "
+                f"drawn class by class (--test_seed {image_options.test_seed})"
+            )
     if "test" not in splits and "val" in splits:  # as in ImageNet: there is a val folder, and it is the test set
         splits = {"train": splits["train"], "test": splits["val"]} if "train" in splits else splits
         notes.append("note: there are no test images: those to validate on are the test set")
     missing = [split for split in ("train", "test") if not splits.get(split, ([], []))[0]]
     if missing:
-        raise UsageError(f"--data_dir {data_dir} has no {missing[0]} images", LAYOUTS[kind])
+        others = ", or --test_split 0.2" if missing == ["test"] else ""
+        raise UsageError(f"--data_dir {data_dir} has no {missing[0]} images", f"{LAYOUTS[kind]}{others}")
     seen: dict[str, tuple[str, str]] = {}
     for split, (paths, labels) in splits.items():
         for path, label in zip(paths, labels):
@@ -135,14 +151,19 @@ def list_images(kind: str, data_dir: str, class_level: int = 1) -> Listed:
     return Listed(root, splits, notes)
 
 
-def _list_folder(
-    data_dir: str, class_level: int
-) -> tuple[Path, dict[str, tuple[list[str], list[str]]], LeftOut, list[str]]:
+def _list_folder(data_dir: str, image_options: ImageOptions) -> tuple[Path, Splits, LeftOut, list[str]]:
     root, left_out, notes = Path(data_dir), LeftOut(), list[str]()
+    class_level = image_options.class_level
     if not root.is_dir():
         raise UsageError(f"--data_dir {data_dir}: no folder {root / 'train'}", LAYOUTS["folder"])
     found: dict[str, dict[str, list[str]]] = {}
     folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    is_split = any(folder.name.lower() in names for names in FOLDERS.values() for folder in folders)
+    if folders and not is_split:
+        if not image_options.test_split:
+            allowed = f"{LAYOUTS['folder']}; where it holds the class folders themselves, --test_split 0.2"
+            raise UsageError(f"--data_dir {data_dir}: no folder {root / 'train'}", allowed)
+        found["train"], folders = _by_class(root, class_level, left_out, prefix=""), []
     for split, names in FOLDERS.items():
         mine = [folder for folder in folders if folder.name.lower() in names]
         if len(mine) > 1:
@@ -177,15 +198,16 @@ def _list_folder(
     return root, splits, left_out, notes
 
 
-def _by_class(folder: Path, class_level: int, left_out: LeftOut) -> dict[str, list[str]]:
-    """{class: its images}, both as paths: of the class in a split's folder, of an image with that folder's name."""
+def _by_class(folder: Path, class_level: int, left_out: LeftOut, prefix: str | None = None) -> dict[str, list[str]]:
+    """{class: its images}, both as paths in a folder, of an image after its name, or what stands for it."""
+    prefix = f"{folder.name}/" if prefix is None else prefix
     classes: dict[str, list[str]] = {}
     for name in images_below(folder, left_out):
         parts = name.split("/")
         if len(parts) <= class_level:
             left_out.add("beside the class folders", str(folder / name))
         else:
-            classes.setdefault("/".join(parts[:class_level]), []).append(f"{folder.name}/{name}")
+            classes.setdefault("/".join(parts[:class_level]), []).append(f"{prefix}{name}")
     if class_level == 1:
         for inside in sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")):
             if inside.name not in classes:
@@ -193,7 +215,7 @@ def _by_class(folder: Path, class_level: int, left_out: LeftOut) -> dict[str, li
     return classes
 
 
-def _list_csv(data_dir: str) -> tuple[Path, dict[str, tuple[list[str], list[str]]], LeftOut, list[str]]:
+def _list_csv(data_dir: str, image_options: ImageOptions) -> tuple[Path, Splits, LeftOut, list[str]]:
     place, left_out = Path(data_dir), LeftOut()
     files = [(place, None)] if place.is_file() else [(place / f"{split}.csv", split) for split in SPLITS]
     if not place.is_file() and not (place / "train.csv").is_file():
@@ -207,6 +229,8 @@ def _list_csv(data_dir: str) -> tuple[Path, dict[str, tuple[list[str], list[str]
             table = read_table(path)
         except Unreadable as error:
             raise UsageError(f"{path}: {error}", LAYOUTS["csv"]) from None
+        if split is None and image_options.test_split and "split" not in table:
+            split = "train"
         for column in ("path", "label", *(() if split else ("split",))):
             if column not in table:
                 raise UsageError(
@@ -225,12 +249,25 @@ def _list_csv(data_dir: str) -> tuple[Path, dict[str, tuple[list[str], list[str]
                 left_out.add("repeated rows", f"{path}, line {number}")
             rows[row] = None
     names = whole_numbers({label for _, label, _ in rows})
-    splits: dict[str, tuple[list[str], list[str]]] = {}
+    splits: Splits = {}
     for image, label, part in rows:
         paths, labels = splits.setdefault(part, ([], []))
         paths.append(image)
         labels.append(names.get(label, label))
     return root, splits, left_out, []
+
+
+def split_off(train: tuple[list[str], list[str]], image_options: ImageOptions) -> Splits:
+    """The images of every class in two, "train" and "test"; a class of one is not tested."""
+    paths, labels = train
+    number = {label: place for place, label in enumerate(dict.fromkeys(sorted(labels)))}
+    numbers = torch.tensor([number[label] for label in labels])
+    is_test = hold_out(numbers, image_options.test_split, image_options.test_seed).tolist()
+    parts: Splits = {"train": ([], []), "test": ([], [])}
+    for path, label, tested in zip(paths, labels, is_test):
+        for column, value in zip(parts["test" if tested else "train"], (path, label)):
+            column.append(value)
+    return parts
 
 
 def _below(root: Path, path: str) -> str:
@@ -277,12 +314,17 @@ def class_names_of(listing: Named) -> list[str]:
     for name in sorted(names):
         if by_letters.setdefault(name.casefold(), name) != name:
             show(f"note: {by_letters[name.casefold()]} and {name} are two classes, which differ in small letters alone")
-    return sorted(names, key=lambda name: (not name.isdecimal(), int(name) if name.isdecimal() else 0, name))
+    return sorted(names, key=lambda name: (not is_number(name), int(name) if is_number(name) else 0, name))
+
+
+def is_number(name: str) -> bool:
+    """Whether a class name is a whole number."""
+    return name.isdecimal() and len(name) < 16
 
 
 def read_files(kind: str, data_dir: str, image_options: ImageOptions) -> Source:
     """The data set of a folder or a CSV."""
-    manifest = manifest_of(kind, data_dir, image_options)
+    manifest, home = manifest_of(kind, data_dir, image_options)
     levels = image_options.levels or manifest.levels
     if levels:
         said = "as --range says" if image_options.levels else "the training images' own; --range chooses"
@@ -291,7 +333,6 @@ def read_files(kind: str, data_dir: str, image_options: ImageOptions) -> Source:
     shared.say(lambda split, position: manifest.splits[split].paths[position], image_options.drop_duplicates)
     side = image_options.image_size or _usual(_some(manifest.splits["train"].sizes.amin(dim=1).tolist()))
     if side > SMALL_SIDE:
-        home = Path(manifest.about["home"])
         source = photos_of(manifest, replace(image_options, image_size=side), home)
         source = shared.dropped(source) if image_options.drop_duplicates else source
         is_plain = levels == manifest.levels and not image_options.drop_duplicates
@@ -308,7 +349,8 @@ def read_files(kind: str, data_dir: str, image_options: ImageOptions) -> Source:
         if image_options.drop_duplicates:
             sets["train"] = shared.without(sets["train"], manifest.class_names)
         source = _in_memory(sets, manifest.class_names, image_options)
-    return source._replace(levels=levels, listing=str(manifest.about.get("listing", "")))
+    tested = tuple(manifest.splits["test"].paths) if image_options.test_split else ()
+    return source._replace(levels=levels, listing=str(manifest.about.get("listing", "")), test_files=tested)
 
 
 class Duplicates:
@@ -355,26 +397,28 @@ class Duplicates:
         return source._replace(train=self.without(source.train, source.class_names))
 
 
-def manifest_of(kind: str, data_dir: str, image_options: ImageOptions) -> Manifest:
-    """What is known of the files: from an earlier check of the very same ones, else all are decoded now.
+def manifest_of(kind: str, data_dir: str, image_options: ImageOptions) -> tuple[Manifest, Path]:
+    """What is known of the files, and where: from an earlier check of the very same ones, else all are decoded now.
 
     Raises:
         UsageError: see :func:`datasets.checked.check_all`; or damaged files, that an earlier run was told to skip.
     """
-    root, home, listing = listing_of(kind, data_dir, image_options.class_level)
+    root, home, listing = listing_of(kind, data_dir, image_options)
     known, skip = Manifest.load(home / "manifest.npz"), image_options.skip_damaged
+    if known is not None and not known.fits(root, listing):
+        known = None
     if known is not None and known.skipped and not skip:
         words = f"{counted(len(known.skipped), 'image')} cannot be read, the first: {root / known.skipped[0]}"
         raise UsageError(f"{words}; all are in {home / 'damaged.csv'}", "images that are whole, or --skip_damaged")
     if known is not None and known.skipped:
         show(f"--skip_damaged: {counted(len(known.skipped), 'image')} left out; all are in {home / 'damaged.csv'}")
     workers = max(1, min(image_options.workers, available_cpus()))
-    return known or check_all(kind, root, home, listing, workers, skip_damaged=skip)
+    return known or check_all(kind, root, home, listing, workers, skip_damaged=skip), home
 
 
-def listing_of(kind: str, data_dir: str, class_level: int = 1) -> tuple[Path, Path, Listing]:
+def listing_of(kind: str, data_dir: str, image_options: ImageOptions) -> tuple[Path, Path, Listing]:
     """The root of the files, the folder for what is found of them, which changes with them, and the files."""
-    root, found, notes = list_images(kind, data_dir, class_level)
+    root, found, notes = list_images(kind, data_dir, image_options)
     for note in notes:
         show(note)
     names = class_names_of(found)
@@ -401,7 +445,7 @@ def _hash(lines: Sequence[str]) -> str:
     return hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()
 
 
-def identity_of(kind: str, data_dir: str, class_level: int) -> tuple[list[str], str]:
+def identity_of(kind: str, data_dir: str, image_options: ImageOptions) -> tuple[list[str], str]:
     """The class names of a data set of one's own, and its ``listing``, see :class:`datasets.spec.Source`, or "".
 
     Raises:
@@ -410,7 +454,7 @@ def identity_of(kind: str, data_dir: str, class_level: int) -> tuple[list[str], 
     if kind == "npz":
         labels = _npz_labels(_only(data_dir, ".npz", kind))
         return class_names_of({"train": ([], labels)}), ""
-    root, found, _ = list_images(kind, data_dir, class_level)
+    root, found, _ = list_images(kind, data_dir, image_options)
     lines = []
     for split, (paths, labels) in found.items():
         for path, label in zip(paths, labels):
@@ -434,6 +478,10 @@ def read_npz(data_dir: str, image_options: ImageOptions) -> Source:
         UsageError: an array is missing or of another kind.
     """
     path = _only(data_dir, ".npz", "npz")
+    if image_options.test_split:
+        raise UsageError(
+            f"--test_split {image_options.test_split}: an .npz says which images are for tests", "without it"
+        )
     if image_options.how != "files":
         raise UsageError(f"--input {image_options.how}: {path} is held in memory", "files")
     sets: dict[str, ImageSet] = {}
@@ -441,7 +489,7 @@ def read_npz(data_dir: str, image_options: ImageOptions) -> Source:
         arrays = read_arrays(path, [f"{split}_{part}" for split in SPLITS for part in ("images", "labels")])
     except Unreadable as error:
         raise UsageError(f"{path}: {error}", LAYOUTS["npz"]) from None
-    listing: dict[str, tuple[list[str], list[str]]] = {}
+    listing: Splits = {}
     pixels = {}
     for split in SPLITS:
         if split == "val" and "val_images" not in arrays:
@@ -516,7 +564,7 @@ def _with_statistics(source: Source, image_options: ImageOptions, kept: Path | N
             images = source.train.images
             own = statistics_of(_sample(images) if isinstance(images, Photos) else images)
             if kept is not None:
-                write_text(kept, json.dumps(own))
+                write_text(kept, sealed(own))
         mean, std = mean or own[0], std or own[1]
     if len(mean) != source.train.channels or len(std) != source.train.channels:
         raise UsageError(f"--mean and --std of {len(mean)} and {len(std)} numbers", f"{source.train.channels} each")
@@ -526,7 +574,7 @@ def _with_statistics(source: Source, image_options: ImageOptions, kept: Path | N
 def _kept_statistics(path: Path, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
     """Mean and standard deviation of each channel, as a file has them; None where it has none that can be right."""
     try:
-        found = np.asarray(read_json(path), dtype=np.float64)
+        found = np.asarray(read_sealed(path), dtype=np.float64)
     except (Unreadable, TypeError, ValueError):
         return None
     is_right = found.shape == (2, channels) and bool((found >= 0).all() and (found[0] <= 1).all() and found[1].all())

@@ -24,6 +24,7 @@ from datasets.checked import check_all
 from datasets.files import Listing, Manifest
 from datasets.own import LAYOUTS, listing_of
 from datasets.published import PUBLISHED, read_published
+from datasets.spec import ImageOptions
 from utils.command import command
 from utils.console import write
 from utils.errors import UsageError
@@ -61,6 +62,8 @@ class Options:
     any_counts: bool = option(
         False, Flag(), "go on where images per class are not the published, for trials on a part", "data"
     )
+    test_split: float = option(0.0, Number(float, 0, 0.9), "own data: share of every class to test on", "data")
+    test_seed: int = option(0, Number(int, 0, 2**31 - 1), "seed of --test_split", "data")
     class_level: int = option(
         1, Number(int, 1, 20), "folder: how many folders below the split's the classes are", "data"
     )
@@ -91,9 +94,12 @@ def main(argv: Sequence[str]) -> Manifest:
         for flag in ("data_dir", "any_counts"):
             if flag in typed:
                 raise UsageError(f"--{flag} with {name}, data of one's own", "without it")
-        root, home, listing = listing_of(name, options.root, options.class_level)
+        shown = ImageOptions(
+            class_level=options.class_level, test_split=options.test_split, test_seed=options.test_seed
+        )
+        root, home, listing = listing_of(name, options.root, shown)
         return check_all(name, root, home, listing, workers, side, options.verify, argv, options.skip_damaged)
-    for flag in ("class_level", "skip_damaged"):
+    for flag in ("class_level", "test_split", "test_seed", "skip_damaged"):
         if flag in typed:
             raise UsageError(f"--{flag} with {name}, whose lists are published", "without it")
     root, folder = Path(os.path.abspath(options.root)), Path(options.data_dir, name)

@@ -11,16 +11,17 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import IO, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from datasets.files import FULL_RANGE, decode, read_content, to_rgb
+from utils.arrays import open_array, write_array
 from utils.bar import bar
 from utils.errors import UsageError
-from utils.readers import Unreadable, map_array
+from utils.readers import Unreadable
 
 R = TypeVar("R")
 #: Images that a worker decodes before all wait for the slowest; a pass holds no more results than these in memory.
@@ -69,7 +70,7 @@ class _Look(NamedTuple):
 
 def check_files(root: str | Path, paths: Sequence[str], workers: int) -> Seen:
     """Decodes every image, ``workers`` at a time; what the paths (N,) are relative to is ``root``."""
-    return _gather(_each(partial(_look, root=root), paths, workers, "checking"), lambda _: None)
+    return _gather(_each(partial(_look, root=root), paths, workers, "checking"))
 
 
 def _look(path: str, root: str | Path, side: int = 0, levels: tuple[int, int] = FULL_RANGE) -> _Look | str:
@@ -88,8 +89,8 @@ def _look(path: str, root: str | Path, side: int = 0, levels: tuple[int, int] = 
     return _Look(pixels.shape[1:], digest_of(content), deep, b"" if small is None else small.numpy().tobytes())
 
 
-def _gather(looks: Iterable[_Look | str], keep: Callable[[bytes], object]) -> Seen:
-    """What was seen of all images; ``keep`` takes the pixels of those that are whole, in their order."""
+def _gather(looks: Iterable[_Look | str]) -> Seen:
+    """What was seen of all images."""
     sizes, digests, damaged = [], [], {}
     deep: list[int] = []
     for position, look in enumerate(looks):
@@ -101,7 +102,6 @@ def _gather(looks: Iterable[_Look | str], keep: Callable[[bytes], object]) -> Se
         sizes.append(look.size)
         digests.append(look.digest)
         deep += look.deep or ()
-        keep(look.pixels)
     is_all = len(deep) == 2 * (len(sizes) - len(damaged))
     levels = (min(deep), max(deep)) if deep and is_all else None
     return Seen(
@@ -123,43 +123,39 @@ def write_pixels(
     key: str = "",
     levels: tuple[int, int] = FULL_RANGE,
 ) -> Seen:
-    """Decodes every image and writes the pixels of those that are whole.
+    """Decodes every image and writes their pixels, black ones of those that are damaged.
 
     ``target`` becomes a .npy of (N, side, side, 3) uint8, which NumPy can map into memory: each image as a whole,
     squashed into a square by torchvision's antialiased bilinear resize. The file is written as it goes, and ends in
-    the ``key`` of the list that it is of, which NumPy does not look at. For ``levels`` see
+    checksums (:mod:`utils.arrays`) that hold the ``key`` of the list that it is of. For ``levels`` see
     :func:`datasets.files.read_image`.
 
     Raises:
         OSError: the disk is full.
     """
     look = partial(_look, root=root, side=side, levels=levels)
+    looks: list[_Look | str] = []
+
+    def pieces() -> Iterator[bytes]:  # not through a map of memory, where a full disk kills the process
+        for each in _each(look, paths, workers, f"writing {Path(target).name}"):
+            looks.append(each if isinstance(each, str) else each._replace(pixels=b""))
+            yield bytes(side * side * 3) if isinstance(each, str) else each.pixels
+
     with open(target, "wb") as file:
-        _write_header(file, len(paths), side)
-        seen = _gather(_each(look, paths, workers, f"writing {Path(target).name}"), file.write)  # not through a map of
-        # memory, where a full disk kills the process
-        file.write(key.encode())
-        file.seek(0)
-        _write_header(file, len(paths) - len(seen.damaged), side)
-    return seen
+        write_array(file, key, (len(paths), side, side, 3), "|u1", pieces())
+    return _gather(looks)
 
 
-def _write_header(file: IO[bytes], number: int, side: int) -> None:
-    """The head of a .npy of so many images; of the same length for any number."""
-    header = {"descr": "|u1", "fortran_order": False, "shape": (number, side, side, 3)}
-    np.lib.format.write_array_header_1_0(file, header)
+def has_pixels(path: str | Path, n: int, side: int, key: str = "", is_whole: bool = False) -> bool:
+    """Whether ``path`` is a whole file that :func:`write_pixels` made of ``n`` images, those of the list ``key``.
 
-
-def has_pixels(path: str | Path, n: int, side: int, key: str = "") -> bool:
-    """Whether ``path`` is a whole file that :func:`write_pixels` made of ``n`` images, those of the list ``key``."""
+    All of its blocks are looked at with ``is_whole``, else a sample, see :func:`utils.arrays.open_array`.
+    """
     try:
-        pixels = map_array(path, len(key))
-        with open(path, "rb") as file:
-            file.seek(-len(key), os.SEEK_END)
-            is_of_list = file.read() == key.encode()
-    except (Unreadable, OSError):
+        pixels = open_array(path, key, is_whole)
+    except Unreadable:
         return False
-    return bool(is_of_list and pixels.shape == (n, side, side, 3) and pixels.dtype == np.uint8)
+    return bool(pixels.shape == (n, side, side, 3) and pixels.dtype == np.uint8)
 
 
 def _each(task: Callable[[str], R], paths: Sequence[str], workers: int, label: str) -> Iterator[R]:

@@ -104,7 +104,8 @@ class ImageOptions:
         workers: processes that decode.
         levels: of 16-bit grey images, the values that become black and white.
         class_level: of a folder of one's own, how many folders below the split's the classes are.
-        skip_damaged, drop_duplicates: go on without damaged files, or without training images that are in other splits.
+        test_split, test_seed: share of every class that is tested where one's own data have no test set, and its seed.
+        skip_damaged, drop_duplicates: go on without damaged files, or training images that are in other splits.
     """
 
     image_size: int | None = None
@@ -116,6 +117,8 @@ class ImageOptions:
     workers: int = 0
     levels: tuple[int, int] | None = None
     class_level: int = 1
+    test_split: float = 0.0
+    test_seed: int = 0
     skip_damaged: bool = False
     drop_duplicates: bool = False
 
@@ -126,7 +129,8 @@ DEFAULT_IMAGE_OPTIONS = ImageOptions()  # nothing chosen
 class Source(NamedTuple):
     """A data set as it was read. What is None is as :class:`DatasetSpec` has it; ``val`` None: there is none.
 
-    ``listing`` is a hash of the list of files, wherever they lie, and ``levels`` as in :class:`ImageOptions`.
+    ``listing`` is a hash of the list of files, wherever they lie, ``test_files`` are the names of a test set that was
+    split off, and ``levels`` is as in :class:`ImageOptions`.
     """
 
     train: ImageSet
@@ -138,6 +142,7 @@ class Source(NamedTuple):
     augment: Augment | ResizedCrop | None = None
     levels: tuple[int, int] | None = None
     listing: str = ""
+    test_files: tuple[str, ...] = ()
 
 
 Recipe = Mapping[str, Value]
@@ -161,7 +166,7 @@ class DatasetSpec:
         recipes: {--recipe name: option values}; the first is the default. Typed flags win over it.
         published: what --protocol published takes where that differs for it.
         suited: (data_dir, image_options) -> option values that depend on the data; they come after the recipe's.
-        levels, listing: see :class:`Source`.
+        levels, listing, test_files: see :class:`Source`.
     """
 
     name: str
@@ -178,3 +183,4 @@ class DatasetSpec:
     suited: Callable[[str, ImageOptions], Recipe] | None = None
     levels: tuple[int, int] | None = None
     listing: str = ""
+    test_files: tuple[str, ...] = ()

@@ -10,7 +10,7 @@ from typing import TypeVar
 import torch
 
 from datasets import DATASETS, IMB_TYPES, INPUTS, NATURAL, SUBSETS, ImageOptions, Natural
-from models import BACKBONES, STEMS, TIMM, pick_stem
+from models import BACKBONES, STEMS, TIMM, pick_stem, timm_constants
 from utils.checkpoints import HOW_IT_RUNS, IDENTITY, SELECT, STAGES, Checkpoint
 from utils.console import show
 from utils.distributed import on_main_process
@@ -38,6 +38,8 @@ SEED = Number(int, 0, 2**31 - 1, words=("None",))
 START_WORDS = ("imagenet", "none")
 #: Options that may change when a run is resumed by its folder, since files may have been moved.
 MAY_MOVE = (*HOW_IT_RUNS, "data_dir", "cache_dir", "pretrained_pth")
+#: What says how data of one's own are read, and is kept in the checkpoint.
+LAYOUT = ("class_level", "test_split", "test_seed", "skip_damaged", "drop_duplicates")
 HUGE = 1e30  # the largest learning rate or weight decay: beyond, float32 overflows
 
 
@@ -104,6 +106,13 @@ class DataOptions:
     class_level: int = option(
         1, Number(int, 1, 20), "folder: how many folders below the split's the classes are", "data"
     )
+    test_split: float = option(
+        0.0,
+        Number(float, 0, 0.9),
+        "own data without test images: share of every class to test on; also of a folder of class folders alone",
+        "data",
+    )
+    test_seed: int = option(0, Number(int, 0, 2**31 - 1), "seed of --test_split", "data")
     skip_damaged: bool = option(False, Flag(), "own data: go on without files that cannot be read", "data")
     drop_duplicates: bool = option(
         False, Flag(), "own data: train without images that are in another split too", "data"
@@ -126,7 +135,8 @@ class DataOptions:
     def __post_init__(self) -> None:
         check(self)
         if self.range is not None and not (len(self.range) == 2 and self.range[0] < self.range[1]):
-            raise UsageError(f"--range {shown(self.range)}", "two values, the smaller one first")
+            words = " ".join(f"{value:.0f}" for value in self.range)
+            raise UsageError(f"--range {words}", "two values, the smaller one first")
 
 
 def image_options_of(options: DataOptions) -> ImageOptions:
@@ -139,8 +149,10 @@ def image_options_of(options: DataOptions) -> ImageOptions:
         options.flip,
         options.input,
         options.workers,
-        None if options.range is None else (options.range[0], options.range[1]),
+        None if options.range is None else (int(options.range[0]), int(options.range[1])),
         options.class_level,
+        options.test_split,
+        options.test_seed,
         options.skip_damaged,
         options.drop_duplicates,
     )
@@ -253,10 +265,16 @@ def fill_options(cls: type[T], typed: Values, stage: str, file: Checkpoint | Non
         refuse_contradictions(typed, stored, str(file.path))
         layers[str(file.path)] = stored
         layers[f"{file.path}, its options"] = file_defaults(file)
+    pretrained = typed.get("pretrained_pth") if file is None else None
     dataset = next((layer["dataset"] for layer in (typed, *layers.values()) if "dataset" in layer), "cifar100")
     if dataset not in DATASETS:
         raise UsageError(f"a file of data set {dataset}", ", ".join(DATASETS))
     stated = file_defaults(file) | file_identity(file) if file else {}
+    if file is not None and DATASETS[dataset].own and "dataset" not in file.data:
+        layers[f"{file.path}'s weights"] = dict(constants_of(file))
+    elif pretrained == "imagenet" and DATASETS[dataset].own:
+        spec = DATASETS["imagenet_lt"]
+        layers["ImageNet's weights"] = {"mean": spec.mean, "std": spec.std}
     layers |= recipe_layers(dataset, stated | dict(typed), stage)
     if typed.get("protocol") == "published":
         layers["--protocol published"] = {**published_values(cls), **DATASETS[dataset].published}
@@ -285,29 +303,58 @@ def recipe_layers(dataset: str, known: Values, stage: str = "") -> dict[str, Val
     label = f"--dataset {dataset}" + (f", {name}" if len(spec.recipes) > 1 else "")
     layers: dict[str, Values] = {label: recipe}
     if spec.suited:
-        size, level = known.get("image_size"), known.get("class_level")
-        looked = ImageOptions(
-            image_size=size if isinstance(size, int) else None, class_level=level if isinstance(level, int) else 1
-        )
+        looked = layout_of(known)
         layers["from its images"] = spec.suited(str(known.get("data_dir", "data/")), looked)
     return layers
+
+
+def layout_of(known: Values) -> ImageOptions:
+    """How data of one's own are laid out, of what flags or a checkpoint say."""
+    size, level, share, seed = (known.get(name) for name in ("image_size", "class_level", "test_split", "test_seed"))
+    return ImageOptions(
+        image_size=size if isinstance(size, int) else None,
+        class_level=level if isinstance(level, int) else 1,
+        test_split=share if isinstance(share, float) else 0.0,
+        test_seed=seed if isinstance(seed, int) else 0,
+    )
 
 
 def file_identity(file: Checkpoint) -> dict[str, object]:
     """The data set, subset and network that a checkpoint states; another program's states its network alone."""
     stated: dict[str, object] = {"network": file.network, "stem": file.stem}
     stated |= {key: value for key, value in file.data.items() if key in IDENTITY}
-    if file.data and DATASETS[file.data["dataset"]].own:
+    if "dataset" in file.data and DATASETS[file.data["dataset"]].own:
         stated |= {"mean": tuple(file.data["mean"]), "std": tuple(file.data["std"])}
         stated |= {"range": tuple(file.data["levels"])} if file.data.get("levels") else {}
     return stated
 
 
+#: The data set that a photo network of another program is taken to be of, by its number of classes.
+OF_CLASSES = {365: "places_lt", 8142: "inat2018"}
+
+
+def constants_of(file: Checkpoint) -> dict[str, tuple[float, ...]]:
+    """Mean and std that the images were normalised with which a file's weights were trained on; {} where unknown.
+
+    Of other programs' files: timm's own, and for networks of photos those of ImageNet, or of iNaturalist 2018 where
+    there are 8,142 classes.
+    """
+    if "mean" in file.data and "std" in file.data:
+        return {"mean": tuple(file.data["mean"]), "std": tuple(file.data["std"])}
+    if file.network.startswith(TIMM):
+        mean, std = timm_constants(file.network.removeprefix(TIMM))
+        return {"mean": mean, "std": std}
+    if file.stem == "imagenet" and file.in_channels == 3:
+        spec = DATASETS[OF_CLASSES.get(file.num_classes, "imagenet_lt")]
+        return {"mean": spec.mean, "std": spec.std}
+    return {}
+
+
 def file_defaults(file: Checkpoint) -> dict[str, object]:
     """What a checkpoint's own run was given and the next may change: where data of one's own lies, how it is read."""
-    if not file.data:
+    if "dataset" not in file.data:
         return {}
-    own = ("data_dir", "class_level", "skip_damaged", "drop_duplicates")
+    own = ("data_dir", *LAYOUT)
     names = ("recipe", "jitter", "flip", "input", *(own if DATASETS[file.data["dataset"]].own else ()))
     return {name: file.options[name] for name in names if file.options.get(name) is not None}
 
@@ -344,7 +391,7 @@ def check_data_flags(options: DataOptions, typed: Values) -> None:
                 f"--{name} {typed[name]}: {options.dataset} has images of one size, held in memory",
                 f"without it, or one of {', '.join(key for key, each in DATASETS.items() if each.photos)}",
             )
-    for name in ("mean", "std", "range", "class_level", "skip_damaged", "drop_duplicates"):
+    for name in ("mean", "std", "range", *LAYOUT):
         if name in typed and not spec.own:
             own = ", ".join(key for key, each in DATASETS.items() if each.own)
             raise UsageError(f"--{name}: {options.dataset} is no data of one's own", f"without it, or one of {own}")

@@ -251,6 +251,7 @@ def make_checkpoint(
             "std": list(data.spec.std),
             **({} if data.spec.levels is None else {"levels": list(data.spec.levels)}),
             "listing": data.spec.listing,
+            **({"test_files": list(data.spec.test_files)} if data.spec.test_files else {}),
             "val_indices": [] if data.val is None else data.val.indices.tolist(),
         },
         metrics=metrics,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from datasets import DATASETS, LongTailed
 from datasets.own import SPLITS, identity_of
-from experiment.options import DataOptions, data_name, flags_of, recipe_layers
+from experiment.options import DataOptions, data_name, flags_of, layout_of, recipe_layers
 from models import BACKBONES, HEADS, TIMM, Network, build_model, imagenet_weights, recognise
 from models.foreign import translate, translate_timm
 from utils import checkpoints
@@ -43,6 +43,8 @@ def open_checkpoint(typed: Values, stage: str, cls: type[DataOptions]) -> Checkp
             flags=flags_of(options, "dataset", *(["data_dir"] if DATASETS[dataset].own else [])),
         )
     file = checkpoints.read(path)
+    if file.data and file.data["dataset"] not in DATASETS:
+        raise UsageError(f"{path} is of the data set {short(file.data['dataset'])}", ", ".join(DATASETS))
     if file.stage is not None:
         if "pretrained_pth" not in typed and path.name != final_path_of(file).name:
             raise UsageError(f"{path} holds what belongs at {final_path_of(file)}", "--pretrained_pth, if it is meant")
@@ -103,8 +105,7 @@ def require_same_data(file: Checkpoint, data_dir: str) -> None:
     if not Path(data_dir).exists():
         show(f"note: {data_dir} is not there: {file.path} is taken by its name alone")
         return
-    level = file.options.get("class_level", 1)
-    names, listing = identity_of(file.data["dataset"], data_dir, level if isinstance(level, int) else 1)
+    names, listing = identity_of(file.data["dataset"], data_dir, layout_of(file.options))
     if names != file.data["class_names"]:
         theirs, ours = next((a, b) for a, b in zip([*file.data["class_names"], "none"], [*names, "none"]) if a != b)
         raise UsageError(
@@ -155,7 +156,7 @@ def restore(file: Checkpoint, data: LongTailed, head: str | None = None) -> Netw
         )
     stated, spec = file.data, data.spec
     known: dict[str, tuple[Sequence[object], Sequence[object]]] = {}
-    if stated:
+    if "class_names" in stated:
         known = {
             "class_names": (stated["class_names"], data.class_names),
             "class_counts": (stated["class_counts"], data.class_counts),

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from models.heads import HEADS
-from models.imagenet import IMAGENET, TIMM, TimmNetwork, imagenet_weights
+from models.imagenet import IMAGENET, TIMM, TimmNetwork, imagenet_weights, timm_constants
 from models.network import Network, trained_part
 from models.resnet import SMALL
 from utils.errors import UsageError
@@ -26,6 +26,7 @@ __all__ = [
     "imagenet_weights",
     "pick_stem",
     "recognise",
+    "timm_constants",
     "trained_part",
 ]
 

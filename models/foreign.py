@@ -31,6 +31,9 @@ from utils.errors import UsageError
 _ENTRIES = ("state_dict_best", "state_dict", "model_state_dict", "model_state", "model", "network", "net")
 #: Entries that no prediction depends on.
 _TRAINING = re.compile("optim|sched|scaler|rng|criterion|loss")
+#: Classes of the data sets that MiSLAS renumbers: ImageNet-LT, Places-LT and iNaturalist 2018. Many classes are of the
+#: same size, and how those are ordered depends on NumPy's version and on the CPU, so that the order cannot be undone.
+_RENUMBERED = (1000, 365, 8142)
 _WRAPPERS = ("module", "_orig_mod")
 _LAYOUTS = {  # what a name begins with -> who names so
     "state_dict_model.": "MiSLAS",
@@ -67,9 +70,12 @@ def translate(content: Mapping[object, object], source: str) -> Foreign | None:
     Raises:
         UsageError: parameters that have no place here, no classifier, or one of a kind that the file does not tell.
     """
+    beside = [str(name) for name in content if _is_training(str(name)) and "." in str(name)]
     entries = {str(name): value for name, value in content.items() if _may_matter(str(name), value)}
     entry = next((name for name in _ENTRIES if isinstance(entries.get(name), Mapping)), None)
     named = _named(entries if entry is None else entries.pop(entry))
+    beside += [theirs for theirs, _ in named.values() if _is_training(theirs)]
+    named = {ours: pair for ours, pair in named.items() if not _is_training(pair[0])}
     if "conv1.weight" not in named:
         return None
 
@@ -100,6 +106,12 @@ def translate(content: Mapping[object, object], source: str) -> Foreign | None:
     names = [_unwrapped(theirs) for theirs, _ in named.values()]
     whose = next((who for start, who in _LAYOUTS.items() if any(n.startswith(start) for n in names)), "torchvision")
     words = [f"weights named as in {whose}", *([f"under {entry}"] if entry else [])]
+    if whose == "MiSLAS" and len(state["fc.weight"]) in _RENUMBERED:
+        raise UsageError(
+            f"{source} is of MiSLAS, whose data sets number the {len(state['fc.weight']):,} classes by falling size",
+            "a file whose classifier's rows are in the order of the published lists",
+        )
+    words += [f"without {beside[0]}" + (f" and {len(beside) - 1} more" if beside[1:] else "")] if beside else []
     return Foreign(state, head, ", ".join([*words, *(f"not those under {name}" for name in copies), *notes]))
 
 
@@ -128,9 +140,14 @@ def translate_timm(content: Mapping[object, object], name: str, source: str) -> 
 def _may_matter(name: str, value: object) -> bool:
     """Whether an entry of a file may be part of a network: a parameter's name, or a tensor of several numbers."""
     if "." in name:
-        return True
+        return not _is_training(name)
     tensors = (leaf for leaf in _leaves(value).values() if isinstance(leaf, Tensor))
     return _TRAINING.search(name) is None and any(tensor.numel() > 1 for tensor in tensors)
+
+
+def _is_training(name: str) -> bool:
+    """Whether a name begins with a part of training beside the network: "criterion.weight", "module.loss.counts"."""
+    return _TRAINING.search(_unwrapped(name).split(".")[0]) is not None
 
 
 def _leaves(value: object, path: str = "") -> dict[str, object]:

@@ -5,6 +5,7 @@ torchvision's have the published names and initialisation, so that its files, an
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import cast
@@ -35,6 +36,8 @@ class TimmNetwork(Network):
             import timm
         except ImportError:
             raise UsageError(f"--network {TIMM}{name}: timm is not installed", "pip install timm") from None
+        if re.fullmatch(r"\w[\w.-]*", name) is None:  # others stand for downloads, and for folders
+            raise UsageError(f"--network {TIMM}{name}: no name of timm's", "one of timm.list_models()")
         try:
             body: nn.Module = timm.create_model(name, num_classes=0, in_chans=in_channels)
         except (RuntimeError, TypeError, ValueError) as error:
@@ -59,6 +62,13 @@ def timm_names(name: str) -> tuple[str, str]:
     with torch.device("meta"):
         config = cast(dict[str, str], TimmNetwork(name, 2).body.pretrained_cfg)
     return str(config["classifier"]), str(config["first_conv"])
+
+
+def timm_constants(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation that timm's network ``name`` was trained with, of pixels in [0, 1]."""
+    with torch.device("meta"):
+        config = cast(dict[str, tuple[float, ...]], TimmNetwork(name, 2).body.pretrained_cfg)
+    return tuple(config["mean"]), tuple(config["std"])
 
 
 IMAGENET: dict[str, Callable[..., Network]] = {

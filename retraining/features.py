@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +33,7 @@ from utils.console import show
 from utils.errors import UsageError
 from utils.files import atomic, require_writable, sweep, write_text
 from utils.metrics import LOGIT_BYTES, Logits
-from utils.readers import Array, Unreadable, parse_tensors, read_bytes
+from utils.readers import Array, Unreadable, parse_tensors, read_bytes, seal, unsealed
 from utils.system import free_memory
 
 #: Raise it when the way features are computed or kept changes, so that no old file is taken for a new one.
@@ -421,7 +421,7 @@ class Replay(FeatureSource):
             buffer = io.BytesIO()  # torch would hide why a disk refuses it
             torch.save({"cache": cache.folder.name, "epoch": epoch, "buffers": self._buffers()}, buffer)
             with atomic(cache.tensors(f"batchnorm_{epoch}")) as path:
-                path.write_bytes(buffer.getbuffer())
+                path.write_bytes(seal(buffer.getvalue()))
 
         anew = self._statistics(cache, epoch) is None
         shape = len(draws.order), self.width
@@ -471,13 +471,17 @@ class Replay(FeatureSource):
     def _statistics(self, cache: FeatureCache, epoch: int) -> dict[str, Tensor] | None:
         """The running statistics after an epoch; None where their file is missing, damaged or another's."""
         try:
-            found = parse_tensors(read_bytes(cache.tensors(f"batchnorm_{epoch}")))
+            found = parse_tensors(unsealed(read_bytes(cache.tensors(f"batchnorm_{epoch}"))))
         except Unreadable:
             return None
         if not isinstance(found, dict) or (found.get("cache"), found.get("epoch")) != (cache.folder.name, epoch):
             return None
-        buffers: dict[str, Tensor] = found["buffers"]
-        return buffers
+        buffers, wanted = found.get("buffers"), dict(self.model.named_buffers())
+        if not isinstance(buffers, dict) or buffers.keys() != wanted.keys():
+            return None
+        if any(not is_like(buffers[name], value) for name, value in wanted.items()):
+            return None
+        return cast(dict[str, Tensor], buffers)
 
     def _buffers(self) -> dict[str, Tensor]:
         return {name: value.detach().cpu().clone() for name, value in self.model.named_buffers()}
@@ -490,6 +494,15 @@ FEATURES: dict[str, type[FeatureSource]] = {"views": Views, "orbit": Orbit, "rep
 def features_of(model: Network, images: Tensor) -> Tensor:
     """Images (B, c, H, W) -> features (B, D), without gradient."""
     return forward(model.features, images)
+
+
+def is_like(value: object, other: Tensor) -> bool:
+    """Whether this is a finite tensor of another's type and shape."""
+    return (
+        isinstance(value, Tensor)
+        and (value.shape, value.dtype) == (other.shape, other.dtype)
+        and bool(value.isfinite().all())
+    )
 
 
 def resident(array: Tensor, device: torch.device) -> Tensor:

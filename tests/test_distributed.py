@@ -359,7 +359,7 @@ def test_torchrun_trains_writes_once_and_prints_once(home: Path) -> None:
     said = (home / "train.txt").read_text()
     [folder] = (home / "output/digits_exp100_resnet8_stage1").iterdir()
     assert (folder / "log.txt").read_text() == said and said.count("saved checkpoints/") == 1
-    assert "on cpu, 1 threads in each of 2 processes" in said
+    assert "on cpu, 1 thread in each of 2 processes" in said
     assert len((folder / "metrics.jsonl").read_text().splitlines()) == 2
     assert len(list(folder.glob("events*"))) == 1
     made = checkpoints.read(home / STAGE1).provenance

@@ -273,7 +273,7 @@ def test_a_flipped_bit_anywhere_in_an_array_s_file_is_seen(tmp_path: Path) -> No
     with open(path, "wb") as file:
         write_array(file, "x", content.shape, "<i4", [content[:99].tobytes(), content[99:].tobytes()])
     assert np.array_equal(np.load(path), content) and np.array_equal(open_array(path, "x"), content)
-    with pytest.raises(Unreadable, match="checksums"):
+    with pytest.raises(Unreadable, match="written under another name"):
         open_array(path, "y")
     size = path.stat().st_size
     for place in [0, 7, 60, 127, size - 1, size - 5, size - 9, *(draw.randrange(size) for _ in range(100))]:

@@ -310,3 +310,21 @@ def test_a_probe_that_could_not_be_removed_is_swept_up_by_the_next(tmp_path: Pat
     left.rename(tmp_path / left.name.replace(f"{place[0]}-{place[1]}", "4194305-1"))
     require_writable("--out", tmp_path)
     assert not [*tmp_path.iterdir()]
+
+
+def test_a_link_to_a_device_is_replaced_and_not_the_device(tmp_path) -> None:
+    pipe, link, plain = tmp_path / "pipe", tmp_path / "link", tmp_path / "plain"
+    os.mkfifo(pipe)
+    link.symlink_to(pipe)
+    with atomic(link) as path:
+        path.write_text("new")
+    assert pipe.is_fifo() and not link.is_symlink() and link.read_text() == "new"
+    with pytest.raises(OSError, match="No regular file"), atomic(pipe) as path:
+        path.write_text("new")
+    assert pipe.is_fifo()
+    link.unlink()
+    link.symlink_to(plain)
+    plain.write_text("old")
+    with atomic(link) as path:
+        path.write_text("new")
+    assert link.is_symlink() and plain.read_text() == "new"

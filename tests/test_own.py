@@ -25,6 +25,7 @@ from datasets.photos import Photos
 from models import build_model
 from utils import checkpoints
 from utils.errors import UsageError
+from utils.readers import sealed
 
 COLOURS = {"red": (200, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 200)}
 
@@ -71,7 +72,7 @@ def test_a_folder_of_photos_is_decoded_when_it_is_wanted(workdir) -> None:
     [kept] = workdir.glob("cache/images/*/statistics_224.json")
     again = read("folder", "d")  # where it is kept
     assert (again.spec.mean, again.spec.std) == (data.spec.mean, data.spec.std)
-    kept.write_text("[[0.1, 0.2, 0.3], [0.4, 0.5, 0.6]]")
+    kept.write_text(sealed([[0.1, 0.2, 0.3], [0.4, 0.5, 0.6]]))
     assert read("folder", "d").spec.mean == (0.1, 0.2, 0.3)
     assert data.spec.augment == ResizedCrop() and data.val is None  # val is the test set where there is no other
     make_folder(workdir / "e", side=90, suffix="jpg")
@@ -291,7 +292,7 @@ def test_the_chain_on_a_folder_of_real_images(workdir, cifar100_dir, capsys) -> 
     assert [top["name"] in one["class_names"] for top in good["top"]] == [True, True] and good["error"] is None
     assert good["top"][0]["probability"] >= good["top"][1]["probability"] > 0
     assert bad["top"] == [] and "shown/b.png cannot be read" in bad["error"] and bad["error"] in out
-    assert json.loads(Path("p.json").read_text()) == predicted and len(pd.read_csv("p.csv")) == 2
+    assert json.loads(Path("p.json").read_text()) == predicted and len(pd.read_csv("p.csv")) == 3
     assert Path("p.png").read_bytes().startswith(b"\x89PNG")
     # The prediction is the test set's: the same image, the same probabilities.
     file = checkpoints.read("checkpoints/folder-pictures_natural_resnet8_stage2.pt")

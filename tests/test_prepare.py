@@ -20,7 +20,7 @@ from conftest import ROOT, SHARED, make_imagenet_lt, make_inat2018, make_places_
 from torchvision.transforms.v2.functional import resize
 
 from datasets import prepare, published, scan
-from datasets.files import Manifest, read_image
+from datasets.files import Manifest, read_content, read_image
 from datasets.listed import read_listed
 from datasets.published import CLASS_COUNTS, PUBLISHED, class_folders, difference, digest, read_list
 from datasets.spec import ImageOptions
@@ -148,7 +148,9 @@ def test_missing_and_damaged_images_are_named(workdir: Path, capsys) -> None:
     for flags in ((), ("--cache", "16")):
         error = refused(capsys, *command, *flags)
         assert f"{listed[-2]} cannot be read" in error and "ILSVRC2012_img_train.tar" in error
-        assert [path.name for path in Path("data/imagenet_lt").iterdir()] == []
+        assert [path.name for path in Path("data/imagenet_lt").iterdir()] == ["damaged.csv"]
+        named = Path("data/imagenet_lt/damaged.csv").read_text()
+        assert all(f"\n{path}," in named for path in listed[-2:]) and len(named.splitlines()) == 3
 
     (root / listed[-2]).write_bytes(whole[listed[-2]])
     assert f"{listed[-1]} cannot be read" in refused(capsys, *command)
@@ -217,7 +219,7 @@ def test_a_second_run_ends_at_once(workdir: Path, capsys, monkeypatch: pytest.Mo
     run("places_lt", root, "--cache", "16")
     made = Path("data/places_lt/manifest.npz").read_bytes()
     reads: list[Path] = []
-    monkeypatch.setattr(scan, "read_image", lambda path: (reads.append(path), read_image(path))[1])
+    monkeypatch.setattr(scan, "read_content", lambda path: (reads.append(path), read_content(path))[1])
     for flags in ((), ("--cache", "16")):
         run("places_lt", root, *flags)
         assert "prepared already" in capsys.readouterr().out
@@ -263,6 +265,8 @@ def test_a_damaged_image_costs_nothing_that_was_good(workdir: Path, capsys) -> N
     (root / "val/zen_garden/Places365_val_00000011.jpg").write_bytes(b"damaged")
     error = refused(capsys, "places_lt", "--root", str(root), "--any_counts", "--cache", "16")
     assert "Places365_val_00000011.jpg" in error
+    assert "Places365_val_00000011.jpg" in Path("data/places_lt/damaged.csv").read_text()
+    Path("data/places_lt/damaged.csv").unlink()
     assert {path.name: path.read_bytes() for path in Path("data/places_lt").iterdir()} == before
 
 
@@ -300,7 +304,7 @@ def test_a_damaged_manifest_is_made_again(workdir: Path) -> None:
 def test_the_cache_holds_every_image_squashed(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = make_imagenet_lt(workdir / "photos")
     reads: list[Path] = []
-    monkeypatch.setattr(scan, "read_image", lambda path: (reads.append(path), read_image(path))[1])
+    monkeypatch.setattr(scan, "read_content", lambda path: (reads.append(path), read_content(path))[1])
     monkeypatch.setattr(scan, "TURN", 5)
     made = run("imagenet_lt", root, "--cache", "20")
     assert len(reads) == sum(len(files.paths) for files in made.splits.values())  # one pass
@@ -331,7 +335,7 @@ def test_a_disk_without_room(workdir: Path, capsys, monkeypatch: pytest.MonkeyPa
     def full(sizes: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(scan, "_sizes", full)
+    monkeypatch.setattr(scan, "_gather", full)
     with pytest.raises(SystemExit) as ended:
         run("places_lt", root, "--cache", "64")
     assert ended.value.code == 1 and "No space left" in capsys.readouterr().err

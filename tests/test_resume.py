@@ -30,7 +30,7 @@ from benchmarks.torture import COMMANDS, equal, outcome, tortured
 from engine import Selection, TrainStep, make_sgd
 from models import build_model
 from retraining.results import Finished
-from utils import signals
+from utils import resume, signals
 from utils.command import command
 from utils.files import _place, atomic, lock, sha256
 from utils.resume import GLOBAL_GENERATORS, TrainState, state_files
@@ -233,7 +233,7 @@ def test_a_state_of_another_run_is_refused(workdir, interruptions, capsys) -> No
     mine.write_bytes(theirs.read_bytes())
     assert "another set of options" in shown_error(capsys, main_stage1.main, "--resume", str(folders[0]))
     content = torch.load(theirs, weights_only=True)
-    torch.save(content | {"format": 99}, theirs)
+    theirs.write_bytes(resume._dump(content | {"format": 99}))
     assert "a state of format 99" in shown_error(capsys, main_stage1.main, "--resume", str(folders[1]))
     for text in (
         "[]",
@@ -583,3 +583,32 @@ def test_a_state_that_has_no_room_costs_a_line(workdir, interruptions, monkeypat
     assert "was not saved: No space left on device" in said and "MB free on the disk of" in said
     assert [path.name for path in state_files(run_folder("output"))] == ["state-000001.pt"]
     assert equal(main_stage1.main([*arguments, "--resume", "auto"]), report)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"inputs": 5},
+        {"own": []},
+        {"parts": {}},
+        {"always": {}},
+        {"machine": 5},
+        {"epoch": "x"},
+        {"epoch": -5},
+        {"step": 2**60},
+    ],
+    ids=str,
+)
+def test_a_state_that_is_not_as_it_should_be_is_refused(change: dict, workdir, interruptions, capsys) -> None:
+    interruptions.at = {9}
+    with pytest.raises(SystemExit):
+        main_stage1.main([*DIGITS, "--epochs", "3", "--out", "out"])
+    folder = run_folder("out")
+    (state,) = state_files(folder)
+    whole = state.read_bytes()
+    state.write_bytes(resume._dump(torch.load(state, weights_only=True) | change))
+    assert "has a state that is not of this run" in shown_error(capsys, main_stage1.main, "--resume", str(folder))
+    blob = bytearray(whole)
+    blob[len(blob) // 2] ^= 1
+    state.write_bytes(blob)
+    assert "damaged, and no other state" in shown_error(capsys, main_stage1.main, "--resume", str(folder))

@@ -24,7 +24,7 @@ from conftest import ROOT
 from PIL import Image
 
 from benchmarks.fuzz import FORMATS, Format, _checkpoint, as_command, forged, fuzz
-from datasets.files import read_image
+from datasets.files import image_size, read_image
 from experiment.options import DataOptions
 from experiment.restore import built, open_checkpoint
 from utils import checkpoints
@@ -240,6 +240,14 @@ def forge(path: Path, **changes: object) -> None:
     torch.save(content, path)
 
 
+def descent(number: int) -> dict[str, object]:
+    parent: dict[str, object] | None = None
+    for _ in range(number):
+        parent = {"path": "x", "sha256": None, "parent": parent}
+    assert parent is not None
+    return parent
+
+
 def circle() -> dict[str, object]:
     parent: dict[str, object] = {"path": "x", "sha256": None, "seed": 0, "chosen": {}}
     parent["parent"] = parent
@@ -270,7 +278,8 @@ FORGED: dict[str, tuple[dict[str, object], str]] = {
     "an escape": ({"data__dataset": "a\x1b[2J", "options__dataset": "a\x1b[2J"}, "data.dataset 'a\\x1b[2J'"),
     "network": ({"data__network": "resnet20"}, "data.network 'resnet20' beside network 'resnet8'"),
     "options": ({"options__dataset": "cifar10"}, "options.dataset 'cifar10' where its data say 'digits'"),
-    "its own parent": ({"parent": circle()}, "more than 100 parents, or a circle of them"),
+    "its own parent": ({"parent": circle()}, "is not a PyTorch checkpoint, or is damaged"),
+    "a line of parents": ({"parent": descent(102)}, "more than 100 parents, or a circle of them"),
     "a parent's choice": ({"parent__chosen": {"select": 3}}, "parent's chosen {'select': 3}"),
     "a newer format": ({"format": 99}, "format 99"),
 }
@@ -407,3 +416,36 @@ def test_pickled_objects_are_named_as_such() -> None:
     torch.save({"a": Evil()}, file)
     with pytest.raises(HoldsCode):
         parse_tensors(file.getvalue())
+
+
+def test_an_image_starts_no_program(tmp_path, monkeypatch) -> None:
+    """Pillow would have PostScript run by Ghostscript, whatever the file is called."""
+    (tmp_path / "bin").mkdir()
+    for name in ("gs", "ghostscript"):
+        program = tmp_path / "bin" / name
+        program.write_text(f"#!/bin/sh\ntouch {tmp_path}/ran\n")
+        program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
+    content = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n%%EOF\n"
+    for name in ("x.png", "x.eps", "x"):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UsageError, match="cannot be read"):
+            read_image(tmp_path / name)
+        assert image_size(tmp_path / name) is None and not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("case", ["twice", "itself", "deep", "in a foreign file"])
+def test_lists_within_lists_end(case: str, tmp_path) -> None:
+    nested: list[object] = ["x"]
+    for _ in range(90 if case != "deep" else 250):
+        nested = [nested, nested] if case != "deep" else [nested]
+    content: dict[str, object] = {"format": 4, "options": {"x": nested}}
+    if case == "itself":
+        content["options"] = content
+    if case == "in a foreign file":
+        content = {"state_dict": {"a": nested, "w": torch.zeros(3)}}
+    torch.save(content, tmp_path / "x.pt")
+    began = time.perf_counter()
+    with pytest.raises(UsageError, match="is not a PyTorch checkpoint"):
+        checkpoints.read(tmp_path / "x.pt")
+    assert time.perf_counter() - began < 5

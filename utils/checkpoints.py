@@ -67,6 +67,7 @@ class Data(TypedDict, total=False):
     std: list[float]
     levels: list[int]
     listing: str
+    test_files: list[str]
     val_indices: list[int]
 
 
@@ -182,7 +183,7 @@ _TYPES: dict[str, type | tuple[type, ...]] = {
     "provenance": dict,
 }
 #: The most classes, channels and pixels a side that a file may be of.
-_MOST_CLASSES, _MOST_CHANNELS, _MOST_SIDE = 1_000_000, 4096, 4096
+_MOST_CLASSES, _MOST_CHANNELS, _MOST_SIDE = 1_000_000, 4096, 1024
 #: The most files after each other that a file may come from.
 _MOST_PARENTS = 100
 
@@ -200,7 +201,7 @@ def contradictions(content: Mapping[str, Any]) -> Iterator[str]:
     if not (1 <= classes <= _MOST_CLASSES and 1 <= content["in_channels"] <= _MOST_CHANNELS):
         yield f"num_classes {classes}, in_channels {content['in_channels']}"
     names, counts = data["class_names"], data["class_counts"]
-    if len(names) != classes or not all(isinstance(name, str) for name in names):
+    if len(names) != classes or not all(isinstance(name, str) and _is_text(name) for name in names):
         yield f"{len(names)} class_names, num_classes {classes}"
     if len(counts) != classes or not all(type(count) is int and 0 <= count < 2**48 for count in counts):
         yield f"class_counts {short(counts)}, num_classes {classes}"
@@ -244,13 +245,23 @@ def contradictions(content: Mapping[str, Any]) -> Iterator[str]:
             yield f"options.{name} {short(content['options'][name])} where its data say {short(stated)}"
     parent, depth = content["parent"], 0
     while isinstance(parent, dict) and depth < _MOST_PARENTS:
-        if not isinstance(parent.get("path"), str) or not isinstance(parent.get("sha256"), str | None):
+        path = parent.get("path")
+        is_path = isinstance(path, str) and _is_text(path) and "\0" not in path
+        if not is_path or not isinstance(parent.get("sha256"), str | None):
             yield f"parent {short(parent)}"
         if parent.get("chosen") and not _is_choice(parent["chosen"]):
             yield f"parent's chosen {short(parent['chosen'])}"
         parent, depth = parent.get("parent"), depth + 1
     if parent is not None:
         yield f"more than {_MOST_PARENTS} parents, or a circle of them" if depth else f"parent {short(parent)}"
+
+
+def _is_text(text: str) -> bool:
+    """Whether a text can be written: names of files may have bytes that are no UTF-8, as surrogates."""
+    try:
+        return len(text.encode(errors="surrogateescape")) < 10_000
+    except UnicodeEncodeError:
+        return False
 
 
 def _is_choice(chosen: object) -> bool:
@@ -265,7 +276,7 @@ def _is_choice(chosen: object) -> bool:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and -1e308 < value < 1e308
 
 
 def short(value: object) -> str:
@@ -290,6 +301,8 @@ def require_weights(model: Mapping[str, object], source: str) -> None:
             problem = f"of {str(value.dtype).removeprefix('torch.')}"
         elif not bool(value.isfinite().all()):
             problem = "not finite"
+        elif name.endswith("running_var") and bool((value < 0).any()):
+            problem = "negative"
         if problem:
             raise UsageError(f"{source}: {short(name)} is {problem}", "a file of finite weights in floating point")
 

@@ -37,7 +37,7 @@ class Unsaved(Exception):
 #: What a disk says that is full, over a quota or a limit, broken, gone or not to be written to.
 DISK = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENXIO, errno.ENODEV, errno.ESTALE),
-    *(errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTCONN, errno.ETIMEDOUT),
+    *(errno.EISDIR, errno.ENOTDIR, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTCONN, errno.ETIMEDOUT),
 )
 
 

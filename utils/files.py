@@ -116,10 +116,17 @@ def _remove_unheld(path: Path) -> None:
         descriptor = os.open(path, os.O_RDWR)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if _is_file(descriptor, path):
+            content = os.pread(descriptor, 100, 0)
+            is_ours = content.startswith(b"process ") or (not content and _locks(path).exists())
+            if is_ours and _is_file(descriptor, path):
                 path.unlink()
         finally:
             os.close(descriptor)
+
+
+def _locks(path: Path) -> Path:
+    """What a lock file's name says that it locks."""
+    return path.with_name(path.name.removeprefix(".").removesuffix(".lock"))
 
 
 def _is_left(path: Path) -> bool:
@@ -136,18 +143,24 @@ def _is_left(path: Path) -> bool:
 def atomic(path: str | Path) -> Iterator[Path]:
     """A temporary path beside ``path``: when the block ends well it is flushed to the disk and renamed, else removed.
 
-    What killed processes left in the folder is swept up first.
+    Where ``path`` links to a file, that is replaced; a link to a device, a pipe or a folder is replaced itself. What
+    killed processes left in the folder is swept up first.
 
     Raises:
-        OSError: the disk refuses something; it names ``path``. What was there stands.
+        OSError: the disk refuses something, or ``path`` is a device, a pipe or a folder; it names ``path``. What was
+            there stands.
     """
     target = Path(path).resolve()
+    if target.exists() and not target.is_file() and Path(path).is_symlink():
+        target = Path(path).absolute()
     sweep(target.parent)
     temporary = _temporary(target)
     try:
         with naming(path):
             yield temporary
             flush(temporary)
+            if target.exists() and not target.is_file() and not target.is_symlink():
+                raise OSError(errno.EISDIR, "No regular file", str(path))
             os.replace(temporary, target)
             flush(target.parent)
     finally:
@@ -310,11 +323,13 @@ class Target:
         flag: "--csv", for messages.
         path: where it goes.
         begins: the first bytes of every file of its kind: a file that has others is not replaced.
+        holds: what stands in the first 4 KB of them.
     """
 
     flag: str
     path: str
     begins: bytes
+    holds: bytes = b""
 
 
 def require_targets(targets: Sequence[Target], read: Iterable[str | Path] = ()) -> None:
@@ -331,6 +346,10 @@ def require_targets(targets: Sequence[Target], read: Iterable[str | Path] = ()) 
     used = {Path(path).resolve(): f"{path}, which is read" for path in read}
     for target in targets:
         flag, path = f"{target.flag} {target.path}", Path(target.path)
+        try:
+            path.resolve()
+        except (OSError, RuntimeError):  # links in a circle
+            raise UsageError(flag, "the path of a plain file that is no checkpoint") from None
         if path.resolve() in used:
             raise UsageError(f"{flag} would replace {used[path.resolve()]}", "another file for each")
         used[path.resolve()] = f"{target.flag}'s file"
@@ -344,8 +363,8 @@ def require_targets(targets: Sequence[Target], read: Iterable[str | Path] = ()) 
             if not path.is_file():
                 raise UsageError(flag, "the path of a plain file that is no checkpoint")
             with naming(path), open(path, "rb") as file:
-                head = file.read(len(target.begins))
-            if head not in (b"", target.begins):
+                head = file.read(4096)
+            if head and not (head.startswith(target.begins) and target.holds in head):
                 raise UsageError(f"{flag} would replace a file of another kind", "a new file, or an earlier report")
         require_writable(target.flag, path.parent)
 

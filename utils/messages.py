@@ -10,12 +10,12 @@ from utils.errors import Diverged, Unsaved, UsageError
 
 #: Bytes of a message, at most.
 LONGEST = 2**24
-#: Errors that can be told: name -> what makes one of the values that were told.
-ERRORS: dict[str, Callable[..., Exception]] = {
-    "UsageError": UsageError,
-    "Diverged": Diverged,
-    "Unsaved": Unsaved,
-    "OSError": OSError,
+#: Errors that can be told: name -> what makes one of the values that were told, and of what kinds those are.
+ERRORS: dict[str, tuple[Callable[..., Exception], tuple[type, ...]]] = {
+    "UsageError": (UsageError, (str, str)),
+    "Diverged": (Diverged, (str,)),
+    "Unsaved": (Unsaved, (str,)),
+    "OSError": (OSError, (str,)),
 }
 
 
@@ -56,7 +56,7 @@ def _plain(value: object) -> object:
         return {"tuple": [_plain(each) for each in value]}
     if isinstance(value, Path):
         return {"path": str(value)}
-    for name, kind in ERRORS.items():
+    for name, (kind, _) in ERRORS.items():
         if isinstance(value, Exception) and isinstance(value, kind):  # type: ignore[arg-type]
             arguments: tuple[object, ...] = value.args
             if isinstance(value, OSError):  # of some, as urllib's, there is only a text
@@ -80,5 +80,8 @@ def _value(content: object) -> object:
         return Path(inner)
     if kind == "error":
         name, *arguments = inner
-        return ERRORS[name](*arguments)
+        kinds = (int, str, str | None) if name == "OSError" and len(arguments) > 1 else ERRORS[name][1]
+        if len(arguments) > len(kinds) or not all(map(isinstance, arguments, kinds)):
+            raise ValueError
+        return ERRORS[name][0](*arguments)
     raise ValueError

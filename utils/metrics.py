@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TypedDict
 
@@ -303,4 +304,5 @@ def csv_text(rows: Sequence[Mapping[str, object]], columns: list[str] | None = N
 
 def is_formula(value: object) -> bool:
     """Whether a cell is text that a spreadsheet would compute."""
-    return isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r")
+    first = unicodedata.normalize("NFKC", value).lstrip()[:1] if isinstance(value, str) else ""
+    return isinstance(value, str) and (value[:1] in ("\t", "\r") or first in ("=", "+", "-", "@"))

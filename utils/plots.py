@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 from torch import Tensor
 
+from utils.console import plain as control_free
 from utils.metrics import GROUPS, ClassRow, Report, percent
 from utils.types import Record
 
@@ -45,7 +46,7 @@ def plain(text: str) -> str:
 
     Bytes of a file name that are no UTF-8 become question marks.
     """
-    return text.encode(errors="replace").decode().replace("$", r"\$")
+    return control_free(text.encode(errors="replace").decode()).replace("$", r"\$")
 
 
 def learning_curves(epochs: Sequence[Record], title: str, path: Path) -> None:
@@ -103,7 +104,9 @@ def per_class_accuracy(rep: Report, rows: Sequence[ClassRow], title: str, path: 
     axes.set(xlim=(-0.5, len(ordered) - 0.5), ylim=(0, 102), ylabel="top-1 accuracy (%)")
     axes.set_xlabel("classes, most training images first")
     if len(ordered) <= 20:
-        axes.set_xticks(places, [plain(row["name"]) for row in ordered])
+        names = [textwrap.shorten(plain(row["name"]), 24, placeholder="…") for row in ordered]
+        is_tight = sum(map(len, names)) > 60
+        axes.set_xticks(places, names, rotation=45 if is_tight else 0, ha="right" if is_tight else "center")
     counts = axes.twinx()
     counts.plot(places, [row["train_images"] for row in ordered], color="black", lw=1, label="training images")
     counts.set(yscale="log", ylabel="training images")
@@ -145,7 +148,7 @@ def option_curves(curves: Mapping[str, Sequence[Point]], option: str, title: str
         axes.grid(alpha=0.3)
     low, high = panels[0].get_ylim()  # error bars may reach beyond what an accuracy can be
     panels[0].set(ylabel="test top-1 accuracy (%)", ylim=(max(low, -2), min(high, 102)))
-    panels[0].legend(fontsize="small", ncols=2)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize="small")
     figure.suptitle(plain(title))
     figure.savefig(path, format="png")
 

@@ -8,6 +8,7 @@ line. Images have theirs in datasets/files.py, CIFAR's pickles torchvision's, wh
 from __future__ import annotations
 
 import ast
+import hashlib
 import io
 import json
 import math
@@ -36,6 +37,8 @@ Order = Literal["C", "F"]
 MOST_TEXT, MOST_NUMBERS = 2**30, 2**38
 #: Bytes of the part of a PyTorch file that is no tensor: it is read step by step, about a million a second.
 MOST_STEPS = 2**24
+#: Values in a file of torch.save, and lists within lists, at most.
+MOST_NODES, MOST_DEPTH = 20_000_000, 200
 #: Bytes of an array's header in .npy and .npz.
 MOST_HEADER = 2**16
 
@@ -112,6 +115,33 @@ def parse_json(content: bytes | str) -> Any:
         raise Unreadable(f"no JSON ({_words(error)})") from None
 
 
+def sealed(content: object) -> str:
+    """Plain values as the text of a JSON file that carries the checksum of what it holds."""
+    text = json.dumps(content)
+    return json.dumps({"content": content, "sha256": hashlib.sha256(text.encode()).hexdigest()}) + "\n"
+
+
+def read_sealed(path: str | Path) -> object:
+    """The content of a file of :func:`sealed`; Unreadable where it is none, or is damaged."""
+    found = read_json(path)
+    if not isinstance(found, dict) or "content" not in found or found != json.loads(sealed(found["content"])):
+        raise Unreadable("damaged: its checksum does not match")
+    content: object = found["content"]
+    return content
+
+
+def seal(blob: bytes) -> bytes:
+    """Bytes followed by their checksum."""
+    return blob + hashlib.sha256(blob).digest()
+
+
+def unsealed(blob: bytes) -> bytes:
+    """The bytes that :func:`seal` was given; Unreadable where they are damaged."""
+    if hashlib.sha256(blob[:-32]).digest() != blob[-32:]:
+        raise Unreadable("damaged: its checksum does not match")
+    return blob[:-32]
+
+
 def read_table(path: str | Path) -> pd.DataFrame:
     """The cells of a CSV as text, its first line their names."""
     import pandas as pd  # here, since it is slow to import
@@ -151,7 +181,11 @@ def parse_tensors(blob: bytes) -> object:
         if is_pickle and (is_zip or re.search("Unsupported (global|class)", str(error))):
             raise HoldsCode("it holds pickled Python objects") from None
         raise Unreadable("no file of torch.save, or damaged") from None
+    if _size_of_tree(content, {}) > MOST_NODES:
+        raise Unreadable("a file of lists within lists without end")
     for tensor in _tensors(content):
+        if tensor.is_nested:
+            raise Unreadable("a tensor of tensors")
         is_plain = tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
         if is_plain and tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
             raise Unreadable(f"a tensor of shape {tuple(tensor.shape)}, which the file does not have")
@@ -166,6 +200,21 @@ def _parse_safetensors(blob: bytes) -> dict[str, torch.Tensor]:
         return {str(name): value for name, value in safetensors.torch.load(blob).items()}
     except Exception as error:  # its own and PyTorch's
         raise Unreadable(f"no file of safetensors, or damaged ({_words(error)})") from None
+
+
+def _size_of_tree(content: object, known: dict[int, float], depth: int = 0) -> float:
+    """How many values nested dicts, lists and tuples hold, each counted wherever it stands; infinite in a circle.
+
+    A list that holds another twice, and so on forty times, is small in a file and endless for whoever walks it.
+    """
+    inner = content.values() if isinstance(content, dict) else content if isinstance(content, list | tuple) else None
+    if inner is None:
+        return 1
+    if id(content) not in known:
+        known[id(content)] = math.inf  # where it is met inside itself
+        is_deep = depth > MOST_DEPTH
+        known[id(content)] = math.inf if is_deep else 1 + sum(_size_of_tree(each, known, depth + 1) for each in inner)
+    return known[id(content)]
 
 
 def _tensors(content: object) -> Iterator[torch.Tensor]:
@@ -206,6 +255,9 @@ def _check_archive(file: io.BytesIO, size: int) -> None:
                 raise Unreadable("its parts are larger than the file")
             if any(member.file_size > MOST_STEPS for member in members if member.filename.endswith(".pkl")):
                 raise Unreadable(f"more than {MOST_STEPS / 1e6:,.0f} MB beside its tensors")
+            for member in members:
+                if member.filename.endswith(".pkl") and b"bytearray" in archive.read(member):
+                    raise Unreadable("it asks for memory that it does not fill")
             if len({member.filename for member in members}) < len(members):
                 raise Unreadable("two of its parts have one name")
             if archive.testzip() is not None:
@@ -225,7 +277,7 @@ def read_arrays(path: str | Path, names: Iterable[str] | None = None) -> dict[st
         with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
             members = {member.filename.removesuffix(".npy"): member for member in archive.infolist()}
             wanted = [name for name in members if names is None or name in set(names)]
-            if sum(members[name].file_size for name in wanted) > most:
+            if 2 * sum(members[name].file_size for name in wanted) > most:  # read, and as arrays
                 raise Unreadable(f"its arrays take more than the {most / 1e6:,.0f} MB of free memory")
             for name in wanted:
                 with archive.open(members[name]) as part:

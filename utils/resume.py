@@ -26,13 +26,13 @@ from utils import signals
 from utils.distributed import all_reduce_max, broadcast_bytes, gather_bytes, rank, world_size
 from utils.errors import UsageError, disk_words
 from utils.files import atomic
-from utils.readers import MOST_NUMBERS, Unreadable, parse_tensors, read_bytes, read_json
+from utils.readers import MOST_NUMBERS, Unreadable, parse_tensors, read_bytes, read_json, seal, unsealed
 from utils.run import Run
 from utils.system import machine
 from utils.types import StateDict
 
 R = TypeVar("R")
-FORMAT = 2
+FORMAT = 3  # 2 had no checksum
 #: Seconds between saves where --save_every does not say.
 INTERVAL = 600.0
 NAME = re.compile(r"state-(\d{6,})\.pt")
@@ -104,9 +104,10 @@ class TrainState:
         if self._waiting is None:
             run.forget()  # what it had recorded before it was cut off
             return
-        self._require_same(self._waiting)
-        for name, part in self.always.items():
-            part.load_state_dict(self._waiting["always"][name])
+        with self._refusing():
+            self._require_same(self._waiting)
+            for name, part in self.always.items():
+                part.load_state_dict(self._waiting["always"][name])
 
     def _begin_epoch(self, epoch: int) -> None:
         self.epoch, self.step, self.is_trained = epoch, 0, False
@@ -124,7 +125,8 @@ class TrainState:
         self.name, self.parts = name, parts
         self._begin_epoch(0)
         if self._waiting and self._waiting["name"] == name:
-            self._take_up(self._waiting)
+            with self._refusing():
+                self._take_up(self._waiting)
             self._waiting = None
         with signals.deferred():
             try:
@@ -244,12 +246,25 @@ class TrainState:
         if changed:
             self.run.say(f"note: results may differ by rounding from an uninterrupted run's: {'; '.join(changed)}")
 
+    @contextmanager
+    def _refusing(self) -> Iterator[None]:
+        """Makes a UsageError of what a state that is not as this code writes them leads to."""
+        try:
+            yield
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            raise UsageError(
+                f"{self.run.folder} has a state that is not of this run ({type(error).__name__}: {error})",
+                "a start without --resume",
+            ) from None
+
     def _take_up(self, state: StateDict) -> None:
         for name, part in self.parts.items():
             part.load_state_dict(state["parts"][name])
         own = state["own"][min(rank(), len(state["own"]) - 1)]
         for name, value in own["parts"].items():
             self.parts[name].load_own_state(value)  # type: ignore[attr-defined]
+        if not (0 <= state["epoch"] < 2**40 and 0 <= state["step"] < 2**40):
+            raise ValueError(f"epoch {state['epoch']}, step {state['step']}")
         self.epoch, self.step, self._spent = state["epoch"], state["step"], own["spent"]
         self.is_trained = state["is_trained"]
         self.measured = list(zip(*(column.to(self.device).unbind() for column in own["measured"])))
@@ -330,12 +345,12 @@ def set_random_states(states: StateDict, device: torch.device) -> None:
 def _dump(content: object) -> bytes:
     file = io.BytesIO()
     torch.save(content, file)
-    return file.getvalue()
+    return seal(file.getvalue())
 
 
 def _load(blob: bytes) -> StateDict:
     """The content of a state file, or of a process's part of one; Unreadable where it is not what was written."""
-    content = parse_tensors(blob)
+    content = parse_tensors(unsealed(blob))
     if not isinstance(content, dict):
         raise Unreadable("no state of a run")
     return content
