@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import TypedDict
 
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from datasets import DATASETS
 from datasets.files import FULL_RANGE, read_image
 from datasets.found import LeftOut, images_below
-from datasets.own import SMALL_SIDE, square
+from datasets.own import SMALL_SIDE, normal, square
 from datasets.photos import centre
 from engine import for_evaluation
 from experiment.options import LAYOUT, DataOptions, constants_of, file_identity, refuse_contradictions
@@ -37,13 +38,13 @@ from utils.errors import UsageError
 from utils.files import Target, atomic, require_targets, write_text
 from utils.metrics import csv_text
 from utils.options import Choice, Flag, Number, Text, Values, option, parse_typed, resolve, shown
-from utils.plots import contact_sheet
+from utils.plots import Pictured, contact_sheet
 from utils.system import available_cpus, pick_device
 
 #: Images that could not be read of which it is said, where reports are written.
 SAID = 20
-#: Images on a contact sheet, at most.
-SHOWN = 48
+#: Images on a contact sheet, at most, and of them those with the same answer.
+SHOWN, SHOWN_OF_CLASS = 48, 12
 
 
 #: One of the likeliest classes of an image.
@@ -122,7 +123,7 @@ def main(argv: Sequence[str]) -> list[Predicted]:
         return probabilities(model, view.normalised(images).to(device), temperature, flip)
 
     found: list[Predicted] = []
-    sheet: list[tuple[Tensor, str]] = []
+    sheet: dict[str, list[Pictured]] = {}
     shown_rows = predictions(paths, view, forward, options.batch_size, options.workers)
     for path, image, row in bar(shown_rows, len(paths), "predicting"):
         if isinstance(image, UsageError):
@@ -134,8 +135,10 @@ def main(argv: Sequence[str]) -> list[Predicted]:
             for number, value in zip(classes.tolist(), values.tolist())
         ]
         found.append({"path": str(path), "error": None, "top": top})
-        if options.plot and len(sheet) < SHOWN:
-            sheet.append((image, f"{top[0]['name']}\n{100 * top[0]['probability']:.0f} %"))
+        if options.plot and (top[0]["name"] in sheet or len(sheet) < SHOWN):
+            of_class = sheet.setdefault(top[0]["name"], [])
+            if len(of_class) < SHOWN_OF_CLASS:
+                of_class.append(pictured(path, image, top[0], names))
 
     failed = [each for each in found if each["error"]]
     is_written = bool(options.csv or options.json)
@@ -150,6 +153,14 @@ def main(argv: Sequence[str]) -> list[Predicted]:
     if len(failed) == len(found):
         raise UsageError(f"none of {len(found)} images could be read", "undamaged images")
     return found
+
+
+def pictured(path: Path, image: Tensor, top: Top, names: Sequence[str]) -> Pictured:
+    """An image of the contact sheet; right or wrong where its folder is called as a class."""
+    truth = normal(path.parent.name)
+    is_right = top["name"] == truth if truth in names else None
+    words = f"{top['name']} {100 * top['probability']:.0f} %\n{path.name}"
+    return Pictured(image, words if is_right is not False else f"{words}\nis {truth}", is_right)
 
 
 def refuse_unused(typed: Values, file: Checkpoint) -> None:
@@ -257,7 +268,7 @@ def class_names(file: Checkpoint) -> list[str]:
     return [str(number) for number in range(file.num_classes)]
 
 
-def write_reports(found: Sequence[Predicted], sheet: Sequence[tuple[Tensor, str]], options: Options) -> None:
+def write_reports(found: Sequence[Predicted], sheet: Mapping[str, Sequence[Pictured]], options: Options) -> None:
     """Writes what was asked for."""
     if options.json is not None:
         write_text(options.json, json.dumps(found, indent=1) + "\n")
@@ -270,7 +281,8 @@ def write_reports(found: Sequence[Predicted], sheet: Sequence[tuple[Tensor, str]
         write_text(options.csv, csv_text(rows, ["path", "rank", "class", "name", "probability", "error"]))
     if options.plot is not None:
         with atomic(options.plot) as path:
-            contact_sheet(sheet, path)
+            turns = chain.from_iterable(zip_longest(*sheet.values()))  # one of every answer, then the next ones
+            contact_sheet([each for each in turns if each is not None][:SHOWN], path)
 
 
 if __name__ == "__main__":

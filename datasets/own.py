@@ -47,6 +47,8 @@ SPLITS = ("train", "val", "test")
 FOLDERS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
 #: Labels of a CSV that stand for none, in small letters, as pandas reads and writes them.
 MISSING = {"", "nan", "none", "null", "n/a", "na", "<na>"}
+#: Bytes of a class name, at most.
+MOST_NAME = 8000
 WHOLE = re.compile(r"-?\d{1,15}(\.0*)?")
 LAYOUTS = {
     "folder": "a folder with train/<class>/<images> and test/<class>/<images> (or val/)",
@@ -304,6 +306,9 @@ def class_names_of(listing: Named) -> list[str]:
         UsageError: another split has a class that training images lack.
     """
     names = set(listing["train"][1])
+    for name in names:
+        if len(os.fsencode(name)) > MOST_NAME:
+            raise UsageError(f"a class name of {len(name):,} letters, {name[:20]}...", f"up to {MOST_NAME:,} bytes")
     for split, (_, labels) in listing.items():
         unseen = sorted(set(labels) - names)
         if unseen:

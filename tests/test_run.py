@@ -12,7 +12,7 @@ import torch
 from matplotlib.text import Text
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from utils.plots import contact_sheet, learning_curves, per_class_accuracy
+from utils.plots import Pictured, contact_sheet, learning_curves, per_class_accuracy
 from utils.run import Run
 
 
@@ -86,7 +86,7 @@ def test_names_that_look_like_formulas_are_drawn_as_they_stand(tmp_path: Path, m
     per_class_accuracy(report, rows, "a $title$ ^ $_$", tmp_path / "classes")
     learning_curves([record(n) | {"train_top1": 0.5} for n in (1, 2)], "another $title_$^$", tmp_path / "curves")
     image = torch.zeros(1, 8, 8, dtype=torch.uint8)
-    contact_sheet([(image, f"{name}\n50 %") for name in names], tmp_path / "sheet")
+    contact_sheet([Pictured(image, f"{name}\n50 %") for name in names], tmp_path / "sheet")
     shown = {text for text, is_math in drawn if not is_math}
     assert {*names, "50 %", "a $title$ ^ $_$", "another $title_$^$"} <= shown
     assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in ("classes", "curves", "sheet"))

@@ -657,3 +657,23 @@ def test_a_test_set_that_is_there_is_not_split(workdir) -> None:
     make_folder(Path("d"))
     with pytest.raises(UsageError, match="d has test images"):
         read("folder", "d", test_split=0.2)
+
+
+def test_the_contact_sheet_has_every_answer(workdir, monkeypatch) -> None:
+    make_folder(Path("d"), train=(20, 15, 9))
+    file = train("folder", "d", "--epochs", "6", "--batch_size", "8")
+    Path("new/red").mkdir(parents=True)
+    Path("new/odd").mkdir()
+    for k in range(60):
+        paint("red", 12, 200 + k).save(f"new/red/{k}.png")
+    paint("blue", 12, 300).save("new/red/wrong.png")
+    paint("green", 12, 301).save("new/odd/x.png")
+    sheets: list[list[predict.Pictured]] = []
+    monkeypatch.setattr(predict, "contact_sheet", lambda images, path: (sheets.append(images), path.write_bytes(b"")))
+    found = predict.main(["new", "--pretrained_pth", str(file.path), "--plot", "o.png"])
+    answers = {Path(each["path"]).name: each["top"][0]["name"] for each in found}
+    assert answers["wrong.png"] == "blue" and answers["x.png"] == "green"
+    seen = {each.words.split("\n")[1]: each for each in sheets[0]}
+    assert len(sheets[0]) == predict.SHOWN_OF_CLASS + 2
+    assert seen["wrong.png"].is_right is False and seen["wrong.png"].words.endswith("is red")
+    assert seen["x.png"].is_right is None and seen["0.png"].is_right is True

@@ -6,7 +6,7 @@ import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -194,8 +194,16 @@ def class_profiles(
     figure.savefig(path, format="png")
 
 
-def contact_sheet(images: Sequence[tuple[Tensor, str]], path: Path) -> None:
-    """Images (c, H, W) uint8 in rows, each above its words.
+class Pictured(NamedTuple):
+    """An image (c, H, W) uint8 of a contact sheet with its words; ``is_right`` gives them a colour."""
+
+    image: Tensor
+    words: str
+    is_right: bool | None = None
+
+
+def contact_sheet(images: Sequence[Pictured], path: Path) -> None:
+    """Images in rows, each below its words: green where they are right, red where not, black where that is not known.
 
     Args:
         images: what to draw and to write.
@@ -203,11 +211,13 @@ def contact_sheet(images: Sequence[tuple[Tensor, str]], path: Path) -> None:
     """
     columns = min(8, max(1, math.ceil(math.sqrt(len(images)))))
     rows = max(1, -(-len(images) // columns))
-    figure = _figure(1.6 * columns, 2.0 * rows)
+    wrapped = [[line for words in each.words.split("\n") for line in textwrap.wrap(words, 24)] for each in images]
+    lines = max(map(len, wrapped), default=1)
+    figure = _figure(1.7 * columns, (1.6 + 0.14 * lines) * rows)
+    colours = {True: COLOURS["medium"], False: COLOURS["few"], None: "black"}
     for axes in figure.subplots(rows, columns, squeeze=False).flat:
         axes.axis("off")
-    for axes, (image, words) in zip(figure.axes, images):
-        axes.imshow(image.permute(1, 2, 0).expand(-1, -1, 3).numpy())
-        lines = [textwrap.shorten(line, 22, placeholder="…") for line in words.split("\n")]
-        axes.set_title(plain("\n".join(lines)), fontsize=7)
+    for axes, each, text in zip(figure.axes, images, wrapped):
+        axes.imshow(each.image.permute(1, 2, 0).expand(-1, -1, 3).numpy())
+        axes.set_title(plain("\n".join(text)), fontsize=7, color=colours[each.is_right])
     figure.savefig(path, format="png")
