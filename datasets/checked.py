@@ -56,7 +56,7 @@ def check_all(
     began, target = time.perf_counter(), folder / "manifest.npz"
     require_every_class(name, listing, listing.splits["train"][1])
     old = Manifest.load(target)
-    known = old.splits if old is not None and _same_files(old, root, listing) else {}
+    known = old.splits if old is not None and not old.skipped and old.fits(root, listing) else {}
     key = str(old.about.get("pixels", "")) if old is not None and known else secrets.token_hex(16)
     wanted = {split: folder / f"{split}_{side}.npy" for split in listing.splits if side}
     for split, files in known.items():
@@ -72,6 +72,7 @@ def check_all(
         _require_room(folder, {path: len(listing.splits[split][0]) for split, path in wanted.items()}, side)
     splits: dict[str, Files] = {}
     damaged: list[tuple[str, str]] = []
+    origins: list[str] = []
     levels = old.levels if old is not None and known else levels_of(root, listing.splits["train"][0], workers, side)
     with ExitStack() as whole:  # renamed at its end, the last one first: pixels, and then the manifest
         temporary = whole.enter_context(atomic(target))
@@ -89,6 +90,7 @@ def check_all(
                 seen = check_files(root, paths, workers)
             levels = levels or (seen.levels if split == "train" else None)
             damaged += [(paths[position], why) for position, why in seen.damaged.items()]
+            origins += [listing.origins[split]] * bool(seen.damaged)
             whole_ones = [position for position in range(len(paths)) if position not in seen.damaged]
             if not whole_ones:
                 raise UsageError(f"all {split} images of {listing.origins[split]} are damaged", "images that are whole")
@@ -105,8 +107,7 @@ def check_all(
             are = f"{len(seen.damaged):,} damaged" if seen.damaged else "all whole"
             write(f"{split}: {len(paths):,} images, {are}; shorter side {span} pixels")
         if damaged:
-            first = next(split for split, (paths, _) in listing.splits.items() if damaged[0][0] in paths)
-            allowed = f"images that are whole, as in {listing.origins[first]}"
+            allowed = f"images that are whole, as in {origins[0]}"
             allowed += ", or --skip_damaged" if "listing" in listing.about else ""
             report_damaged(damaged, folder / "damaged.csv", None if skip_damaged else allowed)
             require_every_class(name, listing, splits["train"].labels)
@@ -149,8 +150,8 @@ def report_damaged(damaged: Sequence[tuple[str, str]], path: Path, allowed: str 
 
 def levels_of(root: Path, paths: Sequence[str], workers: int, side: int) -> tuple[int, int] | None:
     """The smallest and largest value of 16-bit grey images, where pixels of such are about to be written."""
-    deep = [path for path in paths if side and not path.lower().endswith((".jpg", ".jpeg")) and is_deep(root / path)]
-    return check_files(root, paths, workers).levels if side and len(deep) == len(paths) else None
+    may_be = side and not any(path.lower().endswith((".jpg", ".jpeg")) for path in paths)
+    return check_files(root, paths, workers).levels if may_be and all(is_deep(root / path) for path in paths) else None
 
 
 def stores_of(manifest: Manifest, folder: Path) -> dict[Path, tuple[str, int]]:
@@ -163,15 +164,6 @@ def stores_of(manifest: Manifest, folder: Path) -> dict[Path, tuple[str, int]]:
             if side.isdecimal() and has_pixels(path, len(files.paths), int(side), key):
                 found[path] = split, int(side)
     return found
-
-
-def _same_files(manifest: Manifest, root: Path, listing: Listing) -> bool:
-    kept = {split: (files.paths, files.labels.tolist()) for split, files in manifest.splits.items()}
-    if manifest.about.get("skipped"):  # its rows are fewer than the list's
-        return False
-    listed = {split: (paths, labels.tolist()) for split, (paths, labels) in listing.splits.items()}
-    is_same = manifest.root == str(root) and manifest.class_names == listing.class_names
-    return is_same and kept == listed
 
 
 def _require_room(folder: Path, images: dict[Path, int], side: int) -> None:

@@ -255,12 +255,13 @@ class Manifest:
         return list(self.about.get("skipped", []))
 
     def fits(self, root: Path, listing: Listing) -> bool:
-        """Whether it is of these files, but for those that were skipped."""
+        """Whether it is of these files with these labels, but for those that were skipped."""
         skipped = set(self.skipped)
         listed = {
-            split: [path for path in paths if path not in skipped] for split, (paths, _) in listing.splits.items()
+            split: [pair for pair in zip(paths, labels.tolist()) if pair[0] not in skipped]
+            for split, (paths, labels) in listing.splits.items()
         }
-        known = {split: files.paths for split, files in self.splits.items()}
+        known = {split: list(zip(files.paths, files.labels.tolist())) for split, files in self.splits.items()}
         return (self.root, self.class_names, known) == (str(root), listing.class_names, listed)
 
     def is_right(self) -> bool:

@@ -12,7 +12,6 @@ import re
 import statistics
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence, Set
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -428,10 +427,25 @@ def listing_of(kind: str, data_dir: str, image_options: ImageOptions) -> tuple[P
         show(note)
     names = class_names_of(found)
     place = {name: number for number, name in enumerate(names)}
-    splits, origins = {}, {}
-    lines, stamps = [], [str(root.resolve())]
+    splits = {
+        split: (paths, torch.tensor([place[label] for label in labels])) for split, (paths, labels) in found.items()
+    }
+    lines, times = _stamps(root, found)
+    stamps = [str(root.resolve()), *(f"{line} {changed}" for line, changed in zip(lines, times))]
+    home = CACHE / _hash(stamps)[:16]
+    require_writable("the folder", home)
+    about = {"source": data_dir, "home": str(home), "listing": _hash(lines)}
+    return root.resolve(), home, Listing(splits, names, dict.fromkeys(splits, data_dir), about)
+
+
+def _stamps(root: Path, found: Named) -> tuple[list[str], list[int]]:
+    """Of every file a line of its split, path, class and size, and when it was last changed.
+
+    Raises:
+        UsageError: one is not there.
+    """
+    lines, times = [], []
     for split, (paths, labels) in found.items():
-        splits[split], origins[split] = (paths, torch.tensor([place[label] for label in labels])), data_dir
         for path, label in zip(paths, labels):
             try:
                 status = (root / path).stat()
@@ -439,11 +453,8 @@ def listing_of(kind: str, data_dir: str, image_options: ImageOptions) -> tuple[P
                 reason = getattr(error, "strerror", None) or "no name of a file"
                 raise UsageError(f"image {root / path}: {reason}", "files that are there") from None
             lines.append(f"{split} {path} {label} {status.st_size}")
-            stamps.append(f"{lines[-1]} {status.st_mtime_ns}")
-    home = CACHE / _hash(stamps)[:16]
-    require_writable("the folder", home)
-    about = {"source": data_dir, "home": str(home), "listing": _hash(lines)}
-    return root.resolve(), home, Listing(splits, names, origins, about)
+            times.append(status.st_mtime_ns)
+    return lines, times
 
 
 def _hash(lines: Sequence[str]) -> str:
@@ -460,11 +471,10 @@ def identity_of(kind: str, data_dir: str, image_options: ImageOptions) -> tuple[
         labels = _npz_labels(_only(data_dir, ".npz", kind))
         return class_names_of({"train": ([], labels)}), ""
     root, found, _ = list_images(kind, data_dir, image_options)
-    lines = []
-    for split, (paths, labels) in found.items():
-        for path, label in zip(paths, labels):
-            with suppress(OSError, ValueError):
-                lines.append(f"{split} {path} {label} {(root / path).stat().st_size}")
+    try:
+        lines = _stamps(root, found)[0]
+    except UsageError:  # files that are gone, so it is another list
+        lines = []
     return class_names_of(found), _hash(lines)
 
 

@@ -75,18 +75,19 @@ def check_files(root: str | Path, paths: Sequence[str], workers: int) -> Seen:
 
 def _look(path: str, root: str | Path, side: int = 0, levels: tuple[int, int] = FULL_RANGE) -> _Look | str:
     """What there is to know of one image, with its pixels at ``side`` where that is not 0; or what is wrong with it."""
-    from torchvision.transforms.v2.functional import resize  # here, since it is slow to import
-
     try:
         content = read_content(Path(root, path))
         pixels = decode(content, Path(root, path))
     except UsageError as error:
         return str(error.args[0])
     deep = None if pixels.dtype == torch.uint8 else (int(pixels.min()), int(pixels.max()))
-    small: Tensor | None = None
+    small = b""
     if side:
-        small = resize(to_rgb(pixels, levels), [side, side], antialias=True).permute(1, 2, 0)
-    return _Look(pixels.shape[1:], digest_of(content), deep, b"" if small is None else small.numpy().tobytes())
+        from torchvision.transforms.v2.functional import resize  # here, since it is slow to import
+
+        square: Tensor = resize(to_rgb(pixels, levels), [side, side], antialias=True)
+        small = square.permute(1, 2, 0).numpy().tobytes()
+    return _Look(pixels.shape[1:], digest_of(content), deep, small)
 
 
 def _gather(looks: Iterable[_Look | str]) -> Seen:

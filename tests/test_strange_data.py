@@ -124,6 +124,15 @@ def test_a_16_bit_image_among_others_has_the_full_range(workdir) -> None:
     assert data.spec.levels is None and torch.equal(data.train.images[-1][0], torch.from_numpy(grey))
 
 
+def test_images_that_are_gone_are_other_images(workdir, capsys) -> None:
+    write_csv(["a", "b"])
+    train("csv", "x.csv")
+    Path("0_0.png").unlink()
+    capsys.readouterr()
+    predict.main(["1_0.png", "--dataset", "csv", "--data_dir", "x.csv", "--network", "resnet8"])
+    assert "the images in x.csv are not those" in capsys.readouterr().out
+
+
 # What is not read is counted
 
 
