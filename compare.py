@@ -103,7 +103,7 @@ def main(argv: Sequence[str]) -> list[dict[str, Value]]:
     state, frozen = state_bytes(methods, parent), freeze(parent, data, device, options)
     if options.dry_run:
         check_places(options, device, 0, state, resumed, 1)
-        show(dry_run(methods, frozen))
+        show(dry_run(methods, frozen, options.eval_every))
         return []
     with begin(resolved, "compare", data, device, typed, parent, resumed, state, classifiers=len(methods)) as run:
         frozen.source.progress = run.bar

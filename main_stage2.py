@@ -61,7 +61,7 @@ def main(argv: Sequence[str]) -> Report:
     state, frozen = state_bytes(methods, parent), freeze(parent, data, device, options)
     if options.dry_run:
         check_places(options, device, model_size(options, data)[1], state, resumed, 1)
-        show(dry_run(methods, frozen))
+        show(dry_run(methods, frozen, options.eval_every))
         return Report()
     with begin(resolved, "stage2", data, device, typed, parent, resumed, state, classifiers=len(methods)) as run:
         frozen.source.progress = run.bar

@@ -9,9 +9,7 @@ from itertools import repeat
 import torch
 from torch import Tensor
 
-from engine import for_evaluation
-from experiment.data import eval_batches
-from retraining.features import features_of
+from retraining.forecast import NETWORK_EPOCH, image_seconds
 from retraining.methods import Method, Trained
 from retraining.results import FrozenBackbone
 from retraining.settings import by_stream, cached_streams
@@ -25,17 +23,14 @@ def solver_steps(solver: Solver, batch: tuple[Tensor, Tensor], number: int) -> N
     solver.train_epoch(repeat(batch, number), 0.0, 1.0)
 
 
-def dry_run(methods: Sequence[Method], frozen: FrozenBackbone) -> str:
+def dry_run(methods: Sequence[Method], frozen: FrozenBackbone, every: int) -> str:
     """How long the classifiers would take and how much memory, from ten steps of the backbone and of each group.
 
-    A network that is trained too counts as three passes over the training images an epoch.
+    A network that is trained too counts as three passes over the training images an epoch. There are ``every`` epochs
+    between evaluations.
     """
     source, data, device = frozen.source, frozen.data, frozen.source.device
-    model, (images, labels) = for_evaluation(source.model), next(iter(eval_batches(data, data.test, device).epoch()))
-
-    of_batch = step_seconds(lambda number: [features_of(model, images) for _ in range(number)], device)
-    of_image = of_batch / len(images)
-    features, steps, epochs = features_of(model, images), 0.0, 0
+    of_image, steps, epochs = image_seconds(frozen), 0.0, 0
     for stream, group in by_stream(methods).items():
         trained = [method for method in group if isinstance(method, Trained)]
         heads = [frozen.trainable_head(method) for method in trained if method.scope == "fc"]
@@ -44,14 +39,13 @@ def dry_run(methods: Sequence[Method], frozen: FrozenBackbone) -> str:
         epochs += stream.epochs * (len(trained) - len(heads))
         if heads:
             size = min(stream.batch_size, len(data.train))
-            rows = torch.arange(size, device=device) % len(features)
-            batch, solver = (features[rows].float(), labels[rows]), Solver(heads)
-            of_step = step_seconds(partial(solver_steps, solver, batch), device)
+            batch = torch.randn(size, source.width, device=device), data.train.labels[:size].to(device)
+            of_step = step_seconds(partial(solver_steps, Solver(heads), batch), device)
             steps += of_step * stream.epochs * -(-len(data.train) // stream.batch_size)
-    arrays, lacking = source.arrays(cached_streams(methods))
-    sides = 2 if source.flip else 1
-    looked_at = lacking * len(data.train) + sides * (len(data.test) + (len(data.val) if data.val else 0))
-    passes = of_image * (looked_at + 3 * epochs * len(data.train))
+    streams = cached_streams(methods)
+    arrays, lacking = source.arrays(streams)
+    looked_at = source.images_left(streams, every) + NETWORK_EPOCH * epochs * len(data.train)
+    passes = of_image * looked_at
     disk = f"{lacking * source.array_bytes / 1e6:,.0f} MB in {source.cache_dir}"
     return (
         f"dry run: about {duration(passes + steps)} for {counted(len(methods), 'classifier')}, "

@@ -15,7 +15,7 @@ import hashlib
 import io
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from datasets import SAMPLERS, Augment, Batches, ImageSet, LongTailed
 from datasets.batches import Batch, Draws, seeded
-from engine import for_evaluation, forward
+from engine import for_evaluation, forward, is_due
 from models import Network
 from utils.arrays import open_array, write_array
 from utils.console import show
@@ -183,6 +183,7 @@ class FeatureSource:
         dtype: key of ``DTYPES``: what the training images' features are stored as. Those of test and held-out images
             are float32, so that figures are those of the network itself. Heads get float32 whatever is stored.
         check_cache: check all of an array of the cache when it is opened, of a large one too.
+        images: how many images the backbone has looked at.
     """
 
     model: Network
@@ -202,6 +203,7 @@ class FeatureSource:
         self.model = self.model.to(self.device).eval().requires_grad_(False)
         self.labels = self.data.train.labels.to(self.device)
         self.caches: dict[str, FeatureCache] = {}
+        self.images = 0
         self._latest: dict[str, tuple[str, list[Tensor]]] = {}
         self._batches: tuple[Stream, Batches] | None = None
         self._fingerprints = {
@@ -217,13 +219,21 @@ class FeatureSource:
         """Where the arrays of a stream's training images go, and how many they are."""
         raise NotImplementedError
 
+    def planned_evaluations(self, stream: Stream, part: str, every: int) -> tuple[FeatureCache, int]:
+        """The same of "test" or "val" images, evaluated after the epochs that are due, see :func:`engine.is_due`."""
+        raise NotImplementedError
+
     def arrays(self, streams: Iterable[Stream]) -> tuple[int, int]:
         """How many arrays of training images these streams need, a pass over the backbone each, and how many lack."""
-        wanted: dict[Path, int] = {}
-        for cache, number in map(self.planned, streams):
-            wanted[cache.folder] = max(number, wanted.get(cache.folder, 0))
-        lacking = (max(0, number - len([*folder.glob("*.npy")])) for folder, number in wanted.items())
-        return sum(wanted.values()), sum(lacking)
+        return lacking(map(self.planned, streams))
+
+    def images_left(self, streams: Sequence[Stream], every: int) -> int:
+        """How many images the backbone must still look at for these streams, evaluations included."""
+        images = self.arrays(streams)[1] * len(self.labels)
+        for part, held in (("test", self.data.test), ("val", self.data.val)):
+            if held is not None:
+                images += lacking(self.planned_evaluations(stream, part, every) for stream in streams)[1] * len(held)
+        return images
 
     @property
     def array_bytes(self) -> int:
@@ -303,6 +313,7 @@ class FeatureSource:
         """The features (B, D) of each step's images."""
         for images, _ in self.progress(steps, number, what):
             yield features_of(model, images)
+            self.images += len(images)
 
     def train_batches(self, stream: Stream) -> Batches:
         """The published batches of a stream: the sampler's order, each image newly cropped and flipped."""
@@ -327,6 +338,9 @@ class _EvalMode(FeatureSource):
 
     def evaluated(self, part: str, stream: Stream | None = None, epoch: int = -1) -> list[Tensor]:
         return self.plain(part, self.cache("eval", part, eval_batch=self.eval_batch), "features", lambda: self.fast)
+
+    def planned_evaluations(self, stream: Stream, part: str, every: int) -> tuple[FeatureCache, int]:
+        return self.cache("eval", part, eval_batch=self.eval_batch), 1 + self.flip
 
     def view(self, cache: FeatureCache, name: str, *windows: Tensor) -> Tensor:
         """The features (N, D) of all training images under one crop each, in file order."""
@@ -433,6 +447,10 @@ class Replay(FeatureSource):
     def planned(self, stream: Stream) -> tuple[FeatureCache, int]:
         return self._cache(stream, "train"), stream.epochs
 
+    def planned_evaluations(self, stream: Stream, part: str, every: int) -> tuple[FeatureCache, int]:
+        due = sum(is_due(epoch, stream.epochs, every) for epoch in range(stream.epochs))
+        return self._cache(stream, part), due * (1 + self.flip)
+
     def evaluated(self, part: str, stream: Stream | None = None, epoch: int = -1) -> list[Tensor]:
         def network() -> Network:
             self._load(stream, epoch)
@@ -491,6 +509,15 @@ FEATURES: dict[str, type[FeatureSource]] = {"views": Views, "orbit": Orbit, "rep
 
 
 @torch.no_grad()
+def lacking(planned: Iterable[tuple[FeatureCache, int]]) -> tuple[int, int]:
+    """How many arrays caches are to have, {folder: the most that one plan says}, and how many of them lack."""
+    wanted: dict[Path, int] = {}
+    for cache, number in planned:
+        wanted[cache.folder] = max(number, wanted.get(cache.folder, 0))
+    missing = (max(0, number - len([*folder.glob("*.npy")])) for folder, number in wanted.items())
+    return sum(wanted.values()), sum(missing)
+
+
 def features_of(model: Network, images: Tensor) -> Tensor:
     """Images (B, c, H, W) -> features (B, D), without gradient."""
     return forward(model.features, images)

@@ -211,6 +211,9 @@ class Finished:
         """Notes results that will not change."""
         self._states |= {name_of(result.method): result.state_dict() for result in results}
 
+    def __contains__(self, method: Method) -> bool:
+        return name_of(method) in self._states
+
     def find(self, methods: Sequence[Method]) -> list[ClassifierResult] | None:
         """The results of these methods, where they are there."""
         states = [self._states.get(name_of(method)) for method in methods]

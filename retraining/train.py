@@ -19,6 +19,7 @@ from experiment.restore import restore
 from experiment.resuming import make_state
 from models import trained_part
 from retraining.features import FEATURES, Stream, unseen
+from retraining.forecast import Forecast
 from retraining.methods import Method, Trained
 from retraining.options import Options
 from retraining.results import ClassifierResult, Finished, FrozenBackbone, Results, name_of
@@ -77,6 +78,7 @@ def retrain(
         others = "" if lacking == arrays else f", {arrays - lacking} are in the cache"
         passes = counted(lacking, "pass", "passes")
         run.say(f"features of {len(frozen.data.train):,} training images: {passes} over the backbone{others}")
+    forecast = Forecast([method for method in methods if method not in finished], frozen, options.eval_every)
     for stream, group in by_stream(methods).items():
         trained = [method for method in group if isinstance(method, Trained)]
         if stream is None:
@@ -88,7 +90,7 @@ def retrain(
             found = finished.find(part)
             if found is None:
                 train = train_heads if part[0].scope == "fc" else train_network
-                found = train(part, stream, frozen, options, run, state)
+                found = train(part, stream, frozen, options, run, state, forecast)
                 finished.add(found)
             results += found
     return results
@@ -131,7 +133,13 @@ def in_memory(
 
 
 def train_heads(
-    methods: Sequence[Trained], stream: Stream, frozen: FrozenBackbone, options: Options, run: Run, state: TrainState
+    methods: Sequence[Trained],
+    stream: Stream,
+    frozen: FrozenBackbone,
+    options: Options,
+    run: Run,
+    state: TrainState,
+    forecast: Forecast,
 ) -> list[ClassifierResult]:
     """Trains classifiers on a frozen backbone, all on the same batches."""
     results = [ClassifierResult(method, options.select) for method in methods]
@@ -139,7 +147,8 @@ def train_heads(
     solver = Solver(heads, options.momentum, options.nesterov, graph=options.graph, say=run.say)
 
     with state.training(name_of(methods[0]), solver=solver, results=Results(results, frozen)):
-        run.begin_training(stream.epochs - state.epoch, 0, options.eval_every)
+        forecast.begin(methods, stream.epochs - state.epoch)
+        run.begin_training(stream.epochs - state.epoch, 0, options.eval_every, forecast.left)
         for epoch in range(state.epoch, stream.epochs):
             rate = cosine(epoch, stream.epochs)
             train = solver.train_epoch(frozen.source.epoch(stream, epoch), epoch / stream.epochs, rate, state)
@@ -150,6 +159,7 @@ def train_heads(
                 is_well = result.after(epoch, head.lr * rate, stats, seconds, frozen.data.num_classes)
                 if is_well and due:
                     frozen.measure(result, result.method.finished(head.head), epoch)
+            forecast.end(methods, stream.epochs - epoch - 1)
             whole = [result for result in results if result.diverged is None]
             run.log_many({result.setting.describe(): result.records[-1] for result in whole}, stream.describe())
             state.next_epoch()
@@ -160,7 +170,13 @@ def train_heads(
 
 
 def train_network(
-    methods: Sequence[Trained], stream: Stream, frozen: FrozenBackbone, options: Options, run: Run, state: TrainState
+    methods: Sequence[Trained],
+    stream: Stream,
+    frozen: FrozenBackbone,
+    options: Options,
+    run: Run,
+    state: TrainState,
+    forecast: Forecast,
 ) -> list[ClassifierResult]:
     """Trains a classifier together with the backbone or its last block: the ordinary loop, for one method."""
     (method,) = methods
@@ -175,7 +191,8 @@ def train_network(
     step = TrainStep(model, method.loss(frozen.stage1, 0.0), optimizer)
 
     with state.training(name_of(method), step=step, result=Results([result], frozen)):
-        run.begin_training(stream.epochs - state.epoch, len(batches), options.eval_every)
+        forecast.begin(methods, stream.epochs - state.epoch)
+        run.begin_training(stream.epochs - state.epoch, 0, options.eval_every, forecast.left)
         for epoch in range(state.epoch, stream.epochs):
             rate = cosine(epoch, stream.epochs)
             model.train(options.features == "replay")
@@ -201,7 +218,9 @@ def train_network(
             except Diverged:
                 result.diverged = epoch + 1
                 break
+            forecast.end(methods, stream.epochs - epoch - 1)
             words = method.setting.describe(["seed", "finetune_scope"])
             run.log_many({method.setting.describe(): result.records[-1]}, words)
             state.next_epoch()
+        forecast.begin(methods, 0)  # one that diverges ends early
     return [result]

@@ -16,17 +16,30 @@ ANNOUNCE_AFTER = 3.0
 
 
 class Pace:
-    """The pace of a training of so many epochs of so many steps; ``say`` is called once with the time that it takes."""
+    """The pace of a training of so many epochs of so many steps; ``say`` is called once with the time that it takes.
 
-    def __init__(self, epochs: int, steps: int, say: Callable[[str], None]) -> None:
-        self.epochs, self.steps, self.say = epochs, steps, say
+    ``forecast``, where it is only a part of a command's work, gives the seconds that all of that still takes.
+    ``is_announced``: that time has been said before.
+    """
+
+    def __init__(
+        self,
+        epochs: int,
+        steps: int,
+        say: Callable[[str], None],
+        forecast: Callable[[], float | None] | None = None,
+        is_announced: bool = False,
+    ) -> None:
+        self.epochs, self.steps, self.say, self.forecast = epochs, steps, say, forecast
         self.done = 0
         self._began = time.perf_counter()
-        self._is_announced = False
+        self.is_announced = is_announced
 
     @property
     def left(self) -> float | None:
-        """Seconds that the other epochs take at the pace so far; None before the first is over."""
+        """Seconds that the rest takes at the pace so far; None before the first epoch is over."""
+        if self.forecast:
+            return self.forecast()
         if not self.done:
             return None
         return (time.perf_counter() - self._began) / self.done * (self.epochs - self.done)
@@ -34,8 +47,9 @@ class Pace:
     def next_epoch(self) -> None:
         """One more is over."""
         self.done += 1
-        if self.left is not None:
-            self._announce(self.left)
+        left = self.left
+        if left is not None:
+            self._announce(left)
 
     def measured(self, steps: Iterable[T]) -> Iterator[T]:
         """Passes the steps of an epoch through; announces the time after the first ones."""
@@ -50,6 +64,7 @@ class Pace:
 
     def _announce(self, seconds: float) -> None:
         is_long = seconds > 2 * ANNOUNCE_AFTER and time.perf_counter() - self._began > ANNOUNCE_AFTER
-        if is_long and not self._is_announced:
-            self._is_announced = True
-            self.say(f"about {duration(seconds)} left for {counted(self.epochs - self.done, 'epoch')}")
+        if is_long and not self.is_announced:
+            self.is_announced = True
+            what = "in all" if self.forecast else f"for {counted(self.epochs - self.done, 'epoch')}"
+            self.say(f"about {duration(seconds)} left {what}")

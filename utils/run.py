@@ -8,7 +8,7 @@ import os
 import textwrap
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from itertools import count
 from pathlib import Path
@@ -225,12 +225,16 @@ class Run:
             with self.side_output(name) as path:
                 path.write_text(json.dumps(content, indent=1) + "\n")
 
-    def begin_training(self, epochs: int, steps: int, every: int) -> None:
+    def begin_training(
+        self, epochs: int, steps: int, every: int, forecast: Callable[[], float | None] | None = None
+    ) -> None:
         """So many epochs of so many steps begin, of which the run will say how long they take.
 
         Of those that are evaluated, every so many and the last are rows of its table; all are in metrics.jsonl.
+        ``forecast``, see :class:`utils.pace.Pace`, says it where there is more to do than these.
         """
-        self.pace, self._every = Pace(epochs, steps, self.say), every
+        announced = self.pace.is_announced and forecast is not None
+        self.pace, self._every = Pace(epochs, steps, self.say, forecast, announced), every
 
     def bar(self, steps: Iterable[T], total: int, label: str) -> Iterator[T]:
         """Passes ``steps`` through with a progress bar, see :func:`utils.bar.bar`."""
@@ -280,5 +284,5 @@ class Run:
             last = next(reversed(records.values()))
             low, high = percent(min(measured)), percent(max(measured))
             test = f"{low} to {high}" if len(measured) > 1 else low
-            left = f", {duration(self.pace.left)} left for these" if self.pace.left else ""
+            left = f", {duration(self.pace.left)} left in all" if self.pace.left else ""
             self.say(f"{heading}, epoch {last['epoch']}: {counted(len(measured), 'classifier')}, test {test} %{left}")
