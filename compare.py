@@ -37,7 +37,7 @@ from retraining.options import (
 )
 from retraining.results import ClassifierResult
 from retraining.settings import TUNABLE, make_methods, settings_table
-from retraining.train import HINT, freeze, retrain, state_bytes
+from retraining.train import HINT, freeze, retrain, state_bytes, with_threads
 from utils.command import command
 from utils.console import counted, duration, show
 from utils.distributed import require_single
@@ -101,6 +101,7 @@ def main(argv: Sequence[str]) -> list[dict[str, Value]]:
     methods = choose_methods(resolved, typed, data.num_classes)
     refuse_unused(typed, resolved, methods)
     state, frozen = state_bytes(methods, parent), freeze(parent, data, device, options)
+    resolved = with_threads(resolved, methods, frozen)
     if options.dry_run:
         check_places(options, device, 0, state, resumed, 1)
         show(dry_run(methods, frozen, options.eval_every))

@@ -56,7 +56,13 @@ class Options(DataOptions):
     """evaluate.py's own options; those of every command are in experiment/options.py."""
 
     cur_stage: str | None = option(None, Choice(STAGES), "which stage's file; without it, the latest there is", "files")
-    pretrained_pth: str | None = option(None, Text(), "the checkpoint; without it, the one left by default", "files")
+    pretrained_pth: str | None = option(
+        None,
+        Text("a file or a run folder"),
+        "the checkpoint, or the folder of the run that left it; without it, the one left by default",
+        "files",
+        aliases=("from",),
+    )
     flip_tta: bool | None = option(
         None, Flag(), "average the logits of an image and its mirror; None: as stored", "evaluation"
     )

@@ -55,6 +55,7 @@ from experiment.sweeps import (
     varying,
     write_sweep,
 )
+from experiment.threads import settle_threads
 from models import trained_part
 from training.dry_run import dry_run
 from training.options import Options
@@ -114,6 +115,8 @@ def main(argv: Sequence[str]) -> Report:
     device = pick_device(*resolved.options.place)
     data = load_data(resolved.options, val_fraction=runs[0].val_split, val_seed=runs[0].drawn_seed)
     runs = resolve_auto(runs, device, len(data.train), data.train.is_photos)
+    if len(runs) == 1 and not runs[0].deterministic:
+        runs = [replace(runs[0], threads=measured_threads(runs[0], data, device))]
     options = runs[0]
     require_val(data, options.select)
     if options.pretrained_pth == "imagenet":
@@ -145,6 +148,14 @@ def main(argv: Sequence[str]) -> Report:
         selection = train(options, data, device, run, start)
         end = (run, "stage1", options, data, selection, argv, device, start)
         return on_main_process(lambda: complete(run, finish(run, make_checkpoint(*end, head=options.head), selection)))
+
+
+def measured_threads(options: Options, data: LongTailed, device: torch.device) -> int | None:
+    """--threads, or the number that a long run on a busy machine is settled on."""
+    with torch.random.fork_rng(devices=[]):
+        model = make_network(options, data, torch.device("cpu")).train()
+    shape = data.channels, data.train.side, data.train.side
+    return settle_threads(model, shape, options.epochs * len(data.train), device, options.threads, trains=True)
 
 
 def open_start(typed: Values) -> Checkpoint | None:

@@ -31,7 +31,7 @@ from retraining.options import (
 )
 from retraining.results import ClassifierResult, FrozenBackbone
 from retraining.settings import TUNABLE, make_methods, settings_table
-from retraining.train import HINT, freeze, retrain, state_bytes
+from retraining.train import HINT, freeze, retrain, state_bytes, with_threads
 from utils.checkpoints import Checkpoint
 from utils.command import command
 from utils.console import show
@@ -59,6 +59,7 @@ def main(argv: Sequence[str]) -> Report:
     methods = choose_methods(resolved, typed, data.num_classes)
     refuse_unused(typed, resolved, methods)
     state, frozen = state_bytes(methods, parent), freeze(parent, data, device, options)
+    resolved = with_threads(resolved, methods, frozen)
     if options.dry_run:
         check_places(options, device, model_size(options, data)[1], state, resumed, 1)
         show(dry_run(methods, frozen, options.eval_every))

@@ -1,7 +1,7 @@
 """Predicts the classes of images with a checkpoint: top-k names and probabilities, as text, CSV, JSON or a figure.
 
-    python predict.py IMAGE_OR_FOLDER --pretrained_pth FILE
-    python predict.py photos/ --pretrained_pth FILE --top_k 3 --csv top3.csv --json top3.json --plot sheet.png
+    python predict.py IMAGE_OR_FOLDER --from FILE_OR_RUN
+    python predict.py photos/ --from FILE_OR_RUN --top_k 3 --csv top3.csv --json top3.json --plot sheet.png
 
 The file says how images are scaled and normalised and what its classes are called. Where it has held-out images, its
 probabilities are those of temperature scaling (Guo et al., ICML 2017): softmax(z / T), with T fitted on them.
@@ -21,14 +21,14 @@ from typing import TypedDict
 import torch
 from torch import Tensor, nn
 
-from datasets import DATASETS
+from datasets import DATASETS, known_class_names
 from datasets.files import FULL_RANGE, read_image
 from datasets.found import LeftOut, images_below
-from datasets.own import SMALL_SIDE, normal, square
-from datasets.photos import centre
+from datasets.geometry import centre, square
+from datasets.own import SMALL_SIDE, normal
 from engine import for_evaluation
-from experiment.options import LAYOUT, DataOptions, constants_of, file_identity, refuse_contradictions
-from experiment.restore import built, files_read, open_latest, require_same_data
+from experiment.options import LAYOUT, DataOptions, constants_of, file_identity, image_options_of, refuse_contradictions
+from experiment.restore import built, files_read, only_file, open_latest, require_same_data
 from utils.bar import bar
 from utils.checkpoints import Checkpoint
 from utils.command import command
@@ -41,6 +41,8 @@ from utils.options import Choice, Flag, Number, Text, Values, option, parse_type
 from utils.plots import Pictured, contact_sheet
 from utils.system import available_cpus, pick_device
 
+#: Options that choose a checkpoint.
+CHOOSING = {"pretrained_pth", "cur_stage", "dataset", "data_dir", "imb_ratio", "imb_type", "network"}
 #: Images that could not be read of which it is said, where reports are written.
 SAID = 20
 #: Images on a contact sheet, at most, and of them those with the same answer.
@@ -63,7 +65,13 @@ class Predicted(TypedDict):
 class Options(DataOptions):
     """predict.py's own options; those of every command, which choose the file, are in experiment/options.py."""
 
-    pretrained_pth: str | None = option(None, Text(), "the checkpoint; without it, the one left by default", "files")
+    pretrained_pth: str | None = option(
+        None,
+        Text("a file or a run folder"),
+        "the checkpoint, or the folder of the run that left it; without it, the one left by default",
+        "files",
+        aliases=("from",),
+    )
     cur_stage: str | None = option(
         None, Choice(("stage1", "stage2")), "which stage's file; without it, the latest", "files"
     )
@@ -97,6 +105,8 @@ def main(argv: Sequence[str]) -> list[Predicted]:
     if options.plot and Path(options.plot).suffix.lower() != ".png":
         raise UsageError(f"--plot {options.plot}", "the path of a .png")
     paths = images_in(Path(place))
+    if not typed.keys() & CHOOSING:
+        typed = {**typed, "pretrained_pth": str(only_file())}
     file = open_latest(typed, Options)
     number = counted(file.num_classes, "class", "classes")
     write(f"{file.path}: {file.stage or 'of another program'}, {file.network}, {number}")
@@ -112,7 +122,7 @@ def main(argv: Sequence[str]) -> list[Predicted]:
     targets = [Target(flag, path, *marks) for flag, path, marks in asked if path is not None]
     require_targets(targets, [*paths, *files_read(file, options)])
     device = pick_device(options.device, options.gpu, options.threads)
-    model, names = for_evaluation(built(file).to(device)), class_names(file)
+    model, names = for_evaluation(built(file).to(device)), class_names(file, options, "dataset" in typed)
     view = View(file, options, "dataset" in typed)
     if options.temperature is None and not file.metrics.get("temperature"):
         write(f"{file.path} has no held-out images that a temperature was fitted on: probabilities are as trained")
@@ -191,7 +201,10 @@ class View:
         self.mean, self.std = list(mean), list(std)
         low, high = file.data.get("levels") or options.range or FULL_RANGE
         self.levels = low, high
-        write(f"input: {self.side} x {self.side} pixels, mean {shown(self.mean)}, std {shown(self.std)}")
+        self.is_photo = self.side > SMALL_SIDE or (spec.photos and not spec.own)
+        self.fit = file.data.get("fit") or options.fit
+        fit = "" if self.fit == "crop" else f" ({self.fit})"
+        write(f"input: {self.side} x {self.side} pixels{fit}, mean {shown(self.mean)}, std {shown(self.std)}")
 
     def of(self, path: Path) -> Tensor | UsageError:
         """The pixels (c, side, side) uint8 of a file, or why there are none."""
@@ -202,8 +215,7 @@ class View:
         from torchvision.transforms.v2 import functional as F  # here, since it is slow to import
 
         image = image if self.channels == 3 else F.rgb_to_grayscale(image)
-        view: Tensor = square(image, self.side) if self.side <= SMALL_SIDE else centre(image, self.side)
-        return view
+        return (centre if self.is_photo else square)(image, self.side, self.fit)
 
     def normalised(self, images: Sequence[Tensor]) -> Tensor:
         """What the network takes: (B, c, side, side) float."""
@@ -257,10 +269,21 @@ def images_in(place: Path) -> list[Path]:
     return paths
 
 
-def class_names(file: Checkpoint) -> list[str]:
-    """What the checkpoint calls its classes; of other programs' files ImageNet's names for 1000, else numbers."""
+def class_names(file: Checkpoint, options: Options, is_typed: bool) -> list[str]:
+    """What the checkpoint calls its classes.
+
+    Of other programs' files those of --dataset where that ``is_typed``, else ImageNet's for 1000, else numbers.
+    """
     if file.data:
         return [str(name) for name in file.data["class_names"]]
+    if is_typed:
+        names = known_class_names(options.dataset, options.data_dir, image_options_of(options))
+        if names and len(names) != file.num_classes:
+            words = f"--dataset {options.dataset} has {len(names)}"
+            raise UsageError(f"{file.path} has {counted(file.num_classes, 'class', 'classes')}", words)
+        if names:
+            return names
+        write(f"note: {options.dataset} is not prepared in {options.data_dir}: classes have numbers")
     if file.num_classes == 1000:
         from torchvision.models import ResNet50_Weights  # here, since it is slow to import
 

@@ -8,9 +8,10 @@ import torch
 
 from datasets.augment import AUGMENTATIONS, Mix
 from datasets.batches import Augment, Batches
+from datasets.geometry import FITS
 from datasets.longtail import IMB_TYPES, SUBSETS, choose_subset, class_sizes, hold_out
 from datasets.photos import INPUTS, ResizedCrop
-from datasets.readers import DATASETS
+from datasets.readers import DATASETS, known_class_names
 from datasets.samplers import SAMPLERS
 from datasets.spec import DEFAULT_IMAGE_OPTIONS, NATURAL, DatasetSpec, ImageOptions, ImageSet, Natural
 from utils.errors import UsageError
@@ -22,7 +23,9 @@ __all__ = [
     "INPUTS",
     "NATURAL",
     "Natural",
+    "FITS",
     "SAMPLERS",
+    "known_class_names",
     "SUBSETS",
     "Augment",
     "Batches",

@@ -54,6 +54,7 @@ def photos_of(manifest: Manifest, image_options: ImageOptions, home: Path) -> So
             image_options.workers,
             identity=identity,
             levels=image_options.levels or manifest.levels or FULL_RANGE,
+            fit=image_options.fit,
         )
         sets[split] = ImageSet.of(photos, files.labels)
     return Source(

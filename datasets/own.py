@@ -24,9 +24,10 @@ from datasets.batches import Augment
 from datasets.checked import check_all
 from datasets.files import FULL_RANGE, Listing, Manifest, image_size, read_image
 from datasets.found import LeftOut, images_below
+from datasets.geometry import square
 from datasets.listed import PHOTO_SIDE, photos_of
 from datasets.longtail import hold_out
-from datasets.photos import Crops, Photos, cropped, shortened
+from datasets.photos import Crops, Photos
 from datasets.scan import digest_of
 from datasets.spec import ImageOptions, ImageSet, Recipe, Source
 from utils.console import counted, show
@@ -44,6 +45,8 @@ PEEKED, MEASURED = 100, 5000
 SPLITS = ("train", "val", "test")
 #: What the folder of a split, or its rows in a CSV, may be called, in small or capital letters.
 FOLDERS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
+#: Lengths over widths beyond which a square in the centre leaves more than a third away, and how many are many.
+CUT, MANY = 1.5, 0.1
 #: Labels of a CSV that stand for none, in small letters, as pandas reads and writes them.
 MISSING = {"", "nan", "none", "null", "n/a", "na", "<na>"}
 #: Bytes of a class name, at most.
@@ -335,12 +338,14 @@ def read_files(kind: str, data_dir: str, image_options: ImageOptions) -> Source:
         show(f"16-bit grey images: {levels[0]} becomes black and {levels[1]} white ({said})")
     shared = Duplicates({split: files.digests for split, files in manifest.splits.items()})
     shared.say(lambda split, position: manifest.splits[split].paths[position], image_options.drop_duplicates)
+    say_shapes(manifest.splits["train"].sizes, image_options.fit)
     side = image_options.image_size or _usual(_some(manifest.splits["train"].sizes.amin(dim=1).tolist()))
     if side > SMALL_SIDE:
         source = photos_of(manifest, replace(image_options, image_size=side), home)
         source = shared.dropped(source) if image_options.drop_duplicates else source
         is_plain = levels == manifest.levels and not image_options.drop_duplicates
-        kept = home / f"statistics_{side}.json" if is_plain else None
+        fit = "" if image_options.fit == "crop" else f"_{image_options.fit}"
+        kept = home / f"statistics_{side}{fit}.json" if is_plain else None
         source = _with_statistics(source, image_options, kept)
     else:
         if image_options.how != "files":
@@ -348,13 +353,25 @@ def read_files(kind: str, data_dir: str, image_options: ImageOptions) -> Source:
         sets = {}
         for split, files in manifest.splits.items():
             paths = [Path(manifest.root, path) for path in files.paths]
-            images = torch.stack([square(read_image(path, levels or FULL_RANGE), side) for path in paths])
+            images = torch.stack(
+                [square(read_image(path, levels or FULL_RANGE), side, image_options.fit) for path in paths]
+            )
             sets[split] = ImageSet.of(images, files.labels)
         if image_options.drop_duplicates:
             sets["train"] = shared.without(sets["train"], manifest.class_names)
         source = _in_memory(sets, manifest.class_names, image_options)
     tested = tuple(manifest.splits["test"].paths) if image_options.test_split else ()
     return source._replace(levels=levels, listing=str(manifest.about.get("listing", "")), test_files=tested)
+
+
+def say_shapes(sizes: Tensor, fit: str) -> None:
+    """Says where many images of ``sizes`` (N, 2) lose more than a third of their length to the square in the centre."""
+    share = (sizes.amax(dim=1) > CUT * sizes.amin(dim=1)).double().mean().item()
+    if fit == "crop" and share > MANY:
+        show(
+            f"note: {100 * share:.0f} % of the training images are more than {CUT} times as long as they are wide, and "
+            f"tests see a square in their centre (--fit crop); --fit squash or --fit pad show all of them"
+        )
 
 
 class Duplicates:
@@ -540,17 +557,19 @@ def read_npz(data_dir: str, image_options: ImageOptions) -> Source:
     shared.say(lambda split, position: f"{split}_images[{position}]", image_options.drop_duplicates)
     names = class_names_of(listing)
     place = {name: number for number, name in enumerate(names)}
+    say_shapes(torch.tensor([pixels["train"].shape[1:3]]), image_options.fit)
     side = image_options.image_size or min(pixels["train"].shape[1:3])
     for split, images in pixels.items():
         numbers = torch.tensor([place[name] for name in listing[split][1]])
         if side <= SMALL_SIDE:
             tensor = torch.from_numpy(images).permute(0, 3, 1, 2)
-            sets[split] = ImageSet.of(square(tensor, side), numbers)
+            sets[split] = ImageSet.of(square(tensor, side, image_options.fit), numbers)
         else:
             images = np.repeat(images, 3, axis=3) if images.shape[3] == 1 else images
             sizes = torch.tensor(images.shape[1:3], dtype=torch.int32).expand(len(images), 2)
             sets[split] = ImageSet.of(
-                Photos(path.parent, [], sizes, side, images, "files", image_options.workers), numbers
+                Photos(path.parent, [], sizes, side, images, "files", image_options.workers, fit=image_options.fit),
+                numbers,
             )
     if image_options.drop_duplicates:
         sets["train"] = shared.without(sets["train"], names)
@@ -613,15 +632,6 @@ def _sample(photos: Photos) -> Tensor:
     chosen.how = "files" if chosen.store is None else chosen.how  # nvjpeg is not for the CPU
     views = Crops(chosen, None, torch.device("cpu")).whole(torch.arange(len(chosen)).split(100))
     return torch.cat(list(views)).permute(0, 3, 1, 2)
-
-
-def square(images: Tensor, side: int) -> Tensor:
-    """Images (..., H, W) uint8 with the shorter side scaled to ``side``, and the centre of that: (..., side, side)."""
-    if images.shape[-2:] == (side, side):
-        return images
-    from torchvision.transforms.v2 import functional as F  # here, since it is slow to import
-
-    return cropped(F.resize(shortened(images), [side], antialias=True), side, side)
 
 
 def _only(data_dir: str, suffix: str, kind: str) -> Path:

@@ -22,14 +22,13 @@ from torch import Generator, Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from datasets.files import FULL_RANGE, orientation, read_image, turned
+from datasets.geometry import as_seen, centre, cut, in_image, placed, resample, rescaled, resized, whole_boxes
 from utils.console import show
 from utils.distributed import local_rank_and_size
 from utils.errors import UsageError
 from utils.system import available_cpus
 
 INPUTS = ("files", "cache", "nvjpeg")
-#: Lengths over widths beyond which the ends of an image are left away.
-LONGEST = 16
 #: Attempts at a random crop before the central one is taken, as in torchvision.
 ATTEMPTS = 10
 #: Red, green and blue in a grey value (ITU-R 601-2, as PIL and torchvision have it).
@@ -122,44 +121,6 @@ def _vary_colours(pixels: Tensor, factors: Tensor, sequence: Tensor, out: Tensor
     out.copy_(planes.permute(0, 2, 3, 1))
 
 
-def resized(size: int) -> int:
-    """The length that a test image's shorter side is scaled to before its centre is cut out: 256 for 224."""
-    return round(size * 256 / 224)
-
-
-def centre(image: Tensor, size: int) -> Tensor:
-    """A test image as networks see it: (3, H, W) uint8 -> (3, size, size)."""
-    return cropped(scaled(shortened(image), [resized(size)]), size, size)
-
-
-def shortened(images: Tensor) -> Tensor:
-    """Images (..., H, W) without what is far from their centre: at most ``LONGEST`` times as long as they are wide.
-
-    Scaled by its shorter side, a line of 65,500 pixels would take gigabytes, of which the centre alone is seen.
-    """
-    height, width = images.shape[-2:]
-    side = LONGEST * min(height, width)
-    if max(height, width) <= side:
-        return images
-    return cropped(images, min(height, side), min(width, side))
-
-
-def cropped(images: Tensor, height: int, width: int) -> Tensor:
-    """The centre of images (..., H, W)."""
-    from torchvision.transforms.v2 import functional as F  # here, since it is slow to import
-
-    centre: Tensor = F.center_crop(images, [height, width])
-    return centre
-
-
-def scaled(image: Tensor, size: list[int]) -> Tensor:
-    """torchvision's antialiased resize of (3, H, W), on channels-last memory, where it is twice as fast or more."""
-    from torchvision.transforms.v2 import functional as F
-
-    small: Tensor = F.resize(image[None].contiguous(memory_format=torch.channels_last), size, antialias=True)[0]
-    return small
-
-
 class Photos:
     """Images that are decoded when they are wanted, and how they are shown: N images, ``photos[positions]`` of them.
 
@@ -172,6 +133,7 @@ class Photos:
         rows: (N,) rows of ``store``.
         identity: changes with the content of the files.
         levels: see :func:`datasets.files.read_image`.
+        fit: one of :data:`datasets.geometry.FITS`.
         how: one of ``INPUTS``.
         workers: processes that decode.
     """
@@ -190,12 +152,13 @@ class Photos:
         rows: Tensor | None = None,
         identity: str = "",
         levels: tuple[int, int] = FULL_RANGE,
+        fit: str = "crop",
     ) -> None:
         self.root, self.paths, self.sizes = root, paths, sizes
         self.size, self.resize = size, resized(size)
         self.store, self.how, self.workers, self.identity = store, how, workers, identity
         self.rows = torch.arange(len(sizes)) if rows is None else rows
-        self.levels = levels
+        self.levels, self.fit = levels, fit
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -218,6 +181,7 @@ class Photos:
     def fingerprint(self) -> str:
         """A hash that changes with the images and with how they are shown."""
         digest = hashlib.sha256(f"{self.how} {self.size} {self.resize} {self.identity} {self.levels}".encode())
+        digest.update(b"" if self.fit == "crop" else self.fit.encode())
         digest.update("\n".join(self.paths).encode(errors="surrogateescape"))
         digest.update(self.sizes.numpy().tobytes())
         if self.store is not None:
@@ -233,29 +197,48 @@ class Photos:
         side = sizes.amin(dim=1, keepdim=True) * (self.size / self.resize)
         return torch.cat([(sizes - side) / 2, side, side], dim=1)
 
-    def in_store(self, boxes: Tensor, index: Tensor) -> Tensor:
-        """Boxes (B, 4) in images' own pixels as boxes in the store's squashed ones, whole-numbered as those are."""
-        assert self.store is not None
-        shape = torch.tensor(self.store.shape[1:3])
-        scale = shape / self.sizes[index].double()
-        start = (boxes[:, :2] * scale).round().minimum(shape - 1)
-        stop = ((boxes[:, :2] + boxes[:, 2:]) * scale).round().maximum(start + 1)
-        return torch.cat([start, stop - start], dim=1).long()
+    def boxes(self, augment: ResizedCrop | None, index: Tensor, chances: Tensor | None) -> Boxes | None:
+        """What a step's images are cut at, see :class:`Boxes`; None for the central test view of files."""
+        sizes, places = self.sizes[index], None
+        if augment is not None and chances is not None:
+            boxes = in_image(augment.boxes(chances, as_seen(sizes, self.fit)), sizes, self.fit)
+        elif self.fit != "crop":
+            boxes = whole_boxes(sizes, self.fit)
+        elif self.store is not None:
+            boxes = self.centres(index)
+        else:
+            return None
+        if self.fit == "pad":
+            boxes, places = placed(boxes, sizes, self.size)
+        if self.store is not None:
+            boxes = rescaled(boxes, sizes, torch.tensor(self.store.shape[1:3]))
+        return Boxes(boxes, places)
 
-    def show(self, position: int, box: Sequence[int] | None) -> Tensor:
-        """One image as networks see it, (3, size, size) uint8; a test image's view where ``box`` is None."""
+    def show(self, position: int, box: list[int] | None, place: list[int] | None = None) -> Tensor:
+        """One image as networks see it, (3, size, size) uint8; a test image's centre where ``box`` is None."""
         if self.store is not None:
             image = torch.from_numpy(self.store[int(self.rows[position])]).permute(2, 0, 1)
         else:
             image = read_image(self.path(position), self.levels)
-        return self.cut(image, box)
+        return self.cut(image, box, place)
 
-    def cut(self, image: Tensor, box: Sequence[int] | None) -> Tensor:
-        """A crop (3, size, size) of an image (3, H, W) on any device; ``box`` as in :meth:`show`."""
-        if box is None:
-            return centre(image, self.size)
-        top, left, height, width = box
-        return scaled(image[:, top : top + height, left : left + width], [self.size, self.size])
+    def cut(self, image: Tensor, box: list[int] | None, place: list[int] | None = None) -> Tensor:
+        """A crop (3, size, size) of an image (3, H, W) on any device; ``box`` and ``place`` as in :meth:`show`."""
+        return centre(image, self.size) if box is None else cut(image, box, self.size, place)
+
+
+class Boxes(NamedTuple):
+    """What images are cut at: ``boxes`` (B, 4) int64, top, left, height, width, in their own pixels or the store's.
+
+    ``places`` (B, 4) is where that lies in the view, whose rest is black; None where it is all of it.
+    """
+
+    boxes: Tensor
+    places: Tensor | None
+
+    def of(self, k: int) -> tuple[list[int], list[int] | None]:
+        """Those of an image."""
+        return self.boxes[k].tolist(), None if self.places is None else self.places[k].tolist()
 
 
 #: What a worker hands over: pixels, the bytes of files with their lengths, or why there are none.
@@ -281,20 +264,12 @@ class _Reader(Dataset[Content]):
             return torch.cat(contents), [len(content) for content in contents]
         if photos.store is not None and self.on_gpu:  # cropped there
             return torch.from_numpy(photos.store[photos.rows[index].numpy()])
-        boxes = boxes_of(photos, self.augment, index, chances)
+        boxes = photos.boxes(self.augment, index, chances)
         out = torch.empty(len(index), photos.size, photos.size, 3, dtype=torch.uint8)
         for k, position in enumerate(index.tolist()):
-            view = photos.show(position, None if boxes is None else boxes[k].tolist())
+            view = photos.show(position, *((None,) if boxes is None else boxes.of(k)))
             out[k] = (view.flip(2) if flip is not None and flip[k] else view).permute(1, 2, 0)
         return out
-
-
-def boxes_of(photos: Photos, augment: ResizedCrop | None, index: Tensor, chances: Tensor | None) -> Tensor | None:
-    """The boxes (B, 4) that a step is cut at: in the store where there is one, None for files' own test view."""
-    if augment is not None and chances is not None:
-        boxes = augment.boxes(chances, photos.sizes[index])
-        return boxes if photos.store is None else photos.in_store(boxes, index)
-    return None if photos.store is None else photos.in_store(photos.centres(index), index)
 
 
 def has_decoder() -> bool:
@@ -364,15 +339,16 @@ class Crops:
         photos = self.photos
         if isinstance(content, Tensor) and not (self.on_gpu and photos.store is not None):
             return content.to(self.device, non_blocking=True)
-        boxes = boxes_of(photos, self.augment, index, chances)
+        boxes = photos.boxes(self.augment, index, chances)
         if not isinstance(content, Tensor):
             pixels = self._decode(list(content[0].split(content[1])), index, boxes)
             mirrored = None if flip is None else flip.to(self.device, non_blocking=True)[:, None, None, None]
             return pixels if mirrored is None else torch.where(mirrored, pixels.flip(2), pixels)
         assert boxes is not None
-        return resample(content.to(self.device, non_blocking=True), boxes, flip, photos.size)
+        pixels = content.to(self.device, non_blocking=True)
+        return resample(pixels, boxes.boxes, flip, photos.size, boxes.places)
 
-    def _decode(self, contents: list[Tensor], index: Tensor, boxes: Tensor | None) -> Tensor:
+    def _decode(self, contents: list[Tensor], index: Tensor, boxes: Boxes | None) -> Tensor:
         """Files' bytes through the GPU's decoder; what it does not know is decoded on the CPU."""
         from torchvision.io import decode_jpeg
 
@@ -385,37 +361,5 @@ class Crops:
                 self._told = True
             levels = self.photos.levels
             images = [read_image(self.photos.path(i), levels).to(self.device) for i in index.tolist()]
-        rows: list[Sequence[int] | None] = [None] * len(images) if boxes is None else boxes.tolist()
-        return torch.stack([self.photos.cut(image, box).permute(1, 2, 0) for image, box in zip(images, rows)])
-
-
-def resample(images: Tensor, boxes: Tensor, flip: Tensor | None, size: int) -> Tensor:
-    """Crops of many images at once, on any device: antialiased bilinear scaling as two matrix products.
-
-    images (B, S, T, 3) uint8, boxes (B, 4) top, left, height, width, flip (B,) bool -> (B, size, size, 3) uint8. With
-    whole-numbered boxes it is torchvision's resized_crop up to rounding.
-    """
-    device = images.device
-    top, left, height, width = boxes.to(device, torch.float32, non_blocking=True).T[:, :, None, None]
-    down = _weights(top, height, images.shape[1], size)
-    across = _weights(left, width, images.shape[2], size)
-    if flip is not None:
-        across = torch.where(flip.to(device, non_blocking=True)[:, None, None], across.flip(1), across)
-    rows = torch.bmm(down, images.float().flatten(2)).unflatten(2, images.shape[2:])  # (B, size, T, 3)
-    cells = torch.einsum("bowc,bpw->bopc", rows, across)
-    return cells.round_().clamp_(0, 255).to(torch.uint8)
-
-
-def _weights(start: Tensor, length: Tensor, pixels: int, size: int) -> Tensor:
-    """How much each of ``pixels`` counts in each of ``size`` outputs: (B, size, pixels), rows summing to 1.
-
-    A triangle around the output's centre, as wide as the outputs are apart but at least one pixel; pixels outside of
-    the crop, which begins at ``start`` (B, 1, 1), do not count.
-    """
-    step = length / size
-    centre = start + (torch.arange(size, device=start.device)[:, None] + 0.5) * step
-    place = torch.arange(pixels, device=start.device) + 0.5
-    weights = (1 - (place - centre).abs() / step.clamp(min=1)).clamp(min=0)
-    inside = (place > start.floor()) & (place < (start + length).ceil())
-    weights = weights * inside
-    return weights / weights.sum(dim=2, keepdim=True)
+        views = [self.photos.cut(image, *((None,) if boxes is None else boxes.of(k))) for k, image in enumerate(images)]
+        return torch.stack([view.permute(1, 2, 0) for view in views])

@@ -2,6 +2,7 @@
 
     python -m datasets.prepare imagenet_lt --root DIR
     python -m datasets.prepare imagenet_lt --root DIR --cache 256
+    python -m datasets.prepare folder --root DIR --show sheet.png
 
 What is found goes to DATA_DIR/DATASET/manifest.npz, which training reads. --cache SIDE adds <split>_SIDE.npy beside it:
 every image squashed to SIDE x SIDE, for training without decoding. The usual layouts of the images are recognised.
@@ -20,17 +21,23 @@ from pathlib import Path
 
 import torch
 
+from datasets import Batches, load
 from datasets.checked import check_all
 from datasets.files import Listing, Manifest
+from datasets.geometry import FITS
 from datasets.own import LAYOUTS, listing_of
 from datasets.published import PUBLISHED, read_published
-from datasets.spec import ImageOptions
+from datasets.spec import NATURAL, ImageOptions
 from utils.command import command
-from utils.console import write
+from utils.console import counted, write
 from utils.errors import UsageError
-from utils.files import require_writable
-from utils.options import Flag, Number, Text, check, option, parse_typed, resolve
+from utils.files import Target, atomic, require_targets, require_writable
+from utils.options import Choice, Flag, Number, Text, check, option, parse_typed, resolve
+from utils.plots import Pictured, contact_sheet
 from utils.system import available_cpus
+
+#: Classes that --show draws, at most.
+SHOWN = 32
 
 
 @dataclass(frozen=True)
@@ -68,10 +75,38 @@ class Options:
         1, Number(int, 1, 20), "folder: how many folders below the split's the classes are", "data"
     )
     skip_damaged: bool = option(False, Flag(), "go on without files that cannot be read", "data")
+    show: str | None = option(
+        None,
+        Text("a PNG to write"),
+        "draw training and test images of some classes as a network sees them",
+        "data",
+    )
+    image_size: int | None = option(None, Number(int, 8, 1024), "--show: side in pixels", "data")
+    fit: str = option("crop", Choice(FITS), "--show, own data: see --fit of main_stage1.py", "data")
     verify: bool = option(False, Flag(), "check all files again", "data")
 
     def __post_init__(self) -> None:
         check(self)
+
+
+def draw(name: str, data_dir: str, image_options: ImageOptions, path: str) -> None:
+    """Draws training images as they are augmented, and test images, of classes from the largest to the smallest."""
+    data = load(name, data_dir, image_options=image_options, imb_ratio=NATURAL)
+    order = torch.tensor(data.class_counts).argsort(descending=True, stable=True)
+    classes = order[torch.linspace(0, len(order) - 1, min(len(order), SHOWN)).long()].tolist()
+    pictures: list[Pictured] = []
+    for title, part, augment in (("train", data.train, data.spec.augment), ("test", data.test, None)):
+        firsts = [torch.nonzero(part.labels == number).flatten()[:1] for number in classes]
+        chosen = part.take(torch.cat(firsts))
+        batches = Batches(chosen.images, chosen.labels, 64, data.spec.mean, data.spec.std, torch.device("cpu"), augment)
+        for images, labels in batches.epoch():
+            mean, std = (torch.tensor(values)[:, None, None] for values in (data.spec.mean, data.spec.std))
+            pixels = ((images * std + mean) * 255).round().clamp(0, 255).byte()
+            names = [data.class_names[label] for label in labels.tolist()]
+            pictures += [Pictured(image, f"{title}\n{called}") for image, called in zip(pixels, names)]
+    with atomic(path) as temporary:
+        contact_sheet(pictures, temporary)
+    write(f"{path}: {counted(len(pictures), 'image')} as a network sees them, {data.train.side} pixels")
 
 
 @command
@@ -89,17 +124,30 @@ def main(argv: Sequence[str]) -> Manifest:
     if options.root is None or not (Path(options.root).is_dir() or name == "csv"):
         problem = "--root is missing" if options.root is None else f"--root {options.root} is no folder"
         raise UsageError(problem, f"the folder with the images of {name}. {needs[name]}")
+    for flag in ("image_size", "fit"):
+        if flag in typed and not options.show:
+            raise UsageError(f"--{flag} without --show", "--show FILE.png beside it")
+    if options.show:
+        require_targets([Target("--show", options.show, b"\x89PNG", b"Matplotlib")], [Path(options.root)])
+    image_options = ImageOptions(
+        image_size=options.image_size,
+        fit=options.fit,
+        class_level=options.class_level,
+        test_split=options.test_split,
+        test_seed=options.test_seed,
+        skip_damaged=options.skip_damaged,
+    )
     torch.set_num_threads(1)  # the workers are the parallelism
     if name in OWN:
         for flag in ("data_dir", "any_counts"):
             if flag in typed:
                 raise UsageError(f"--{flag} with {name}, data of one's own", "without it")
-        shown = ImageOptions(
-            class_level=options.class_level, test_split=options.test_split, test_seed=options.test_seed
-        )
-        root, home, listing = listing_of(name, options.root, shown)
-        return check_all(name, root, home, listing, workers, side, options.verify, argv, options.skip_damaged)
-    for flag in ("class_level", "test_split", "test_seed", "skip_damaged"):
+        root, home, listing = listing_of(name, options.root, image_options)
+        manifest = check_all(name, root, home, listing, workers, side, options.verify, argv, options.skip_damaged)
+        if options.show:
+            draw(name, options.root, image_options, options.show)
+        return manifest
+    for flag in ("fit", "class_level", "test_split", "test_seed", "skip_damaged"):
         if flag in typed:
             raise UsageError(f"--{flag} with {name}, whose lists are published", "without it")
     root, folder = Path(os.path.abspath(options.root)), Path(options.data_dir, name)
@@ -110,7 +158,10 @@ def main(argv: Sequence[str]) -> Manifest:
         write(f"{split}: {len(paths):,} images listed, the first {root / paths[0]}")
     if listing.about.get("counts") == "other":
         write("images per class are not the published ones (--any_counts)")
-    return check_all(name, root, folder, listing, workers, side, options.verify, argv)
+    manifest = check_all(name, root, folder, listing, workers, side, options.verify, argv)
+    if options.show:
+        draw(name, options.data_dir, image_options, options.show)
+    return manifest
 
 
 if __name__ == "__main__":

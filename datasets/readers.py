@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import partial
 from pathlib import Path
 
@@ -9,11 +10,14 @@ import numpy as np
 import torch
 
 from datasets.batches import Augment
+from datasets.files import Manifest
 from datasets.listed import read_listed
-from datasets.own import read_files, read_npz, suited
+from datasets.own import identity_of, read_files, read_npz, suited
 from datasets.photos import ResizedCrop
 from datasets.spec import DatasetSpec, ImageOptions, ImageSet, Recipe, Source
 from utils.errors import UsageError
+
+DIGITS = [str(label) for label in range(10)]
 
 
 def _read_cifar(name: str, data_dir: str) -> Source:
@@ -45,6 +49,21 @@ def read_cifar100(data_dir: str, image_options: ImageOptions) -> Source:
     return _read_cifar("CIFAR100", data_dir)
 
 
+def known_class_names(name: str, data_dir: str, image_options: ImageOptions) -> list[str]:
+    """The class names of a data set, found without its images: [] of one with published lists that is not prepared.
+
+    Raises:
+        UsageError: data of one's own are not laid out so.
+    """
+    if DATASETS[name].own:
+        return identity_of(name, data_dir, image_options)[0]
+    if DATASETS[name].photos:
+        manifest = Manifest.load(Path(data_dir, name, "manifest.npz"))
+        return manifest.class_names if manifest else []
+    names: dict[str, list[str]] = json.loads(Path(__file__).with_name("class_names.json").read_text())
+    return names.get(name, DIGITS)
+
+
 def read_digits(data_dir: str, image_options: ImageOptions) -> Source:
     """UCI handwritten digits inside scikit-learn: 1,797 grey images of 8x8; ``data_dir`` is not used.
 
@@ -60,7 +79,7 @@ def read_digits(data_dir: str, image_options: ImageOptions) -> Source:
         is_test[torch.nonzero(labels == label).flatten()[-50:]] = True
     whole = ImageSet.of(pixels, labels)
     train, test = (whole.take(torch.nonzero(part).flatten()) for part in (~is_test, is_test))
-    return Source(train, test, [str(label) for label in range(10)])
+    return Source(train, test, DIGITS)
 
 
 # Label Over-Smooth and Weight Balancing normalise CIFAR-100 with CIFAR-10's constants, so both do here.

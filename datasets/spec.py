@@ -103,6 +103,7 @@ class ImageOptions:
         how: one of :data:`datasets.photos.INPUTS`.
         workers: processes that decode.
         levels: of 16-bit grey images, the values that become black and white.
+        fit: one of :data:`datasets.geometry.FITS`.
         class_level: of a folder of one's own, how many folders below the split's the classes are.
         test_split, test_seed: share of every class that is tested where one's own data have no test set, and its seed.
         skip_damaged, drop_duplicates: go on without damaged files, or training images that are in other splits.
@@ -116,6 +117,7 @@ class ImageOptions:
     how: str = "files"
     workers: int = 0
     levels: tuple[int, int] | None = None
+    fit: str = "crop"
     class_level: int = 1
     test_split: float = 0.0
     test_seed: int = 0

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import torch
 
-from datasets import DATASETS, IMB_TYPES, INPUTS, NATURAL, SUBSETS, ImageOptions, Natural
+from datasets import DATASETS, FITS, IMB_TYPES, INPUTS, NATURAL, SUBSETS, ImageOptions, Natural
 from models import BACKBONES, STEMS, TIMM, pick_stem, timm_constants
 from utils.checkpoints import HOW_IT_RUNS, IDENTITY, SELECT, STAGES, Checkpoint
 from utils.console import show
@@ -103,6 +103,13 @@ class DataOptions:
         "where all are such, else 0 65535",
         "data",
     )
+    fit: str = option(
+        "crop",
+        Choice(FITS),
+        "own data, of images that are not square: show the centre, all with other proportions, or all between black "
+        "bars",
+        "data",
+    )
     class_level: int = option(
         1, Number(int, 1, 20), "folder: how many folders below the split's the classes are", "data"
     )
@@ -150,6 +157,7 @@ def image_options_of(options: DataOptions) -> ImageOptions:
         options.input,
         options.workers,
         None if options.range is None else (int(options.range[0]), int(options.range[1])),
+        options.fit,
         options.class_level,
         options.test_split,
         options.test_seed,
@@ -326,6 +334,7 @@ def file_identity(file: Checkpoint) -> dict[str, object]:
     if "dataset" in file.data and DATASETS[file.data["dataset"]].own:
         stated |= {"mean": tuple(file.data["mean"]), "std": tuple(file.data["std"])}
         stated |= {"range": tuple(file.data["levels"])} if file.data.get("levels") else {}
+        stated |= {"fit": file.data.get("fit", "crop")}
     return stated
 
 
@@ -391,7 +400,7 @@ def check_data_flags(options: DataOptions, typed: Values) -> None:
                 f"--{name} {typed[name]}: {options.dataset} has images of one size, held in memory",
                 f"without it, or one of {', '.join(key for key, each in DATASETS.items() if each.photos)}",
             )
-    for name in ("mean", "std", "range", *LAYOUT):
+    for name in ("mean", "std", "range", "fit", *LAYOUT):
         if name in typed and not spec.own:
             own = ", ".join(key for key, each in DATASETS.items() if each.own)
             raise UsageError(f"--{name}: {options.dataset} is no data of one's own", f"without it, or one of {own}")

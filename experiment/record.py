@@ -249,6 +249,7 @@ def make_checkpoint(
             "class_counts": data.class_counts,
             "mean": list(data.spec.mean),
             "std": list(data.spec.std),
+            **({"fit": options.fit} if data.spec.own else {}),
             **({} if data.spec.levels is None else {"levels": list(data.spec.levels)}),
             "listing": data.spec.listing,
             **({"test_files": list(data.spec.test_files)} if data.spec.test_files else {}),

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from datasets import DATASETS, LongTailed
+from datasets import DATASETS, FITS, LongTailed
 from datasets.own import SPLITS, identity_of
 from experiment.options import DataOptions, data_name, flags_of, layout_of, recipe_layers
 from models import BACKBONES, HEADS, TIMM, Network, build_model, imagenet_weights, recognise
@@ -30,6 +30,7 @@ def open_checkpoint(typed: Values, stage: str, cls: type[DataOptions]) -> Checkp
     """
     if "pretrained_pth" in typed:
         path = Path(str(typed["pretrained_pth"]))
+        path = path / "checkpoint.pt" if path.is_dir() else path
     else:
         dataset = str(typed.get("dataset", "cifar100"))
         options = resolve(cls, typed, recipe_layers(dataset, typed)).options
@@ -45,6 +46,8 @@ def open_checkpoint(typed: Values, stage: str, cls: type[DataOptions]) -> Checkp
     file = checkpoints.read(path)
     if file.data and file.data["dataset"] not in DATASETS:
         raise UsageError(f"{path} is of the data set {short(file.data['dataset'])}", ", ".join(DATASETS))
+    if file.data.get("fit", "crop") not in FITS:
+        raise UsageError(f"{path}: its images were fitted by {short(file.data['fit'])}", ", ".join(FITS))
     if file.stage is not None:
         if "pretrained_pth" not in typed and path.name != final_path_of(file).name:
             raise UsageError(f"{path} holds what belongs at {final_path_of(file)}", "--pretrained_pth, if it is meant")
@@ -92,6 +95,23 @@ def open_latest(typed: Values, cls: type[DataOptions]) -> Checkpoint:
         return open_checkpoint(typed, "stage2", cls)
     except NoCheckpoint:
         return open_checkpoint(typed, "stage1", cls)
+
+
+def only_file() -> Path:
+    """The latest stage's default file, where nothing was typed that chooses one.
+
+    Raises:
+        UsageError: there are files of several runs.
+    """
+    runs: dict[str, Path] = {}
+    for path in sorted(checkpoints.FOLDER.glob("*_stage[12].pt")):  # a run's second stage comes last
+        runs[path.stem.rpartition("_")[0]] = path
+    if len(runs) > 1:
+        files = ", ".join(map(str, runs.values()))
+        raise UsageError(f"which checkpoint? There are {files}", "--from with one of them, or a run folder")
+    if not runs:
+        raise UsageError(f"there is no checkpoint in {checkpoints.FOLDER}", "--from with a file or a run folder")
+    return next(iter(runs.values()))
 
 
 def require_same_data(file: Checkpoint, data_dir: str) -> None:

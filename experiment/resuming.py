@@ -23,6 +23,7 @@ from utils.options import Values, convert_typed, shown, spec_of
 from utils.readers import Unreadable, read_json
 from utils.resume import Stateful, TrainState, can_go_on, completed_run
 from utils.run import Run
+from utils.system import available_cpus
 
 
 class Resumed(NamedTuple):
@@ -76,6 +77,9 @@ def find_run(
             was = f"with --{name} {shown(stored[name])}" if name in stored else "without it"
             raise UsageError(f"--{name} {shown(value)}: {wanted} was begun {was}", "the same, or a new run")
     kept: Values = {name: begun["options"][name] for name in ("amp", "compile") if name in begun["options"]}
+    threads = begun["options"].get("threads")
+    if isinstance(threads, int) and threads <= available_cpus():
+        kept = {**kept, "threads": threads}  # which decides the last bits
     kept = {**kept, "seed": tuple(begun["seed"])}
     moved = {name: value for name, value in typed.items() if name in MAY_MOVE}
     found: dict[str, object] = {**stored, **kept, **moved}

@@ -19,6 +19,7 @@ from typing import ClassVar, Literal, Self
 import torch
 from torch import Tensor, nn
 
+from engine import cosine
 from experiment.sweeps import Setting
 from losses.softmax import (
     AUTO_EXCESS,
@@ -167,6 +168,10 @@ class Trained(Method):
     @property
     def scope(self) -> str:
         return self.finetune_scope
+
+    def rate(self, epoch: int) -> float:
+        """The learning rate's factor in an epoch (from 0)."""
+        return cosine(epoch, self.finetune_epoch)
 
     def loss(self, stage1: Stage1, progress: float) -> nn.Module:
         """The loss at a share ``progress`` of the epochs: (logits (B, C), labels (B,)) -> scalar, nats."""
@@ -463,15 +468,22 @@ class ClassBalanced(Trained):
 class WeightDecay(ClassBalanced):
     """Weight Balancing's classifier with weight decay alone (CVPR 2022, "+ WD"): class-balanced loss, strong decay.
 
-    Its own values were not released; lr, weight decay and loss are those of :class:`MaxNorm`. Needs class counts.
+    Its own values were not released; lr, weight decay, schedule and loss are those of :class:`MaxNorm`. Its code steps
+    the cosine before each epoch, so that rates are those of the ``next`` one, to 0 in the last: their sum over 10
+    epochs is 18 % smaller. Needs class counts.
     """
 
     name = "weight-decay"
+    published = {"finetune_epoch": 10, "finetune_schedule": "next"}
     tuned = {"finetune_wd": (0.02, 0.1, 0.5)}
 
     finetune_lr: float = 0.01
     finetune_wd: float = 0.1
     cb_form: str = "bce"
+    finetune_schedule: str = "cosine"
+
+    def rate(self, epoch: int) -> float:
+        return cosine(epoch + (self.finetune_schedule == "next"), self.finetune_epoch)
 
 
 @dataclass(frozen=True, kw_only=True)

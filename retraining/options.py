@@ -60,6 +60,13 @@ class Options(TrainOptions):
     cb_form: str | None = option(
         None, Choice(("ce", "bce")), "class-balanced loss: cross-entropy, or BCE on softmax", "recipe", sweep=True
     )
+    finetune_schedule: str | None = option(
+        None,
+        Choice(("cosine", "next")),
+        "weight-decay, maxnorm: an epoch's own rate of the cosine, or the next one's, to 0 in the last epoch",
+        "recipe",
+        sweep=True,
+    )
     drw: float | None = option(
         None, Number(float, 0, 1), "ldam: share of the epochs after which classes are weighted", "recipe", sweep=True
     )
@@ -103,7 +110,11 @@ class Options(TrainOptions):
         False, Flag(), "check all of what is kept there when it is opened; else of large files a sample", "files"
     )
     pretrained_pth: str | None = option(
-        None, Text(), "stage 1's checkpoint; without it, the one it left by default", "files"
+        None,
+        Text("a file or a run folder"),
+        "stage 1's checkpoint, or the folder of its run; without it, the one it left by default",
+        "files",
+        aliases=("from",),
     )
 
 

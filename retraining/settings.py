@@ -50,8 +50,10 @@ def make_methods(
     for key in names:
         method = METHODS[key]
         make: Callable[..., Method] = method
-        defaults = method.options() | (dict(method.published) if published else {})
+        defaults = method.options()
         values = {name: given.get(name, (default,)) for name, default in defaults.items()}
+        if published:
+            values |= {name: (value,) for name, value in method.published.items() if name not in typed}
         if tune:
             free = {name: choices[0] for name, choices in values.items() if name not in typed}
             for name, grid in make(**{name: choices[0] for name, choices in values.items()}).grid(num_classes).items():

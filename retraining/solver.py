@@ -71,7 +71,7 @@ class _Part(Protocol):
 
     places: list[int]
 
-    def begin(self, progress: float, rate: float) -> None: ...
+    def begin(self, progress: float, rates: Sequence[float]) -> None: ...
     def step(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]: ...
     def end(self) -> None: ...
     def state_dict(self) -> StateDict: ...
@@ -108,7 +108,7 @@ class _LinearChunk:
         self.offset, self.margin, self.smooth, self.class_weight = self.tables.values()
         self.has_offsets, self.is_unweighted = True, False
 
-    def begin(self, progress: float, rate: float) -> None:
+    def begin(self, progress: float, rates: Sequence[float]) -> None:
         losses: list[SoftmaxLoss] = [t.loss(progress) for t in self.classifiers]  # type: ignore[misc]
         tables = {name: torch.stack([getattr(loss, name) for loss in losses]) for name in TABLES}
         for name, table in tables.items():
@@ -119,7 +119,8 @@ class _LinearChunk:
         self.is_unweighted = bool((tables["weight"] == 1).all())
         if self.graph and (self.has_offsets, self.is_unweighted) != before:
             self.graph.forget()
-        self.rate.copy_(-rate * self.lr)
+        own = torch.tensor([rates[place] for place in self.places]).to(self.lr)
+        self.rate.copy_(-own.repeat_interleave(self.classes)[:, None] * self.lr)
 
     def step(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         if not self.graph:
@@ -205,9 +206,9 @@ class _Alone:
             parameters, classifier.lr, momentum=momentum, weight_decay=classifier.wd, nesterov=nesterov
         )
 
-    def begin(self, progress: float, rate: float) -> None:
+    def begin(self, progress: float, rates: Sequence[float]) -> None:
         self.loss = self.classifier.loss(progress).to(next(self.classifier.head.parameters()).device)
-        self.optimizer.param_groups[0]["lr"] = self.classifier.lr * rate
+        self.optimizer.param_groups[0]["lr"] = self.classifier.lr * rates[self.places[0]]
 
     def step(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         logits = self.classifier.head(features)
@@ -274,19 +275,21 @@ class Solver:
         self.sums: list[Tensor | float] = [0.0] * len(self.parts)
 
     def train_epoch(
-        self, steps: Steps, progress: float, rate: float, state: TrainState | None = None
+        self, steps: Steps, progress: float, rate: float | Sequence[float], state: TrainState | None = None
     ) -> list[TrainStats]:
         """One SGD step of every head on each (features (B, D), labels (B,)).
 
-        ``progress`` is the share of the epochs that is over, ``rate`` multiplies the learning rates. ``state`` is told
-        of the steps and may have seen the first ones, which are then passed over. Returns what each head has measured.
+        ``progress`` is the share of the epochs that is over, ``rate`` multiplies the learning rates, one number for all
+        heads or one for each. ``state`` is told of the steps and may have seen the first ones, which are then passed
+        over. Returns what each head has measured.
         """
         done = state.step if state else 0
         if done == 0:
             self._begin_epoch()
+        rates = [rate] * len(self.seconds) if isinstance(rate, float | int) else rate
         if not (state and state.is_trained):
             for part in self.parts:
-                part.begin(progress, rate)
+                part.begin(progress, rates)
             with self._workers() as apply:
                 for window in _windows(islice(iter(steps), done, None)):
                     found = list(apply(partial(self._advance, window), self.parts))

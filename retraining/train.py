@@ -8,15 +8,18 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import TypeVar
 
 import torch
 
 from datasets import LongTailed
-from engine import TrainStep, cosine, is_due, make_sgd, set_lr, train_epoch
+from engine import TrainStep, is_due, make_sgd, set_lr, train_epoch
 from experiment.data import EVAL_BATCH
 from experiment.record import STATE
 from experiment.restore import restore
 from experiment.resuming import make_state
+from experiment.threads import settle_threads
 from models import trained_part
 from retraining.features import FEATURES, Stream, unseen
 from retraining.forecast import Forecast
@@ -33,6 +36,7 @@ from utils.options import Resolved
 from utils.resume import TrainState
 from utils.run import Run
 
+T = TypeVar("T", bound=Options)
 #: What may help where every classifier diverges.
 HINT = "a lower --finetune_lr may help"
 
@@ -54,6 +58,15 @@ def freeze(parent: Checkpoint, data: LongTailed, device: torch.device, options: 
         options.check_cache,
     )
     return FrozenBackbone(source)
+
+
+def with_threads(resolved: Resolved[T], methods: Sequence[Method], frozen: FrozenBackbone) -> Resolved[T]:
+    """The options with the number of CPU threads that is settled where none was typed."""
+    options, source, train = resolved.options, frozen.source, frozen.data.train
+    images = 0 if options.deterministic else source.images_left(cached_streams(methods), options.eval_every)
+    shape = train.channels, train.side, train.side
+    threads = settle_threads(source.model, shape, images, source.device, options.threads, trains=False)
+    return resolved.settled(replace(options, threads=threads))
 
 
 def state_bytes(methods: Sequence[Method], parent: Checkpoint) -> int:
@@ -150,12 +163,12 @@ def train_heads(
         forecast.begin(methods, stream.epochs - state.epoch)
         run.begin_training(stream.epochs - state.epoch, 0, options.eval_every, forecast.left)
         for epoch in range(state.epoch, stream.epochs):
-            rate = cosine(epoch, stream.epochs)
-            train = solver.train_epoch(frozen.source.epoch(stream, epoch), epoch / stream.epochs, rate, state)
+            rates = [method.rate(epoch) for method in methods]
+            train = solver.train_epoch(frozen.source.epoch(stream, epoch), epoch / stream.epochs, rates, state)
             seconds, due = state.seconds, is_due(epoch, stream.epochs, options.eval_every)
             if due:
                 frozen.make_features(stream, epoch)
-            for result, head, stats in zip(results, heads, train):
+            for result, head, rate, stats in zip(results, heads, rates, train):
                 is_well = result.after(epoch, head.lr * rate, stats, seconds, frozen.data.num_classes)
                 if is_well and due:
                     frozen.measure(result, result.method.finished(head.head), epoch)
@@ -194,7 +207,7 @@ def train_network(
         forecast.begin(methods, stream.epochs - state.epoch)
         run.begin_training(stream.epochs - state.epoch, 0, options.eval_every, forecast.left)
         for epoch in range(state.epoch, stream.epochs):
-            rate = cosine(epoch, stream.epochs)
+            rate = method.rate(epoch)
             model.train(options.features == "replay")
             trained.train()
             set_lr(optimizer, lr * rate)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from experiment.sweeps import varying
-from losses import weighted
+from losses import SoftmaxLoss, weighted
 from models.heads import HEADS, head_name, make_linear
 from retraining.methods import METHODS, Method, Stage1, Trained
 from retraining.options import Options
@@ -375,3 +375,44 @@ def test_tau_goes_by_class_mean_where_the_held_out_images_are_unbalanced(start) 
             break
     lopsided = dataclasses.replace(start, held_out=lambda: [(features, torch.tensor(labels))])
     assert only("tau-norm").chosen(lopsided).tau == pytest.approx(np.argmax(by_class) / 10)
+
+
+@pytest.mark.parametrize("name", ["maxnorm", "weight-decay"])
+def test_published_schedule_is_a_scheduler_stepped_before_each_epoch(name: str) -> None:
+    """Weight Balancing's code: 10 epochs, CosineAnnealingLR stepped first."""
+    axes = {"seed": (0,), "batch_size": (64,), "finetune_epoch": (20,), "finetune_scope": ("fc",)}
+    (plain,) = make_methods([name], axes, [], 10)
+    (published,) = make_methods([name], axes, [], 10, published=True)
+    (typed,) = make_methods(
+        [name], axes | {"finetune_schedule": ("cosine",)}, axes.keys() | {"finetune_schedule"}, 10, True
+    )
+    assert (plain.finetune_epoch, published.finetune_epoch, typed.finetune_epoch) == (20, 10, 20)
+    for method, is_first in ((plain, False), (published, True), (typed, False)):
+        optimizer = torch.optim.SGD([torch.zeros(1)], lr=method.finetune_lr)
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, method.finetune_epoch)
+        for epoch in range(method.finetune_epoch):
+            optimizer.step()
+            if is_first:
+                scheduler.step()
+            expected = optimizer.param_groups[0]["lr"]
+            assert method.finetune_lr * method.rate(epoch) == pytest.approx(expected, rel=1e-9, abs=1e-12)
+            if not is_first:
+                scheduler.step()
+    assert published.finetune_lr * published.rate(0) == pytest.approx(0.00976, abs=5e-6)
+
+
+def test_heads_with_schedules_of_their_own_are_trained_as_alone() -> None:
+    torch.manual_seed(0)
+    features, labels = torch.randn(64, 6), torch.randint(0, 4, (64,))
+    one, other = (
+        [TrainableHead(torch.nn.Linear(6, 4), lambda progress: SoftmaxLoss(4), 0.5, 0.1) for _ in range(2)]
+        for _ in range(2)
+    )
+    for mine, theirs in zip(one, other):
+        theirs.head.load_state_dict(mine.head.state_dict())
+    Solver(one).train_epoch([(features, labels)], 0.0, [1.0, 0.25])
+    for head, rate in zip(other, (1.0, 0.25)):
+        Solver([head]).train_epoch([(features, labels)], 0.0, rate)
+    for mine, theirs in zip(one, other):
+        assert torch.allclose(mine.head.weight, theirs.head.weight, atol=1e-7)
+    assert not torch.allclose(one[0].head.weight, one[1].head.weight)

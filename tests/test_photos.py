@@ -17,8 +17,8 @@ from torchvision.transforms.v2 import functional as F
 from datasets import Batches, files
 from datasets.batches import seeded
 from datasets.files import read_image
-from datasets.own import square
-from datasets.photos import ATTEMPTS, LONGEST, Crops, Photos, ResizedCrop, centre, resample, shortened
+from datasets.geometry import LONGEST, centre, placed, resample, rescaled, shortened, square
+from datasets.photos import ATTEMPTS, Crops, Photos, ResizedCrop
 from datasets.scan import write_pixels
 from utils.errors import UsageError
 
@@ -152,10 +152,9 @@ def with_store(folder: Path, side: int = 64) -> Photos:
 
 
 def test_boxes_in_the_cache_hold_a_pixel_of_it_at_least() -> None:
-    sizes = torch.tensor([[1000, 1000], [1, 2000], [30, 3000]])
-    photos = Photos(".", [], sizes, 8, np.zeros((3, 16, 16, 3), dtype=np.uint8))
+    sizes = torch.tensor([[1000, 1000], [1000, 1000], [1, 2000], [1, 2000], [30, 3000]])
     boxes = torch.tensor([[0, 0, 1000, 1000], [995, 996, 5, 4], [0, 0, 1, 1], [0, 1999, 1, 1], [0, 2970, 30, 30]])
-    found = photos.in_store(boxes, torch.tensor([0, 0, 1, 1, 2]))
+    found = rescaled(boxes, sizes, torch.tensor([16, 16]))
     assert found.tolist() == [[0, 0, 16, 16], [15, 15, 1, 1], [0, 0, 16, 1], [0, 15, 16, 1], [0, 15, 16, 1]]
 
 
@@ -316,3 +315,58 @@ def test_an_image_of_too_many_pixels_is_refused_by_name(tmp_path: Path, monkeypa
             read_image(tmp_path / name)
     Image.new("RGB", (60, 50)).save(tmp_path / "c.jpg")
     assert read_image(tmp_path / "c.jpg").shape == (3, 50, 60)
+
+
+@pytest.mark.parametrize("fit", ["squash", "pad"])
+@pytest.mark.parametrize("shape", [(40, 200), (201, 41), (64, 64), (1, 300)])
+def test_all_of_an_image_is_seen_where_it_is_squashed_or_padded(fit: str, shape: tuple[int, int]) -> None:
+    image = torch.full((3, *shape), 200, dtype=torch.uint8)
+    for view in (centre(image, 80, fit), square(image, 32, fit)):
+        side = view.shape[1]
+        seen = (view[0] > 0).nonzero()
+        high, wide = (max(1, round(side * length / max(shape))) for length in shape) if fit == "pad" else (side, side)
+        rows, columns = (int(part.max() - part.min()) + 1 for part in seen.T)
+        assert abs(rows - high) <= 1 and abs(columns - wide) <= 1, (rows, columns)
+        assert abs(int(seen[:, 0].min()) - (side - rows) // 2) <= 1
+        assert set(view.flatten().tolist()) <= {0, 200}
+
+
+@pytest.mark.parametrize("fit", ["crop", "squash", "pad"])
+@pytest.mark.parametrize("augment", [ResizedCrop(jitter=0), None])
+def test_files_the_cache_and_a_gpu_show_the_same_of_images_that_are_fitted(
+    folder: Path, fit: str, augment: ResizedCrop | None
+) -> None:
+    order = torch.tensor([3, 0, 4, 1, 2])
+    from_files, from_cache = photos_in(folder, size=48, fit=fit), with_store(folder, 200)
+    from_cache.fit, from_cache.size, from_cache.resize = fit, from_files.size, from_files.resize
+    draws = (ResizedCrop().draw(5, torch.Generator().manual_seed(1))) if augment else None
+    steps = [(order, draws[0], draws[1])] if draws else [(order,)]
+    views = []
+    for photos in (from_files, from_cache):
+        crops = Crops(photos, augment, CPU)
+        views.append(next(crops.cuts(steps) if draws else crops.whole(s[0] for s in steps)).int())
+    on_gpu = Crops(from_cache, augment, CPU)
+    on_gpu.on_gpu = on_gpu.photos.store is not None
+    views.append(on_gpu._finish(torch.from_numpy(from_cache.store[order.numpy()]), *steps[0]).int())
+    black = [view.amax(dim=3) == 0 for view in views]
+    assert torch.equal(black[1], black[2]) and (views[1] - views[2]).abs().max() <= 2
+    assert (black[0] != black[1]).float().mean() < 0.02
+    same = ~(black[0] | black[1])
+    assert (views[0] - views[1])[same].abs().float().mean() < 6
+
+
+def test_a_crop_shows_no_more_black_than_it_must(folder: Path) -> None:
+    photos = photos_in(folder, size=48, fit="pad")
+    index = torch.arange(5).repeat(200)
+    chances = ResizedCrop().draw(1000, torch.Generator().manual_seed(0))[0]
+    cut = photos.boxes(ResizedCrop(), index, chances)
+    assert cut is not None and cut.places is not None
+    assert (cut.boxes[:, 2:] >= 1).all() and (cut.places[:, 2:] >= 1).all()
+    sizes, ends = photos.sizes[index], cut.boxes[:, :2] + cut.boxes[:, 2:]
+    assert (
+        (cut.boxes[:, :2] >= 0).all() and (ends <= sizes).all() and (cut.places[:, :2] + cut.places[:, 2:] <= 48).all()
+    )
+    is_part = cut.places[:, 2:] < 48  # black above and below, or beside: all of the image is there
+    assert is_part.any() and (cut.boxes[:, 2:] == sizes)[is_part].float().mean() > 0.98
+    ones = torch.tensor([[-30, 0, 100, 100]]), torch.tensor([[40, 100]])
+    assert [part.tolist() for part in placed(*ones, 10)] == [[[0, 0, 40, 100]], [[3, 0, 4, 10]]]

@@ -13,13 +13,17 @@ import torch
 from PIL import Image
 from test_own import COLOURS, make_folder, paint, read
 
+import datasets
 import evaluate
 import main_stage1
+import main_stage2
 import predict
-from datasets import prepare
+from datasets import ImageOptions, known_class_names, prepare
 from datasets.files import image_size, read_image
+from models import build_model
 from utils import checkpoints
 from utils.errors import UsageError
+from utils.plots import Pictured
 
 QUICK = ["--network", "resnet8", "--epochs", "1", "--seed", "0", "--workers", "0"]
 
@@ -686,3 +690,123 @@ def test_the_contact_sheet_has_every_answer(workdir, monkeypatch) -> None:
     assert len(sheets[0]) == predict.SHOWN_OF_CLASS + 2
     assert seen["wrong.png"].is_right is False and seen["wrong.png"].words.endswith("is red")
     assert seen["x.png"].is_right is None and seen["0.png"].is_right is True
+
+
+# What of it networks see
+
+
+def wide_folder(place: Path, height: int, width: int) -> None:
+    """Three classes told apart by a stripe at the left end alone, which a square in the centre does not show."""
+    for split, number in (("train", 6), ("test", 3)):
+        for name, colour in COLOURS.items():
+            folder = place / split / name
+            folder.mkdir(parents=True)
+            for k in range(number):
+                pixels = np.full((height, width, 3), 90 + k, dtype=np.uint8)
+                pixels[:, : width // 8] = colour
+                Image.fromarray(pixels).save(folder / f"{k}.png")
+
+
+@pytest.mark.parametrize("fit", ["crop", "squash", "pad"])
+@pytest.mark.parametrize(("height", "width"), [(16, 64), (100, 300)])
+def test_what_is_shown_of_a_wide_image_is_chosen_and_kept(fit: str, height: int, width: int, workdir, capsys) -> None:
+    wide_folder(Path("wide"), height, width)
+    size = ["--image_size", "80"] if height > 64 else []
+    file = train("folder", "wide", "--fit", fit, "--no_flip", *size)
+    said = capsys.readouterr().out
+    assert ("100 % of the training images are more than 1.5 times as long" in said) == (fit == "crop")
+    assert file.data["fit"] == fit
+    report = evaluate.main(["--from", str(file.path), "--workers", "0"])
+    assert report["top1"] == file.metrics["top1"]
+    other = {"crop": "pad", "squash": "crop", "pad": "squash"}[fit]
+    with pytest.raises(SystemExit):
+        evaluate.main(["--from", str(file.path), "--fit", other])
+    found = predict.main(["wide/test", "--from", str(file.path), "--top_k", "3"])
+    right = [each["top"][0]["name"] == Path(each["path"]).parent.name for each in found]
+    assert sum(right) / len(right) == pytest.approx(report["top1"])
+    pictures = {tuple(sorted((t["class"], round(t["probability"], 5)) for t in each["top"])) for each in found[::3]}
+    assert len(pictures) == (1 if fit == "crop" else 3)  # the stripe is seen, or is not
+
+
+def test_squares_are_not_spoken_of(workdir, capsys) -> None:
+    make_folder(Path("pets"))
+    train("folder", "pets")
+    assert "times as long" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("fit", ["crop", "pad"])
+def test_a_contact_sheet_shows_what_a_network_sees(fit: str, workdir, monkeypatch, capsys) -> None:
+    wide_folder(Path("wide"), 16, 64)
+    drawn: list[Pictured] = []
+    monkeypatch.setattr(
+        prepare, "contact_sheet", lambda pictures, path: (drawn.extend(pictures), path.write_bytes(b""))
+    )
+    prepare.main(["folder", "--root", "wide", "--show", "sheet.png", "--fit", fit])
+    assert "sheet.png: 6 images as a network sees them, 16 pixels" in capsys.readouterr().out
+    names = [each.words for each in drawn]
+    assert sorted(names) == sorted(f"{part}\n{name}" for part in ("train", "test") for name in COLOURS)
+    for each in drawn:
+        part, name = each.words.split("\n")
+        has_stripe = bool((each.image.permute(1, 2, 0) == torch.tensor(COLOURS[name])).all(dim=2).any())
+        assert has_stripe == (fit == "pad") or part == "train", each.words
+        assert bool((each.image == 0).all(dim=0).any()) == (fit == "pad") or part == "train"
+
+
+def test_a_contact_sheet_is_no_image_of_the_data(workdir) -> None:
+    make_folder(Path("pets"))
+    some = next(Path("pets/train/red").iterdir())
+    before = some.read_bytes()
+    with pytest.raises(SystemExit):
+        prepare.main(["folder", "--root", "pets", "--show", str(some)])
+    assert some.read_bytes() == before
+
+
+# Which file answers
+
+
+def test_predict_asks_where_several_files_could_be_meant(workdir, capsys) -> None:
+    make_folder(Path("pets"))
+    image = "pets/test/red"
+    with pytest.raises(SystemExit):
+        predict.main([image])
+    assert "there is no checkpoint" in capsys.readouterr().err
+    train("folder", "pets")
+    found = predict.main([image])  # the only one there is
+    assert {top["name"] for top in found[0]["top"]} == set(COLOURS)
+    make_folder(Path("cats"))
+    train("folder", "cats")
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        predict.main([image])
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and "folder-cats" in said and "folder-pets" in said and "--from" in said
+    (run,) = Path("output").glob("folder-pets*/*")
+    for name in (str(run), str(run / "checkpoint.pt")):
+        assert predict.main([image, "--from", name])[0]["top"] == found[0]["top"]
+
+
+def test_a_run_folder_says_what_it_is_of(workdir) -> None:
+    make_folder(Path("pets"))
+    file = train("folder", "pets")
+    (run,) = Path("output").glob("*/*")
+    file.path.unlink()
+    assert evaluate.main(["--from", str(run), "--workers", "0"])["top1"] == file.metrics["top1"]
+    main_stage2.main(["--from", str(run), "--finetune_epoch", "1", "--views", "1"])
+    with pytest.raises(SystemExit):
+        evaluate.main(["--from", "output"])
+
+
+@pytest.mark.parametrize(("dataset", "classes", "name"), [("cifar10", 10, "airplane"), ("cifar100", 100, "apple")])
+def test_another_program_s_file_has_the_names_of_the_data_set(dataset, classes, name, workdir, cifar100_dir) -> None:
+    model = build_model("resnet32", classes, 3)
+    torch.nn.init.zeros_(model.fc.weight)
+    model.fc.bias.data = torch.eye(classes)[0]
+    torch.save(model.state_dict(), "theirs.pth")
+    Image.new("RGB", (32, 32)).save("a.png")
+    found = predict.main(["a.png", "--from", "theirs.pth", "--dataset", dataset, "--data_dir", "nowhere"])
+    assert found[0]["top"][0]["name"] == name and not Path("nowhere").exists()
+    if dataset == "cifar100":
+        source = datasets.load(dataset, cifar100_dir, imb_ratio="natural")
+        assert source.class_names == known_class_names(dataset, "nowhere", ImageOptions())
+    with pytest.raises(SystemExit):
+        predict.main(["a.png", "--from", "theirs.pth", "--dataset", "digits"])

@@ -66,6 +66,7 @@ class Data(TypedDict, total=False):
     mean: list[float]
     std: list[float]
     levels: list[int]
+    fit: str
     listing: str
     test_files: list[str]
     val_indices: list[int]
@@ -221,6 +222,8 @@ def contradictions(content: Mapping[str, Any]) -> Iterator[str]:
     is_pair = isinstance(levels, list) and len(levels) == 2 and all(type(value) is int for value in levels)
     if not (is_pair and 0 <= levels[0] <= levels[1] <= 65535):
         yield f"data.levels {short(levels)}"
+    if not isinstance(data.get("fit", ""), str):
+        yield f"data.fit {short(data['fit'])}"
     if not (_is_number(metrics["top1"]) and 0 <= metrics["top1"] <= 1):
         yield f"metrics.top1 {short(metrics['top1'])}"
     if len(metrics["per_class"]) != classes or not all(
