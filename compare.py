@@ -42,7 +42,7 @@ from utils.command import command
 from utils.console import counted, duration, show
 from utils.distributed import require_single
 from utils.errors import UsageError
-from utils.metrics import spread
+from utils.metrics import csv_text, spread
 from utils.options import Choice, Flag, Resolved, Value, Values, flags, option, parse_typed, shown
 from utils.plots import class_profiles
 from utils.resume import complete
@@ -131,7 +131,7 @@ def main(argv: Sequence[str]) -> list[dict[str, Value]]:
         run.say(f"\n{pd.DataFrame(cells)[printed].to_string(index=False)}\n")
         numbers = [numeric(row, differing, columns) for row in rows]
         with run.side_output("compare.csv") as path:
-            pd.DataFrame(numbers).convert_dtypes().to_csv(path, index=False)
+            path.write_text(csv_text(numbers))
         with run.side_output("compare.md") as path:
             path.write_text(markdown(cells))
         head = {

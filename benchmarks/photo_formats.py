@@ -17,6 +17,7 @@ import os
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -193,6 +194,7 @@ def _pixels(images: object) -> torch.Tensor:
 @command
 def main(argv: Sequence[str]) -> None:
     """Runs the command."""
+    began = time.perf_counter()
     parser = argparse.ArgumentParser(prog="python -m benchmarks.photo_formats", description=__doc__)
     parser.add_argument("--data_dir", default="data", help="where CIFAR-100 lies")
     parser.add_argument("--out", help="a file of JSON lines to append to")
@@ -215,7 +217,9 @@ def main(argv: Sequence[str]) -> None:
     for layout, result in found.items():
         print(layout, result)
     line = {"formats": [write.__name__.strip("_") for _, write in FORMATS], "layouts": found}
-    line["provenance"] = provenance("-m benchmarks.photo_formats", argv, torch.device("cpu"), 0.0)
+    line["provenance"] = provenance(
+        "-m benchmarks.photo_formats", argv, torch.device("cpu"), time.perf_counter() - began
+    )
     if target:
         append_line(target, line)
     bad = [layout for layout, result in found.items() if not _agrees(result)]

@@ -130,7 +130,7 @@ def require_same_data(file: Checkpoint, data_dir: str) -> None:
         theirs, ours = next((a, b) for a, b in zip([*file.data["class_names"], "none"], [*names, "none"]) if a != b)
         raise UsageError(
             f"{file.path} is of other data than {data_dir}: class {theirs} where {data_dir} has {ours}",
-            "--pretrained_pth FILE, of a run folder or a .prev file for instance",
+            "--from FILE_OR_RUN, a .prev file for instance",
         )
     if file.data.get("listing", "") not in ("", listing):
         show(f"note: the images in {data_dir} are not those that {file.path} was trained on, though the classes are")

@@ -10,7 +10,7 @@ from typing import Generic, TypeVar
 from engine import Selection
 from utils.checkpoints import Sweep
 from utils.errors import Diverged
-from utils.metrics import GROUPS, percent
+from utils.metrics import GROUPS, csv_text, percent
 from utils.options import Value
 from utils.plots import Point, option_curves
 from utils.run import Run
@@ -208,16 +208,14 @@ def count(results: Sequence[Result]) -> int:
 def write_sweep(results: Sequence[Result], run: Run, heading: str = "method") -> None:
     """Writes sweep.csv, a row for every run."""
     with run.side_output("sweep.csv") as path:
-        import pandas as pd  # here, since it is slow to import
-
-        pd.DataFrame(raw_rows(results, heading)).convert_dtypes().to_csv(path, index=False)
+        path.write_bytes(csv_text(raw_rows(results, heading)).encode(errors="surrogateescape"))
 
 
 def show_sweep(
     results: Sequence[Result], rows: Sequence[Row[R]], run: Run, option: str, title: str, heading: str
 ) -> None:
     """Writes sweep.csv, prints the sorted table and, where ``option`` was swept, draws accuracy against it."""
-    import pandas as pd
+    import pandas as pd  # here, since it is slow to import
 
     write_sweep(results, run, heading)
     names = varying([result.setting for result in results])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import math
 import statistics
 import unicodedata
@@ -296,10 +298,13 @@ def per_class_csv(rows: Sequence[Mapping[str, object]]) -> str:
 
 def csv_text(rows: Sequence[Mapping[str, object]], columns: list[str] | None = None) -> str:
     """Rows as CSV. Text that a spreadsheet would take for a formula is preceded by an apostrophe."""
-    import pandas as pd  # here, since it is slow to import
-
-    safe = [{key: f"'{value}" if is_formula(value) else value for key, value in row.items()} for row in rows]
-    return str(pd.DataFrame(safe, columns=columns).to_csv(index=False))
+    text = io.StringIO()
+    writer = csv.DictWriter(
+        text, columns or list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n"
+    )
+    writer.writeheader()
+    writer.writerows({key: f"'{value}" if is_formula(value) else value for key, value in row.items()} for row in rows)
+    return text.getvalue()
 
 
 def is_formula(value: object) -> bool:
