@@ -10,7 +10,7 @@ import copy
 import math
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, TypedDict, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ from utils.graphs import Graphed
 from utils.metrics import Report, report
 from utils.proof import Proven, bound, compiled
 from utils.resume import TrainState
+from utils.typed import require
 from utils.types import StateDict
 
 M = TypeVar("M", bound=nn.Module)
@@ -352,6 +353,17 @@ def is_due(epoch: int, epochs: int, every: int) -> bool:
     return (epoch + 1) % every == 0 or epoch >= epochs - 5
 
 
+class SelectionState(TypedDict):
+    """What is saved of a :class:`Selection`."""
+
+    epoch: int
+    test: Report
+    val: Report | None
+    state: dict[str, Tensor]
+    best_on_test: tuple[int, Report]
+    _best: float
+
+
 class Selection:
     """Keeps the weights that a rule selects among the evaluated epochs.
 
@@ -392,4 +404,4 @@ class Selection:
 
     def load_state_dict(self, state: StateDict) -> None:
         """Goes on from a state."""
-        vars(self).update(state)
+        vars(self).update(require(state, SelectionState, "a selection"))

@@ -68,7 +68,7 @@ from utils.distributed import on_main_process, process_group, rank
 from utils.errors import Diverged, UsageError
 from utils.metrics import Report, percent
 from utils.options import Values, parse_typed
-from utils.resume import complete, completed_run
+from utils.resume import complete, completed_run, refusing
 from utils.run import Run
 from utils.system import pick_device, side_by_side
 from utils.types import StateDict
@@ -245,7 +245,8 @@ def train_many(
         result = RunResult(options, run.folder / (label if len(label) < 200 else number.replace(" ", "_")))
         done = on_main_process(lambda: earlier(result))
         if done:
-            result.load_state_dict(done["result"])
+            with refusing(run.folder):
+                result.load_state_dict(done["result"])
             finished.append(result)
             return result
         with run.child(result.folder.name, f"{label}  " if (first.parallel or 1) > 1 else "") as child:

@@ -14,13 +14,16 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import functools
 import hashlib
 import io
 import json
+import math
 import multiprocessing
 import os
 import random
 import resource
+import shutil
 import signal
 import sys
 import tempfile
@@ -30,6 +33,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -38,10 +42,12 @@ from types import FrameType
 import numpy as np
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
+import main_stage1
 from benchmarks import append_line
 from datasets.files import Files, Manifest, read_image
-from datasets.own import listing_of, read_npz
+from datasets.own import _kept_statistics, listing_of, read_npz
 from datasets.published import read_list
 from datasets.spec import DEFAULT_IMAGE_OPTIONS
 from experiment.options import DataOptions
@@ -52,7 +58,8 @@ from utils.arrays import open_array, write_array
 from utils.checkpoints import Checkpoint
 from utils.command import command
 from utils.errors import UsageError
-from utils.readers import Unreadable, parse_tensors, read_bytes, read_json
+from utils.readers import Unreadable, parse_tensors, read_bytes, read_json, seal, sealed, unsealed
+from utils.resume import TrainState, state_files
 from utils.system import ROOT, provenance
 from utils.types import Json
 
@@ -77,6 +84,9 @@ class Format:
         make: {variant: the bytes of a file that is right}.
         read: path -> what a command would take from it, as text; Unreadable or UsageError where it refuses.
         has_checksum: nobody can change it unseen.
+        forge: bytes, a generator -> bytes of other content with the checksum that belongs to it; None: its bytes
+            are mutated.
+        share: of the number of files of other formats.
         command: script and flags, {} the path.
     """
 
@@ -85,6 +95,8 @@ class Format:
     read: Callable[[Path], str]
     has_checksum: bool = False
     command: tuple[str, ...] = ()
+    forge: Callable[[bytes, random.Random], bytes] | None = None
+    share: float = 1.0
 
 
 # What is right
@@ -134,6 +146,7 @@ def _others() -> dict[str, bytes]:
     return {
         "state dict": _saved(lambda path: torch.save(model, path)),
         "legacy": _saved(lambda path: torch.save(model, path, _use_new_zipfile_serialization=False)),
+        "safetensors": _saved(lambda path: save_file(model, path)),
         "wrapped": _saved(lambda path: torch.save({"state_dict": named, "epoch": 3, "best": np.float64(0.5)}, path)),
     }
 
@@ -200,9 +213,38 @@ def _array() -> dict[str, bytes]:
     return {"array": _saved(write)}
 
 
+RUN = ["--dataset", "digits", "--imb_ratio", "10", "--epochs", "3", "--seed", "0", "--save_every", "1", "--out"]
+
+
+@functools.cache
+def _cut_off() -> Path:
+    """The folder of a run of stage 1 that was cut off after two epochs; it is there until the process ends."""
+    out = Path(_KEPT.name, "output")
+    next_epoch = TrainState.next_epoch
+
+    def cut(self: TrainState) -> None:
+        next_epoch(self)
+        if self.epoch == 2:
+            raise KeyboardInterrupt
+
+    TrainState.next_epoch = cut  # type: ignore[method-assign]
+    try:
+        with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):
+            main_stage1.main([*RUN, str(out)])
+    finally:
+        TrainState.next_epoch = next_epoch  # type: ignore[method-assign]
+    return next(out.glob("*/*"))
+
+
+_KEPT = tempfile.TemporaryDirectory()
+
+
 def _state() -> dict[str, bytes]:
-    content = {"format": 2, "epoch": 3, "parts": {"model": _checkpoint().model}, "random": [1, 2, "x"]}
-    return {"state": _saved(lambda path: torch.save(content, path))}
+    return {"state": state_files(_cut_off())[0].read_bytes()}
+
+
+def _statistics() -> dict[str, bytes]:
+    return {"statistics": sealed([[0.1, 0.2, 0.3], [0.4, 0.5, 0.6]]).encode()}
 
 
 def _json() -> dict[str, bytes]:
@@ -232,6 +274,30 @@ def _whole(path: Path) -> str:
     return str((manifest.name, manifest.root, manifest.class_names, manifest.about, parts))
 
 
+def _gone_on(path: Path) -> str:
+    """The end of the run that was cut off, from another state."""
+    run = _cut_off()
+    folder = path.parent / "run"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    shutil.copy(run / "options.json", folder)
+    shutil.copy(path, folder / state_files(run)[0].name)
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        try:
+            return str(main_stage1.main(["--resume", str(folder), "--threads", "1"])["top1"])
+        except SystemExit as ended:
+            if ended.code in (1, 2):
+                raise Unreadable(said.getvalue()) from None
+            raise
+
+
+def _kept(path: Path) -> str:
+    found = _kept_statistics(path, 3)
+    if found is None:
+        raise Unreadable("none")
+    return str(found)
+
+
 def _source(path: Path) -> str:
     source = read_npz(str(path), DEFAULT_IMAGE_OPTIONS)
     return str([source.class_names, source.train.fingerprint(), source.test.labels.tolist()])
@@ -245,29 +311,6 @@ def _listed(path: Path) -> str:
             Image.new("L", (9, 9)).save(folder / f"{i}.png")
     _, _, listing = listing_of("csv", str(path), DEFAULT_IMAGE_OPTIONS)
     return str(listing.splits)
-
-
-FORMATS = (
-    Format("checkpoint", _own, _answer, True, ("evaluate.py", "--pretrained_pth", "{}", "--device", "cpu")),
-    Format("checkpoint, forged", _own, _answer, False, ("evaluate.py", "--pretrained_pth", "{}", "--device", "cpu")),
-    Format(
-        "another program's checkpoint",
-        _others,
-        _answer,
-        False,
-        ("evaluate.py", "--pretrained_pth", "{}", "--dataset", "digits"),
-    ),
-    Format("state of a run", _state, lambda path: str(parse_tensors(read_bytes(path))), True),
-    Format("array of the cache", _array, lambda path: _digest(open_array(path, "cache/x.npy").tobytes()), True),
-    Format("manifest", _manifest, _whole, True),
-    Format("npz", _npz, _source, False, ("main_stage1.py", "--dataset", "npz", "--data_dir", "{}", "--dry_run")),
-    Format("csv", _csv, _listed, False, ("main_stage1.py", "--dataset", "csv", "--data_dir", "{}", "--dry_run")),
-    Format("list", _lists, lambda path: str(read_list(path))),
-    Format("list in COCO's form", _coco, lambda path: str(read_list(path))),
-    Format("json", _json, lambda path: str(read_json(path))),
-    Format("image", _images, lambda path: _digest(read_image(path).numpy().tobytes())),
-)
-SUFFIX = {"npz": ".npz", "csv": ".csv", "list in COCO's form": ".json"}
 
 
 def _digest(content: bytes) -> str:
@@ -312,20 +355,30 @@ def mutated(blob: bytes, draw: random.Random, others: Sequence[bytes]) -> bytes:
     return bytes(content)
 
 
-def forged(blob: bytes, draw: random.Random) -> bytes:
-    """A checkpoint of which one to three values are others, with the checksum that belongs to them."""
-    content = parse_tensors(blob)
+def forged(parse: Callable[[bytes], object], dump: Callable[[Json], bytes], blob: bytes, draw: random.Random) -> bytes:
+    """A file of which one to three values are others, with the checksum that belongs to them."""
+    content = parse(blob)
     assert isinstance(content, dict)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of quantised tensors
         for _ in range(draw.randint(1, 3)):
             place, key = _leaf(content, draw)
             place[key] = _other(place[key], draw)
+    return dump(content)
+
+
+def _with_checksum(content: Json) -> bytes:
     with contextlib.suppress(Exception):
         content["checksum"] = checkpoints.checksum(content)
     file = io.BytesIO()
     torch.save(content, file)
     return file.getvalue()
+
+
+def _sealed(content: Json) -> bytes:
+    file = io.BytesIO()
+    torch.save(content, file)
+    return seal(file.getvalue())
 
 
 def _leaf(content: Json, draw: random.Random) -> tuple[Json, str]:
@@ -354,15 +407,59 @@ def _other(value: object, draw: random.Random) -> object:
             lambda t: t.to_sparse() if t.dim() else t,
             lambda t: torch.quantize_per_tensor(t.float(), 0.1, 0, torch.qint8),
             lambda t: t.double() * 1e300,
+            lambda t: torch.nested.nested_tensor([t.float().flatten(), t.float().flatten()[:1]]),
+            lambda t: bytearray(t.numpy().tobytes()),
         )
         return draw.choice(changes)(value)
     if isinstance(value, list) and value and draw.random() < 0.5:
         return draw.choice((value[:-1], value * 2, value[::-1], [*value, draw.choice(VALUES)]))
+    if draw.random() < 0.1:  # few bytes that stand for a walk without end
+        shared: list[object] = [value]
+        for _ in range(draw.choice((3, 12))):
+            shared = [shared] * 50
+        return shared
     if isinstance(value, dict) and draw.random() < 0.3:
         circle: dict[object, object] = dict(value)
         circle[draw.choice(["parent", "chosen", "x"])] = circle
         return circle
     return copy.deepcopy(draw.choice(VALUES))
+
+
+FORMATS = (
+    Format("checkpoint", _own, _answer, True, ("evaluate.py", "--pretrained_pth", "{}", "--device", "cpu")),
+    Format(
+        "checkpoint, forged",
+        _own,
+        _answer,
+        command=("evaluate.py", "--pretrained_pth", "{}", "--device", "cpu"),
+        forge=partial(forged, parse_tensors, _with_checksum),
+    ),
+    Format(
+        "another program's checkpoint",
+        _others,
+        _answer,
+        False,
+        ("evaluate.py", "--pretrained_pth", "{}", "--dataset", "digits"),
+    ),
+    Format("state of a run", _state, lambda path: str(parse_tensors(unsealed(read_bytes(path)))), True),
+    Format(
+        "state of a run, forged",
+        _state,
+        _gone_on,
+        forge=partial(forged, lambda blob: parse_tensors(unsealed(blob)), _sealed),
+        share=0.2,
+    ),
+    Format("statistics of images", _statistics, _kept, True),
+    Format("array of the cache", _array, lambda path: _digest(open_array(path, "cache/x.npy").tobytes()), True),
+    Format("manifest", _manifest, _whole, True),
+    Format("npz", _npz, _source, False, ("main_stage1.py", "--dataset", "npz", "--data_dir", "{}", "--dry_run")),
+    Format("csv", _csv, _listed, False, ("main_stage1.py", "--dataset", "csv", "--data_dir", "{}", "--dry_run")),
+    Format("list", _lists, lambda path: str(read_list(path))),
+    Format("list in COCO's form", _coco, lambda path: str(read_list(path))),
+    Format("json", _json, lambda path: str(read_json(path))),
+    Format("image", _images, lambda path: _digest(read_image(path).numpy().tobytes())),
+)
+SUFFIX = {"npz": ".npz", "csv": ".csv", "list in COCO's form": ".json"}
 
 
 # How it is watched
@@ -385,9 +482,7 @@ def _watch(form: Format, jobs: Sequence[tuple[int, bytes]], folder: Path, answer
 
     def hook(event: str, arguments: tuple[object, ...]) -> None:
         if (
-            is_on
-            and event.startswith(CODE)
-            and not (event == "os.mkdir" and str(arguments[0]).startswith(("cache", str(folder))))
+            is_on and event.startswith(CODE) and arguments[0] != "git"  # which says what commit this is
         ):
             ran.append(f"{event} {arguments}")
 
@@ -470,8 +565,8 @@ def fuzz(form: Format, number: int, seed: int, folder: Path) -> tuple[Json, list
         jobs, names = [], {}
         for place in range(start, min(start + TURN, number)):
             name, blob = draw.choice(bases)
-            is_forged = form.name.endswith("forged")
-            jobs.append((place, forged(blob, draw) if is_forged else mutated(blob, draw, [blob for _, blob in bases])))
+            others = [blob for _, blob in bases]
+            jobs.append((place, form.forge(blob, draw) if form.forge else mutated(blob, draw, others)))
             names[place] = name
         blobs = dict(jobs)
         for seen in watch(form, jobs, folder):
@@ -520,7 +615,8 @@ def main(argv: list[str]) -> int:
         os.chdir(folder)
         for form in forms:
             began = time.perf_counter()
-            line, slowest = fuzz(form, -(-options.number // len(forms)), options.seed, folder)
+            number = math.ceil(form.share * options.number / sum(form.share for form in forms))
+            line, slowest = fuzz(form, number, options.seed, folder)
             worst += [(seconds, form, blob) for seconds, blob in slowest if form.command]
             line |= {"passed": True, "seconds": round(time.perf_counter() - began, 1), "seed": options.seed}
             print(json.dumps(line), flush=True)

@@ -6,6 +6,7 @@ import copy
 import json
 from collections.abc import Iterator, Sequence
 from functools import partial
+from typing import TypedDict
 
 from torch import Tensor, nn
 
@@ -16,7 +17,24 @@ from retraining.features import FeatureSource, Stream, feature_blocks, head_logi
 from retraining.methods import Method, Stage1, Trained
 from retraining.solver import TrainableHead
 from utils.metrics import GROUPS, Logits, accuracies, predicted_classes
+from utils.typed import require
 from utils.types import Record, StateDict
+
+
+class ResultState(TypedDict):
+    """What is saved of a :class:`ClassifierResult`."""
+
+    selection: StateDict
+    records: list[Record]
+    seconds: float
+    diverged: int | None
+
+
+class FinishedState(TypedDict):
+    """What is saved of :class:`Finished`."""
+
+    fits: dict[str, int]
+    results: dict[str, StateDict]
 
 
 class ClassifierResult(Result):
@@ -69,6 +87,7 @@ class ClassifierResult(Result):
 
     def take_up(self, state: StateDict, head: nn.Module) -> None:
         """Goes on from a state; ``head``, of the right kind, gets the selected epoch's weights."""
+        require(state, ResultState, "a classifier")
         self.selection.load_state_dict(state["selection"])
         self.records, self.seconds, self.diverged = state["records"], state["seconds"], state["diverged"]
         if self.selection.state:
@@ -231,6 +250,7 @@ class Finished:
 
     def load_state_dict(self, state: StateDict) -> None:
         """Goes on from a state."""
+        require(state, FinishedState, "finished classifiers")
         self.fits, self._states = state["fits"], state["results"]
 
 

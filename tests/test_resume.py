@@ -33,8 +33,10 @@ from retraining.results import Finished
 from utils import resume, signals
 from utils.command import command
 from utils.files import _place, atomic, lock, sha256
+from utils.metrics import GroupScore, Report
 from utils.resume import GLOBAL_GENERATORS, TrainState, state_files
 from utils.run import Run
+from utils.typed import fits
 
 DIGITS = ["--dataset", "digits", "--seed", "0"]
 STAGE1, STAGE2 = (Path(f"checkpoints/digits_exp100_resnet8_{stage}.pt") for stage in ("stage1", "stage2"))
@@ -612,3 +614,30 @@ def test_a_state_that_is_not_as_it_should_be_is_refused(change: dict, workdir, i
     blob[len(blob) // 2] ^= 1
     state.write_bytes(blob)
     assert "damaged, and no other state" in shown_error(capsys, main_stage1.main, "--resume", str(folder))
+
+
+@pytest.mark.parametrize(
+    ("value", "hint", "expected"),
+    [
+        (1, int, True),
+        (True, int, False),
+        (True, float, False),
+        (1, float, True),
+        (1.5, int, False),
+        (None, float | None, True),
+        ("x", float | None, False),
+        ([1, 2.5], list[float], True),
+        ([1, "x"], list[float], False),
+        ([1, "x"], tuple[int, str], True),
+        ((1,), tuple[int, str], False),
+        ({"a": None}, dict[str, float | None], True),
+        ({1: None}, dict[str, float | None], False),
+        ({"top1": 0.5, "per_class": [0.5, None]}, Report, True),
+        ({"top1": "0.5"}, Report, False),
+        ({"other": 0.5}, Report, False),
+        ({"accuracy": 0.5, "classes": 3}, GroupScore, False),
+        (torch.zeros(1), torch.Tensor, True),
+    ],
+)
+def test_types_of_what_a_state_holds(value: object, hint: object, expected: bool) -> None:
+    assert fits(value, hint) == expected

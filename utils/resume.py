@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Protocol, TypedDict, TypeVar
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ from utils.files import atomic
 from utils.readers import MOST_NUMBERS, Unreadable, parse_tensors, read_bytes, read_json, seal, unsealed
 from utils.run import Run
 from utils.system import machine
+from utils.typed import require
 from utils.types import StateDict
 
 R = TypeVar("R")
@@ -46,6 +47,40 @@ class Stateful(Protocol):
 
     def state_dict(self) -> StateDict: ...
     def load_state_dict(self, state: StateDict) -> object: ...
+
+
+class Own(TypedDict):
+    """What each process alone has: seconds of this epoch, what its steps measured, random numbers, and its parts."""
+
+    spent: float
+    measured: list[Tensor]
+    random: StateDict
+    parts: StateDict
+
+
+class Saved(TypedDict):
+    """What a state file holds; see :class:`TrainState`."""
+
+    format: int
+    name: str
+    epoch: int
+    step: int
+    is_trained: bool
+    inputs: dict[str, object]
+    machine: dict[str, object]
+    always: dict[str, StateDict]
+    parts: dict[str, StateDict]
+    own: list[Own]
+
+
+@contextmanager
+def refusing(folder: Path) -> Iterator[None]:
+    """Makes a UsageError of what a state that is not as this code writes them leads to."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        words = f"{folder} has a state that is not of this run ({type(error).__name__}: {error})"
+        raise UsageError(words, "a start without --resume") from None
 
 
 class TrainState:
@@ -104,7 +139,7 @@ class TrainState:
         if self._waiting is None:
             run.forget()  # what it had recorded before it was cut off
             return
-        with self._refusing():
+        with refusing(self.run.folder):
             self._require_same(self._waiting)
             for name, part in self.always.items():
                 part.load_state_dict(self._waiting["always"][name])
@@ -125,7 +160,7 @@ class TrainState:
         self.name, self.parts = name, parts
         self._begin_epoch(0)
         if self._waiting and self._waiting["name"] == name:
-            with self._refusing():
+            with refusing(self.run.folder):
                 self._take_up(self._waiting)
             self._waiting = None
         with signals.deferred():
@@ -236,6 +271,7 @@ class TrainState:
         found = state.get("format")
         if found != FORMAT:
             raise UsageError(f"{self.run.folder} has a state of format {found}", f"{FORMAT}, or a new run")
+        require(state, Saved, "a state")
         for what, value in self.inputs.items():
             if state["inputs"].get(what) != value:
                 raise UsageError(f"{self.run.folder} was begun with another {what}", "the same, or a new run")
@@ -245,17 +281,6 @@ class TrainState:
         ]
         if changed:
             self.run.say(f"note: results may differ by rounding from an uninterrupted run's: {'; '.join(changed)}")
-
-    @contextmanager
-    def _refusing(self) -> Iterator[None]:
-        """Makes a UsageError of what a state that is not as this code writes them leads to."""
-        try:
-            yield
-        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-            raise UsageError(
-                f"{self.run.folder} has a state that is not of this run ({type(error).__name__}: {error})",
-                "a start without --resume",
-            ) from None
 
     def _take_up(self, state: StateDict) -> None:
         for name, part in self.parts.items():

@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager
 from itertools import count
 from pathlib import Path
 from types import TracebackType
-from typing import TypeVar
+from typing import TypedDict, TypeVar
 
 from utils.bar import bar
 from utils.console import counted, duration, plain, show
@@ -22,6 +22,7 @@ from utils.errors import Unsaved, UsageError, disk_words
 from utils.files import AppendedFile, atomic, lock, require_writable, sweep
 from utils.metrics import percent
 from utils.pace import Pace
+from utils.typed import require
 from utils.types import Record, StateDict, epoch_of
 
 T = TypeVar("T")
@@ -66,6 +67,15 @@ def one_line(error: Exception) -> str:
     if isinstance(error, OSError) and error.errno is not None:
         return disk_words(error)
     return " ".join(str(error.args[0] if isinstance(error, UsageError) else error).split()) or repr(error)
+
+
+class RunState(TypedDict):
+    """What is saved of a :class:`Run`."""
+
+    seconds: float
+    epochs: list[Record]
+    lines: list[str]
+    resumed: list[dict[str, object]]
 
 
 def make_folder(out: str, name: str, label: str) -> Path:
@@ -171,6 +181,7 @@ class Run:
 
     def load_state_dict(self, state: StateDict) -> None:
         """Goes on after these records; what was written after them is forgotten."""
+        require(state, RunState, "a run")
         self.started = time.perf_counter() - state["seconds"]
         self.epochs, self.resumed = state["epochs"], state["resumed"]
         self.forget(1 + max(map(epoch_of, self.epochs), default=0))
