@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from functools import partial
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from datasets.own import identity_of, read_files, read_npz, suited
 from datasets.photos import ResizedCrop
 from datasets.spec import DatasetSpec, ImageOptions, ImageSet, Recipe, Source
 from utils.errors import UsageError
+from utils.readers import read_json
 
 DIGITS = [str(label) for label in range(10)]
 
@@ -60,8 +60,9 @@ def known_class_names(name: str, data_dir: str, image_options: ImageOptions) -> 
     if DATASETS[name].photos:
         manifest = Manifest.load(Path(data_dir, name, "manifest.npz"))
         return manifest.class_names if manifest else []
-    names: dict[str, list[str]] = json.loads(Path(__file__).with_name("class_names.json").read_text())
-    return names.get(name, DIGITS)
+    names = read_json(Path(__file__).with_name("class_names.json"))
+    assert isinstance(names, dict)
+    return list(names.get(name, DIGITS))
 
 
 def read_digits(data_dir: str, image_options: ImageOptions) -> Source:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import io
+import math
 import os
 import pickle
 import random
@@ -23,7 +24,7 @@ import torch
 from conftest import ROOT
 from PIL import Image
 
-from benchmarks.fuzz import FORMATS, Format, _checkpoint, as_command, forged, fuzz
+from benchmarks.fuzz import FORMATS, Format, _checkpoint, as_command, fuzz
 from datasets.files import image_size, read_image
 from experiment.options import DataOptions
 from experiment.restore import built, open_checkpoint
@@ -96,8 +97,9 @@ def test_every_format_has_one_reader() -> None:
 @pytest.mark.parametrize("form", FORMATS, ids=[form.name for form in FORMATS])
 def test_mutated_files(form: Format, tmp_path: Path) -> None:
     """A few, from a seed; make torture reads thousands."""
-    line, _ = fuzz(form, 42, 1, tmp_path)
-    assert line["read"] + line["refused"] == 42
+    number = math.ceil(42 * form.share)
+    line, _ = fuzz(form, number, 1, tmp_path)
+    assert line["read"] + line["refused"] == number
 
 
 @pytest.mark.parametrize("form", [form for form in FORMATS if form.command], ids=lambda form: form.name)
@@ -105,7 +107,7 @@ def test_mutated_files_as_commands(form: Format, workdir: Path) -> None:
     for seed in range(2):
         blob = next(iter(form.make().values()))
         draw = random.Random(seed)
-        broken = forged(blob, draw) if form.name.endswith("forged") else blob[: draw.randrange(len(blob))]
+        broken = form.forge(blob, draw) if form.forge else blob[: draw.randrange(len(blob))]
         status, said = as_command(form, broken, workdir)
         assert status in (0, 2) and "Traceback" not in said, said
 

@@ -92,13 +92,15 @@ def read_bytes(path: str | Path, most: int = MOST_TEXT) -> bytes:
 
 
 def size_of(file: str | Path | int, most: int) -> int:
-    """The size of a regular file in bytes; Unreadable where it is missing, something else, or larger than ``most``."""
+    """The size of a regular file in bytes; Unreadable where it is missing, something else, empty, or too large."""
     with _refusing("not the name of a file"):
         status = os.stat(file)
     if not stat.S_ISREG(status.st_mode):
         raise Unreadable("a folder" if stat.S_ISDIR(status.st_mode) else "no regular file")
     if status.st_size > most:
         raise Unreadable(f"{status.st_size / 1e6:,.0f} MB, where up to {most / 1e6:,.0f} MB are read")
+    if status.st_size == 0:  # or one of /proc, which may wait for something to read
+        raise Unreadable("it is empty")
     return status.st_size
 
 
