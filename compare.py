@@ -110,7 +110,8 @@ def main(argv: Sequence[str]) -> list[dict[str, Value]]:
         frozen.source.progress = run.bar
         run.say(wrapped_line("from", f"{parent.path}: {counted(len(methods), 'classifier')}"))
         results = retrain(methods, frozen, resolved, run)
-        run.say(frozen.source.size)
+        if frozen.source.seconds > 1:
+            run.say(frozen.source.size)
         rows = ranked_rows(results, run, HINT)
         if len(results) > 1:
             write_sweep(results, run)

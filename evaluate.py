@@ -46,9 +46,12 @@ from utils.metrics import (
     table,
 )
 from utils.options import Choice, Flag, Text, Values, option, parse_typed, resolve
-from utils.readers import MOST_NUMBERS, Unreadable, size_of
+from utils.readers import Unreadable, size_of
 from utils.system import pick_device, provenance
 from utils.types import Json
+
+#: Bytes of a file that is hashed to see whether it is the one that training began from.
+MOST_CHECKPOINT = 2**34
 
 
 @dataclass(frozen=True)
@@ -174,7 +177,7 @@ def main(argv: Sequence[str]) -> Json:
 def is_replaced(parent: Parent) -> bool:
     """Whether the file that training began from is there and is another one now."""
     with suppress(Unreadable, OSError):
-        size_of(parent["path"], MOST_NUMBERS)
+        size_of(parent["path"], MOST_CHECKPOINT)
         return sha256(parent["path"]) != parent["sha256"]
     return False
 

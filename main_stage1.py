@@ -63,7 +63,7 @@ from training.recipe import deferred_loss, make_batches, make_network, make_runs
 from utils import checkpoints
 from utils.checkpoints import Checkpoint, Data
 from utils.command import command
-from utils.console import counted, duration, show
+from utils.console import about, counted, duration, show
 from utils.distributed import on_main_process, process_group, rank
 from utils.errors import Diverged, UsageError
 from utils.metrics import Report, percent
@@ -185,8 +185,9 @@ def train(options: Options, data: LongTailed, device: torch.device, run: Run, st
     if options.drw_epoch is not None:
         deferred = deferred_loss(options, criterion, data.trained_counts).to(device)
 
-    with state.training("", step=step, evaluator=evaluator):
-        run.begin_training(options.epochs - state.epoch, len(batches), options.eval_every)
+    with state.training("", options.epochs, len(batches), step=step, evaluator=evaluator):
+        whole = len(batches) + evaluator.as_steps(options.batch_size) / options.epochs
+        run.begin_training(options.epochs - state.epoch, whole, options.eval_every)
         for epoch in range(state.epoch, options.epochs):
             lr = options.lr * cosine(epoch, options.epochs, options.warmup_epochs)
             set_lr(step.optimizer, lr)
@@ -251,7 +252,7 @@ def train_many(
             return result
         with run.child(result.folder.name, f"{label}  " if (first.parallel or 1) > 1 else "") as child:
             left = (len(runs) - len(finished)) * statistics.fmean(times) / (first.parallel or 1) if times else 0
-            child.say(f"\n{number}: {label}{f', about {duration(left)} left for all' if left else ''}")
+            child.say(f"\n{number}: {label}{f', {about(left)} left for all' if left else ''}")
             try:
                 result.selection = train(options, mine, device, child, start)
             except Diverged as error:

@@ -69,10 +69,11 @@ def main(argv: Sequence[str]) -> Report:
         own = [name for name in methods[0].options() if name not in ("seed", "batch_size", "finetune_epoch")]
         what = methods[0].setting.describe(own) if len(methods) == 1 else f"{len(methods)} classifiers"
         is_auto = "los" in names and {"auto", None} & set(resolved.values("label_smooth"))
-        words = " (auto: extrapolated from 0.98 at 100 classes)"
+        words = " (label_smooth auto: extrapolated from 0.98 at 100 classes)"
         run.say(wrapped_line("from", f"{parent.path}: {what}{words if is_auto and data.num_classes != 100 else ''}"))
         results = retrain(methods, frozen, resolved, run)
-        run.say(frozen.source.size)
+        if frozen.source.seconds > 1:
+            run.say(frozen.source.size)
         return complete(run, conclude(results, frozen, options, run, argv, parent))
 
 

@@ -24,6 +24,7 @@ import torch
 import evaluate
 import main_stage1
 import main_stage2
+from utils.console import counted
 from utils.files import write_text
 from utils.metrics import scores
 from utils.types import Json
@@ -49,6 +50,7 @@ def main() -> int:
     """Runs the demo; returns the exit status."""
     began, folder = time.perf_counter(), Path("output", "demo")
     folder.mkdir(parents=True, exist_ok=True)
+    print(f"cd {folder}\n")
     with contextlib.chdir(folder):  # the user's own checkpoints stay as they are
         results = train_and_evaluate()
     lines = [
@@ -73,7 +75,8 @@ def main() -> int:
         print(f"{stage:<30}" + "".join(cells))
     gains = {key: means["stage 2"][key] - means["stage 1"][key] for key in COLUMNS}
     print(f"{'stage 2 - stage 1':<30}" + "".join(f"{100 * gain:+.1f}".rjust(14) for gain in gains.values()))
-    print(f"{time.perf_counter() - began:.0f} s, {torch.get_num_threads()} threads; plots and figures in {folder}/")
+    threads = counted(torch.get_num_threads(), "thread")
+    print(f"{time.perf_counter() - began:.0f} s, {threads}; plots and figures in {folder}/")
     return 0 if gains["top1"] > 0.02 and gains["few"] > 0.05 else 1
 
 

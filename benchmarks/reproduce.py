@@ -56,9 +56,10 @@ from training.recipe import make_batches, make_network, make_runs, resolve_auto
 from utils import checkpoints
 from utils.command import command
 from utils.errors import UsageError
-from utils.files import atomic, lock, sha256
+from utils.files import atomic, lock, sha256, write_text
 from utils.metrics import percent, scores
 from utils.options import Values, parse_typed
+from utils.readers import sealed
 from utils.resume import state_files
 from utils.system import AMP, ROOT, cpu_has_bf16, cpu_model, pick_amp, pick_device, provenance
 from utils.types import Json
@@ -415,7 +416,7 @@ class Queue:
         target, copy = home / "out" / folder.resolve().parent.name / folder.resolve().name, home / "adopting"
         shutil.rmtree(copy, ignore_errors=True)
         shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("state-*"))
-        write_json(copy / "finished.json", {"result": file.metrics, "adopted": now()})
+        write_text(copy / "finished.json", sealed({"result": file.metrics, "adopted": now()}))
         attempt = {"commit": file.provenance["commit"], "ended": file.provenance["date"], "status": 0}
         write_json(home / "row.json", {"amp": file.options["amp"], "adopted": True, "attempts": [attempt]})
         target.parent.mkdir(parents=True, exist_ok=True)

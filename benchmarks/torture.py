@@ -35,6 +35,7 @@ import torch
 from benchmarks import append_line, read_lines
 from benchmarks.faults import PRELOADED, Stage, every, litter, trial
 from utils.command import command
+from utils.readers import read_sealed
 from utils.system import ROOT, provenance
 from utils.types import Json
 
@@ -109,7 +110,7 @@ def outcome(out: Path) -> list[object]:
         if path.name == "metrics.jsonl":
             found.append((name, read_lines(path)))
         if path.name == "finished.json":
-            found.append((name, json.loads(path.read_text())))
+            found.append((name, read_sealed(path)))
     return found
 
 

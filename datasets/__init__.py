@@ -71,10 +71,11 @@ class LongTailed:
 
     def describe(self) -> str:
         """One line: images per split, classes, the largest and the smallest class."""
-        val = "" if self.val is None else f", {len(self.val)} held out for validation"
+        val = "" if self.val is None else f", {len(self.val):,} held out for validation"
+        counts = self.trained_counts
         return (
             f"{self.spec.name}: {len(self.train):,} training images{val}, {len(self.test):,} test images, "
-            f"{self.num_classes} classes of {max(self.class_counts):,} to {min(self.class_counts):,} training images"
+            f"{self.num_classes} classes of {max(counts):,} to {min(counts):,} training images"
         )
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from datasets.files import FULL_RANGE, Files, Listing, Manifest, is_deep
 from datasets.scan import check_files, has_pixels, require_files, write_pixels
+from utils.arrays import is_written_array
 from utils.console import counted, write
 from utils.errors import UsageError
 from utils.files import atomic, write_text
@@ -112,7 +113,9 @@ def check_all(
             report_damaged(damaged, folder / "damaged.csv", None if skip_damaged else allowed)
             require_every_class(name, listing, splits["train"].labels)
         else:
-            (folder / "damaged.csv").unlink(missing_ok=True)
+            damaged_csv = folder / "damaged.csv"
+            if damaged_csv.is_file() and damaged_csv.read_bytes()[:13] == b"path,problem\n":
+                damaged_csv.unlink()
         made = provenance("-m datasets.prepare", argv, torch.device("cpu"), time.perf_counter() - began)
         about = listing.about | {"provenance": made, "levels": levels, "skipped": [path for path, _ in damaged]}
         about |= {"pixels": key} if key else {}
@@ -120,7 +123,7 @@ def check_all(
         manifest.write(temporary)
     stores = stores_of(manifest, folder)
     for path in (path for split in ("train", "val", "test") for path in folder.glob(f"{split}_*.npy")):
-        if path not in stores:
+        if path not in stores and path.stem.rpartition("_")[2].isdecimal() and is_written_array(path):
             path.unlink(missing_ok=True)
     counts = torch.bincount(splits["train"].labels, minlength=len(listing.class_names)).tolist()
     write(f"{target}: {len(counts)} classes of {max(counts):,} to {min(counts):,} training images")

@@ -8,8 +8,10 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import threading
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -22,7 +24,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from utils.errors import UsageError
-from utils.readers import Array, Unreadable, parse_json, read_arrays, read_bytes
+from utils.readers import MOST_TEXT, Array, Unreadable, parse_json, read_arrays, read_bytes, size_of
+from utils.system import free_memory
 from utils.types import Json
 
 MANIFEST_FORMAT = 3  # 1 had no checksum, 2 no digests, and the sizes of images as they are stored, not as they are seen
@@ -37,15 +40,23 @@ MOST_PIXELS = 178_956_970
 warnings.filterwarnings("ignore", module=r"PIL\.")  # of what it then reads, or refuses
 
 
-#: Formats for which Pillow runs another program, PostScript's for instance, or asks for one.
-_NEED_PROGRAMS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
+#: Formats that Pillow decodes in C. It runs other programs for some of the others, PostScript's for instance, and takes
+#: minutes and gigabytes for a small file of those that it decodes in Python.
+_IN_C = (
+    *("JPEG", "MPO", "PNG", "GIF", "WEBP", "TIFF", "BMP", "DIB", "PPM", "JPEG2000", "AVIF", "TGA", "ICO", "ICNS"),
+    *("PCX", "DCX", "SGI", "SUN", "IM", "MSP", "XBM", "SPIDER", "CUR"),
+)
+#: Pixels of a large image, and bytes that one takes while it is decoded, turned and converted.
+LARGE, PIXEL_BYTES = 2**22, 30
+#: Scans of a progressive JPEG, at most: encoders make about ten, and each takes as long as the whole image.
+MOST_SCANS = 100
 
 
 @cache
 def formats() -> tuple[str, ...]:
     """The formats that Pillow reads by itself. A file's content tells its format, whatever it is called."""
     Image.init()
-    return tuple(name for name in Image.OPEN if name not in _NEED_PROGRAMS)
+    return tuple(name for name in _IN_C if name in Image.OPEN)
 
 
 def read_image(path: str | Path, levels: tuple[int, int] = FULL_RANGE) -> Tensor:
@@ -69,7 +80,7 @@ def read_content(path: str | Path) -> bytes:
     try:
         return read_bytes(path)
     except Unreadable as error:
-        raise UsageError(f"image {path}: {error}", "all files of the data set, readable") from None
+        raise UsageError(f"image {path} cannot be read ({error})", "all files of the data set, readable") from None
 
 
 def decode(content: bytes, path: str | Path) -> Tensor:
@@ -77,18 +88,23 @@ def decode(content: bytes, path: str | Path) -> Tensor:
 
     ``path`` is for messages; see :func:`read_image`.
     """
+    if content.startswith(b"\xff\xd8") and content.count(b"\xff\xda") > MOST_SCANS:
+        raise UsageError(f"image {path} is a JPEG of more than {MOST_SCANS} scans", "an image saved anew")
     if content.startswith(b"\xff\xd8"):  # JPEG, nearly all there is: half as long as with PIL, for the same pixels
         try:
-            _bounded(path, *simplejpeg.decode_jpeg_header(content, strict=True)[:2])
-            pixels = torch.from_numpy(simplejpeg.decode_jpeg(content, strict=True)).permute(2, 0, 1)
-            return turned(pixels, orientation(content))
+            height, width = simplejpeg.decode_jpeg_header(content, strict=True)[:2]
+            with _bounded(path, height, width):
+                pixels = torch.from_numpy(simplejpeg.decode_jpeg(content, strict=True)).permute(2, 0, 1)
+                return turned(pixels, orientation(content))
         except ValueError:  # a rare kind or a blemish, which PIL can take, or damage, which it will tell
             pass
     try:
-        with Image.open(io.BytesIO(content), formats=formats()) as opened:
-            _bounded(path, opened.height, opened.width)
+        with (
+            Image.open(io.BytesIO(content), formats=formats()) as opened,
+            _bounded(path, opened.height, opened.width),
+        ):
             return _from_pil(opened)
-    except UsageError:
+    except (UsageError, MemoryError):
         raise
     except Exception as error:  # Pillow's plug-ins raise nearly anything
         is_unknown = isinstance(error, UnidentifiedImageError)
@@ -128,8 +144,7 @@ def turned(images: Tensor, how: int) -> Tensor:
 def image_size(path: str | Path) -> tuple[int, int] | None:
     """Height and width of an image as viewers show it, of whose file the beginning is read; None where it is none."""
     try:
-        if not Path(path).is_file():
-            return None
+        size_of(path, MOST_TEXT)
         with Image.open(path, formats=formats()) as opened:
             is_on_its_side = opened.format != "TIFF" and opened.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
             return (opened.width, opened.height) if is_on_its_side else (opened.height, opened.width)
@@ -140,16 +155,42 @@ def image_size(path: str | Path) -> tuple[int, int] | None:
 def is_deep(path: str | Path) -> bool:
     """Whether an image file has 16-bit grey values."""
     try:
+        size_of(path, MOST_TEXT)
         with Image.open(path, formats=formats()) as opened:
             return opened.mode.startswith("I;16")
     except Exception:  # Pillow's plug-ins raise nearly anything
         return False
 
 
-def _bounded(path: str | Path, height: int, width: int) -> None:
-    """Raises UsageError where an image has more pixels than are taken."""
+class _InFlight:
+    """The pixels of large images that the threads of this process decode at once, as many as memory has room for."""
+
+    def __init__(self) -> None:
+        self._changed, self._now = threading.Condition(), 0
+
+    @contextmanager
+    def decoding(self, pixels: int) -> Iterator[None]:
+        """Waits until there is room for an image of so many pixels, or nothing else is decoded."""
+        most = free_memory(torch.device("cpu")) // PIXEL_BYTES
+        with self._changed:
+            self._changed.wait_for(lambda: self._now == 0 or self._now + pixels <= most)
+            self._now += pixels
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._now -= pixels
+                self._changed.notify_all()
+
+
+_IN_FLIGHT = _InFlight()
+
+
+def _bounded(path: str | Path, height: int, width: int) -> AbstractContextManager[None]:
+    """What an image is decoded in; UsageError where it has more pixels than are taken."""
     if height * width > MOST_PIXELS:
         raise UsageError(f"image {path} has {width:,} x {height:,} pixels", f"images of up to {MOST_PIXELS:,} pixels")
+    return _IN_FLIGHT.decoding(height * width) if height * width > LARGE else nullcontext()
 
 
 def _from_pil(image: Image.Image) -> Tensor:

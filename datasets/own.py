@@ -245,9 +245,13 @@ def _list_csv(data_dir: str, image_options: ImageOptions) -> tuple[Path, Splits,
             part = next((name for name, names in FOLDERS.items() if part in names), part)
             label = normal(label)
             if part not in SPLITS or not image.strip():
-                raise UsageError(f"{path}, line {number}: {image}, {label}, {part}", LAYOUTS["csv"])
+                raise UsageError(
+                    f"{path}, line {number}: {', '.join(each[:60] for each in (image, label, part))}", LAYOUTS["csv"]
+                )
             if label.lower() in MISSING:
-                raise UsageError(f"{path}, line {number}: {image} has no label ({label!r})", "a label in every row")
+                raise UsageError(
+                    f"{path}, line {number}: {image[:60]} has no label ({label!r})", "a label in every row"
+                )
             row = _below(root, image), label, part
             if row in rows:
                 left_out.add("repeated rows", f"{path}, line {number}")

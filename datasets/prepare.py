@@ -152,6 +152,8 @@ def main(argv: Sequence[str]) -> Manifest:
             raise UsageError(f"--{flag} with {name}, whose lists are published", "without it")
     root, folder = Path(os.path.abspath(options.root)), Path(options.data_dir, name)
     require_writable("--data_dir", folder)
+    ours = {"manifest.npz": (b"PK", b"head.npy"), "damaged.csv": (b"path,problem", b"")}
+    require_targets([Target("--data_dir", str(folder / file), *marks) for file, marks in ours.items()])
 
     listing = READERS[name].read(root, folder, options.any_counts)
     for split, (paths, _) in listing.splits.items():

@@ -14,6 +14,7 @@ from torch import Tensor
 from datasets.batches import Augment
 from datasets.photos import Photos, ResizedCrop
 from utils.options import Value
+from utils.readers import read_bytes
 
 #: --imb_ratio of a training set that is taken as it is.
 Natural = Literal["natural"]
@@ -79,7 +80,7 @@ class ImageSet:
             return ""
         digest = hashlib.sha256()
         for position in range(0, len(self), max(1, len(self) // SAMPLED)):
-            digest.update(self.images.path(position).read_bytes())
+            digest.update(read_bytes(self.images.path(position)))
         return digest.hexdigest()
 
     def fingerprint(self) -> str:

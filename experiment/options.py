@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -40,6 +43,7 @@ START_WORDS = ("imagenet", "none")
 MAY_MOVE = (*HOW_IT_RUNS, "data_dir", "cache_dir", "pretrained_pth")
 #: What says how data of one's own are read, and is kept in the checkpoint.
 LAYOUT = ("class_level", "test_split", "test_seed", "skip_damaged", "drop_duplicates")
+MOST_NAME = 100  # bytes of a folder's name in the names of its files
 HUGE = 1e30  # the largest learning rate or weight decay: beyond, float32 overflows
 
 
@@ -98,7 +102,7 @@ class DataOptions:
     )
     range: tuple[int, ...] | None = option(
         None,
-        Vector(Number(int, 0, 65535)),
+        Vector(Number(int, 0, 65535), "two of them"),
         "own data, 16-bit grey images: the values that become black and white; None: the training images' extremes "
         "where all are such, else 0 65535",
         "data",
@@ -413,8 +417,14 @@ def check_data_flags(options: DataOptions, typed: Values) -> None:
 def data_name(options: DataOptions) -> str:
     """What files of a data set are called: its name, and of data of one's own the name of its folder or file too."""
     place = Path(options.data_dir).resolve()
-    own = f"-{place.stem if place.is_file() else place.name}" if DATASETS[options.dataset].own else ""
-    return f"{options.dataset}{own}"
+    if not DATASETS[options.dataset].own:
+        return options.dataset
+    name = place.stem if place.is_file() else place.name
+    safe = re.sub(r"[\x00-\x1f\x7f]", "_", name)
+    if safe != name or len(os.fsencode(safe)) > MOST_NAME:
+        digest = hashlib.sha256(os.fsencode(name)).hexdigest()[:8]
+        safe = f"{os.fsencode(safe)[:MOST_NAME].decode(errors='ignore')}-{digest}"
+    return f"{options.dataset}-{safe}"
 
 
 def flags_of(options: DataOptions, *names: str) -> str:

@@ -19,7 +19,7 @@ from experiment.data import eval_batches
 from experiment.options import DataOptions, TrainOptions, data_name
 from experiment.restore import final_path, final_path_of
 from experiment.resuming import Resumed
-from models import TIMM, build_model, pick_stem
+from models import pick_stem, sketch
 from utils import checkpoints
 from utils.checkpoints import Checkpoint, Chosen, Metrics, Sweep
 from utils.console import counted, duration
@@ -112,7 +112,7 @@ def begin(
         "data": data.describe(),
         "network": f"{options.network}, {parameters / 1e6:.2f} M parameters, on {where}",
         "options": resolved.labelled(kept, "as the run began").describe(),
-        "folder": f"{run.folder}{', gone on with' if resumed else ''}",
+        "folder": f"{run.folder}{', resumed' if resumed else ''}",
     }
     run.say("\n".join(wrapped_line(name, text) for name, text in block.items()))
     if options.deterministic:
@@ -150,9 +150,7 @@ def check_places(
 def model_size(options: DataOptions, data: LongTailed) -> tuple[int, int]:
     """The number of parameters of the options' network, and about how many bytes a checkpoint of it takes."""
     stem = pick_stem(options.network, data.train.side, options.stem)
-    device = "cpu" if options.network.startswith(TIMM) else "meta"  # some of timm's look at values while they are built
-    with torch.random.fork_rng(devices=[]), torch.device(device):
-        model = build_model(options.network, data.num_classes, data.channels, stem=stem)
+    model = sketch(options.network, data.num_classes, data.channels, stem=stem)
     size = sum(value.numel() * value.element_size() for value in model.state_dict().values())
     return sum(parameter.numel() for parameter in model.parameters()), size
 
@@ -168,9 +166,15 @@ class Evaluator:
     def __init__(self, run: Run, data: LongTailed, device: torch.device, options: TrainOptions, epochs: int) -> None:
         self.run, self.class_counts, self.epochs = run, data.class_counts, epochs
         self.every, self.flip_tta = options.eval_every, options.flip_tta
+        self.images = len(data.test) + (len(data.val) if data.val else 0)
         self.test = eval_batches(data, data.test, device)
         self.val = eval_batches(data, data.val, device) if data.val else None
         self.selection = Selection(options.select)
+
+    def as_steps(self, batch_size: int) -> float:
+        """About how many training steps all evaluations take: of an image a third of what training on it does."""
+        due = sum(is_due(epoch, self.epochs, self.every) for epoch in range(self.epochs))
+        return due * self.images * (2 if self.flip_tta else 1) / (3 * batch_size)
 
     def state_dict(self) -> StateDict:
         """What has been selected so far."""

@@ -6,13 +6,12 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from datasets import DATASETS, FITS, LongTailed
 from datasets.own import SPLITS, identity_of
 from experiment.options import DataOptions, data_name, flags_of, layout_of, recipe_layers
-from models import BACKBONES, HEADS, TIMM, Network, build_model, imagenet_weights, recognise
+from models import BACKBONES, HEADS, TIMM, Network, build_model, imagenet_weights, recognise, sketch
 from models.foreign import translate, translate_timm
 from utils import checkpoints
 from utils.checkpoints import Checkpoint, NoCheckpoint, require_weights, short
@@ -30,7 +29,7 @@ def open_checkpoint(typed: Values, stage: str, cls: type[DataOptions]) -> Checkp
     """
     if "pretrained_pth" in typed:
         path = Path(str(typed["pretrained_pth"]))
-        path = path / "checkpoint.pt" if path.is_dir() else path
+        path = path / "checkpoint.pt" if (path / "checkpoint.pt").is_file() else path
     else:
         dataset = str(typed.get("dataset", "cifar100"))
         options = resolve(cls, typed, recipe_layers(dataset, typed)).options
@@ -223,19 +222,16 @@ def built(file: Checkpoint) -> Network:
         raise UsageError(f"{file.path} has a {short(file.head)} head", ", ".join(HEADS))
     require_weights(file.model, str(file.path))
     rows = file.model.get("fc.weight")
-    device = "cpu" if file.network.startswith(TIMM) else "meta"  # some of timm's look at values while they are built
     what = (file.network, file.num_classes, file.in_channels, file.head, file.stem)
     if rows is not None and rows.dim() == 2 and len(rows) == file.num_classes:
-        with torch.device(device):
-            model = build_model(*what)
-        expected = model.state_dict()
+        expected = sketch(*what).state_dict()
         if {name: value.shape for name, value in expected.items()} == {n: v.shape for n, v in file.model.items()}:
             for name, value in file.model.items():
                 is_float = expected[name].is_floating_point() and value.is_floating_point()
                 if not is_float and value.dtype != expected[name].dtype:
                     kinds = [str(each.dtype).removeprefix("torch.") for each in (value, expected[name])]
                     raise UsageError(f"{file.path}: {name} is of {kinds[0]}", f"{kinds[1]}, as {file.network} has it")
-            model = model if device == "cpu" else build_model(*what)
+            model = build_model(*what)
             model.load_state_dict(file.model)
             return model
     raise UsageError(f"{file.path}: its weights do not fit {file.network}", "an undamaged checkpoint")

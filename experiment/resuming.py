@@ -24,6 +24,7 @@ from utils.readers import Unreadable, read_json
 from utils.resume import Stateful, TrainState, can_go_on, completed_run
 from utils.run import Run
 from utils.system import available_cpus
+from utils.typed import fits
 
 
 class Resumed(NamedTuple):
@@ -128,6 +129,7 @@ def read_begun(path: Path) -> Begun | None:
     except Unreadable:
         return None
     is_whole = isinstance(content, dict) and all(isinstance(content.get(k, 0), kind) for k, kind in kinds.items())
+    is_whole = is_whole and fits(content["seed"], list[int]) and bool(content["seed"])
     return cast(Begun, content) if is_whole else None
 
 

@@ -6,6 +6,7 @@ A name stands for an architecture, which has one stem for small images and anoth
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ __all__ = [
     "imagenet_weights",
     "pick_stem",
     "recognise",
+    "sketch",
     "timm_constants",
     "trained_part",
 ]
@@ -72,11 +74,24 @@ def build_model(
     return model
 
 
+def sketch(
+    network: str, num_classes: int, in_channels: int = 3, head: str = "linear", stem: str | None = None
+) -> Network:
+    """The same network without memory for its weights; with it of those of timm's that look at values meanwhile."""
+    if network.startswith(TIMM):
+        with suppress(Exception), torch.random.fork_rng(devices=[]), torch.device("meta"):
+            return build_model(network, num_classes, in_channels, head, stem)
+    with torch.random.fork_rng(devices=[]), torch.device("cpu" if network.startswith(TIMM) else "meta"):
+        return build_model(network, num_classes, in_channels, head, stem)
+
+
 def recognise(state_dict: Mapping[str, Tensor], head: str = "linear") -> tuple[str, str, int, int] | None:
     """(network, stem, number of classes, input channels) of the network whose names and shapes these are, or None."""
     try:
         num_classes, in_channels = len(state_dict["fc.weight"]), state_dict["conv1.weight"].shape[1]
     except (KeyError, TypeError, IndexError):
+        return None
+    if num_classes < 1 or in_channels < 1:
         return None
     shapes = {name: tensor.shape for name, tensor in state_dict.items()}
     for network, makers in BACKBONES.items():

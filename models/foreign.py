@@ -134,6 +134,8 @@ def translate_timm(content: Mapping[object, object], name: str, source: str) -> 
     }
     state["fc.weight"] = state["fc.weight"].flatten(1)  # some are 1x1 convolutions
     channels = state[f"body.{first}.weight"].shape[1]
+    if not (len(state["fc.weight"]) and channels):
+        raise UsageError(f"{source} has no classes or no channels", "a whole checkpoint")
     return Foreign(state, "linear", f"weights named as in timm's {name}"), len(state["fc.weight"]), channels
 
 
@@ -152,12 +154,17 @@ def _is_training(name: str) -> bool:
 
 def _leaves(value: object, path: str = "") -> dict[str, object]:
     """{path: leaf} of nested dicts, lists and tuples, the parts of a path joined by dots."""
-    if isinstance(value, list | tuple):
-        value = dict(enumerate(value))
-    if not isinstance(value, Mapping):
-        return {path: value}
-    inner = (_leaves(item, f"{path}.{key}".lstrip(".")) for key, item in value.items())
-    return {path: leaf for leaves in inner for path, leaf in leaves.items()}
+    found: dict[str, object] = {}
+    left = [(path, value)]
+    while left:
+        path, value = left.pop()
+        if isinstance(value, list | tuple):
+            value = dict(enumerate(value))
+        if isinstance(value, Mapping):
+            left += [(f"{path}.{key}".lstrip("."), item) for key, item in [*value.items()][::-1]]
+        else:
+            found[path] = value
+    return found
 
 
 def _unwrapped(name: str) -> str:
@@ -181,7 +188,8 @@ def _has_place(name: str, value: object) -> bool:
 
 
 def _no_place(names: Sequence[str], source: str) -> UsageError:
-    some = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+    few = ", ".join(name if len(name) < 100 else f"{name[:97]}..." for name in names[:4])
+    some = few + (f" and {len(names) - 4} more" if len(names) > 4 else "")
     return UsageError(
         f"{source} is a checkpoint of another program, and no network here has a place for {some}",
         "a file without, if they are not needed to classify",

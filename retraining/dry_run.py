@@ -14,7 +14,7 @@ from retraining.methods import Method, Trained
 from retraining.results import FrozenBackbone
 from retraining.settings import by_stream, cached_streams
 from retraining.solver import Solver
-from utils.console import counted, duration, step_time
+from utils.console import about, counted, duration, step_time
 from utils.system import peak_memory, step_seconds
 
 
@@ -48,7 +48,7 @@ def dry_run(methods: Sequence[Method], frozen: FrozenBackbone, every: int) -> st
     passes = of_image * looked_at
     disk = f"{lacking * source.array_bytes / 1e6:,.0f} MB in {source.cache_dir}"
     return (
-        f"dry run: about {duration(passes + steps)} for {counted(len(methods), 'classifier')}, "
+        f"dry run: {about(passes + steps)} for {counted(len(methods), 'classifier')}, "
         f"{peak_memory(device)}, {disk}; "
         f"the backbone takes {duration(passes)} ({step_time(of_image)} an image, {lacking} of {arrays} passes over "
         f"the training images), the classifiers {duration(steps)}. No run was made."

@@ -159,7 +159,8 @@ def train_heads(
     heads = [frozen.trainable_head(method) for method in methods]
     solver = Solver(heads, options.momentum, options.nesterov, graph=options.graph, say=run.say)
 
-    with state.training(name_of(methods[0]), solver=solver, results=Results(results, frozen)):
+    steps = -(-len(frozen.data.train) // stream.batch_size)
+    with state.training(name_of(methods[0]), stream.epochs, steps, solver=solver, results=Results(results, frozen)):
         forecast.begin(methods, stream.epochs - state.epoch)
         run.begin_training(stream.epochs - state.epoch, 0, options.eval_every, forecast.left)
         for epoch in range(state.epoch, stream.epochs):
@@ -203,7 +204,8 @@ def train_network(
     optimizer = make_sgd(trained.parameters(), lr, options.momentum, wd, options.nesterov)
     step = TrainStep(model, method.loss(frozen.stage1, 0.0), optimizer)
 
-    with state.training(name_of(method), step=step, result=Results([result], frozen)):
+    kept = Results([result], frozen)
+    with state.training(name_of(method), stream.epochs, len(batches), step=step, result=kept):
         forecast.begin(methods, stream.epochs - state.epoch)
         run.begin_training(stream.epochs - state.epoch, 0, options.eval_every, forecast.left)
         for epoch in range(state.epoch, stream.epochs):

@@ -129,7 +129,7 @@ def test_the_solver_s_epoch_stays_on_the_gpu(gpu: FakeGPU, number: int | None, n
     group[0].project = constraint(heads[0], "maxnorm", 0.3)
     solver = Solver(group, 0.9, nesterov, graph="off")
     [part] = solver.parts
-    part.begin(0.0, 1.0)
+    part.begin(0.0, [1.0] * 16)
     window = [(torch.zeros(n, 12, device=GPU), torch.zeros(n, dtype=torch.int64, device=GPU)) for n in (16, 6)]
     sums = solver._advance(window, part)
     part.end()
@@ -141,7 +141,7 @@ def test_the_solver_s_epoch_stays_on_the_gpu(gpu: FakeGPU, number: int | None, n
 def test_other_heads_stay_on_the_gpu(gpu: FakeGPU, head: nn.Module) -> None:
     head = on_gpu(copy.deepcopy(head))
     solver = Solver([TrainableHead(head, lambda _: LADE(COUNTS), 0.1, 1e-3)])
-    solver.parts[0].begin(0.0, 1.0)
+    solver.parts[0].begin(0.0, [1.0] * 16)
     solver.parts[0].optimizer.param_groups[0]["fused"] = True  # the only one that is stood in for
     loss, hits = solver.parts[0].step(torch.zeros(6, 12, device=GPU), torch.zeros(6, dtype=torch.int64, device=GPU))
     assert loss.device == hits.device == GPU

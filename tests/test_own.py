@@ -313,7 +313,7 @@ def test_the_chain_on_an_imagenet_lt_of_four_classes(workdir, capsys) -> None:
     one, _, predicted = chain(data, "resnet10", "--image_size", "48", "--select", "best_val")
     out = capsys.readouterr().out
     assert out.count("the same figures as in training") == 2
-    assert "label_smooth 0.66225 (auto: extrapolated" in " ".join(out.split())
+    assert "label_smooth 0.66225 (label_smooth auto: extrapolated" in " ".join(out.split())
     assert one["class_counts"] == [16, 8, 5, 4] and one["temperature"] > 0
     file = checkpoints.read("checkpoints/imagenet_lt_natural_resnet10_stage2.pt")
     assert file.stem == "imagenet" and file.data["image_size"] == 48 and file.metrics["temperature"] > 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import io
 import math
 import os
@@ -178,7 +179,7 @@ def test_what_unpacks_to_more_than_memory_is_refused(tmp_path: Path, monkeypatch
     with zipfile.ZipFile(tmp_path / "x.npz", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("train_images.npy", header((10**8,), "|u1") + bytes(10**8))
     assert (tmp_path / "x.npz").stat().st_size < 10**6
-    with pytest.raises(Unreadable, match="of free memory"):
+    with pytest.raises(Unreadable, match=r"of free memory|that become"):
         read_arrays(tmp_path / "x.npz")
 
 
@@ -238,7 +239,8 @@ def forge(path: Path, **changes: object) -> None:
             content[outer] = {**content[outer], inner: value}
         else:
             content[outer] = value
-    content["checksum"] = checksum(content)
+    with contextlib.suppress(ValueError):  # of a circle nobody can have one
+        content["checksum"] = checksum(content)
     torch.save(content, path)
 
 

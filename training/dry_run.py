@@ -12,7 +12,7 @@ from engine import is_due
 from experiment.data import eval_batches
 from training.options import Options
 from training.recipe import make_batches, make_network, make_step
-from utils.console import counted, duration, step_time
+from utils.console import about, counted, duration, step_time
 from utils.system import peak_memory, step_seconds
 
 
@@ -36,7 +36,7 @@ def dry_run(runs: Sequence[Options], data: LongTailed, device: torch.device) -> 
     each = f"{len(runs)} runs, {order}, of " if len(runs) > 1 else ""
     size, of_step = min(first.batch_size, len(data.train)), of_kind[kind_of(first)][0]
     return (
-        f"dry run: about {duration(whole)} for {each}{counted(first.epochs, 'epoch')}, {peak_memory(device)}; "
+        f"dry run: {about(whole)} for {each}{counted(first.epochs, 'epoch')}, {peak_memory(device)}; "
         f"{'of the first ' if len(runs) > 1 else ''}a step of {counted(size, 'image')} "
         f"takes {step_time(of_step)}, an epoch "
         f"{duration(epochs[0])}, each of {counted(due, 'evaluation')} {duration(of_evaluation)}. No run was made."

@@ -74,5 +74,12 @@ def open_array(path: str | Path, name: str, is_whole: bool = False) -> Array:
     return map_array(path, size - content)
 
 
+def is_written_array(path: Path) -> bool:
+    """Whether a file ends as those of :func:`write_array` do, damaged or not."""
+    with open(path, "rb") as file:
+        file.seek(max(0, path.stat().st_size - _END.size))
+        return file.read(len(_MAGIC)) == _MAGIC
+
+
 def _sum(block: bytes | bytearray) -> bytes:
     return zlib.crc32(block).to_bytes(4, "little")

@@ -395,14 +395,19 @@ def read(path: str | Path) -> Checkpoint:
     if not isinstance(found, dict):
         raise UsageError(f"{path} is a checkpoint of another program: it holds no dict of weights", listing())
     content: dict[str, Any] = found
-    if type(content.get("format")) is not int:
+    if type(content.get("format")) is not int and not {"format", "stage", "num_classes"} <= content.keys():
         return Checkpoint(None, "unknown", 0, 0, {}, foreign=found, path=path, sha256=digest)
+    if type(content["format"]) is not int:
+        raise UsageError(f"{path} is of format {short(content['format'])}", f"1 to {FORMAT}")
     if content["format"] in (1, 2):
         content = {"head": "linear", "stem": "small"} | content
     if not 1 <= content["format"] <= FORMAT:
         raise UsageError(f"{path} has format {content['format']}", f"up to {FORMAT}: update this code")
     if not set(_STORED) <= set(content):
         raise UsageError(f"{path} lacks {', '.join(sorted(set(_STORED) - set(content)))}", listing())
+    problem = not_plain(content)
+    if problem:
+        raise UsageError(f"{path}: {problem} holds what is no plain value", earlier(path) or listing())
     if content["format"] > 3 and content.get("checksum") != checksum(content):
         raise UsageError(f"{path} is damaged: its checksum does not match", earlier(path) or listing())
     for problem in contradictions(content):
@@ -434,9 +439,19 @@ def checksum(content: Mapping[str, object]) -> str:
             digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode(errors="surrogateescape"))
             digest.update(value.contiguous().flatten().view(torch.uint8).numpy().data if value.numel() else b"")
     rest = {name: content[name] for name in _STORED if name != "model"}
-    with suppress(TypeError, ValueError, RecursionError):
-        digest.update(json.dumps(rest, sort_keys=True).encode())
+    digest.update(json.dumps(rest, sort_keys=True).encode())
     return digest.hexdigest()
+
+
+def not_plain(content: Mapping[str, object]) -> str:
+    """The first field, beside the weights, that is not made of plain values as JSON has them; "" where all are."""
+    for name in _STORED:
+        try:
+            if name != "model":
+                json.dumps(content[name])
+        except (TypeError, ValueError, RecursionError):
+            return name
+    return ""
 
 
 def save_final(checkpoint: Checkpoint, path: Path, content: bytes | None = None) -> str:

@@ -41,6 +41,9 @@ def command(main: Callable[..., T]) -> Callable[..., T]:
             except BrokenPipeError:  # the reader of our output has gone, as in "| head"
                 sys.stdout = open(os.devnull, "w")
                 status, message = 141, "stopped: standard output was closed"
+            except MemoryError as error:
+                words = f" ({' '.join(str(error).split())})" if str(error) else ""
+                status, message = 1, f"stopped: out of memory{words}"
             except OSError as error:
                 if error.errno not in DISK:
                     raise

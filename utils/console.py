@@ -10,7 +10,7 @@ from contextlib import suppress
 from utils.errors import disk_words
 
 #: What a terminal would act upon, all but the ends of lines and tabs.
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u2028\u2029\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
 
 def plain(text: str) -> str:
@@ -45,6 +45,11 @@ def duration(seconds: float) -> str:
         return f"{minutes} min"
     hours, days = round(seconds / 3600), seconds / 86400
     return f"{minutes // 60} h {minutes % 60} min" if hours < 48 else f"{int(days)} d {hours % 24} h"
+
+
+def about(seconds: float) -> str:
+    """A time that is not known to the second: "about 42 s", "under 1 s"."""
+    return duration(seconds) if seconds < 1 else f"about {duration(seconds)}"
 
 
 def step_time(seconds: float) -> str:

@@ -125,9 +125,10 @@ class Flag:
 
 @dataclass(frozen=True)
 class Vector:
-    """Numbers that belong together, one for each channel of an image."""
+    """Numbers that belong together; ``each`` says what they are for."""
 
     kind: Number
+    each: str = "for each channel"
 
     def __call__(self, value: object) -> tuple[float, ...]:
         values = value if isinstance(value, list | tuple) else [value]
@@ -135,7 +136,7 @@ class Vector:
 
     @property
     def allowed(self) -> str:
-        return f"{self.kind.allowed}, for each channel"
+        return f"{self.kind.allowed}, {self.each}"
 
 
 Kind = Number | Choice | Text | Flag | Vector
@@ -359,7 +360,8 @@ def parse_typed(cls: type[DataclassInstance], argv: Sequence[str], prog: str, de
 def nearest(wanted: str, specs: Mapping[str, Spec]) -> list[str]:
     """Up to three options that somebody who typed ``wanted`` may have meant: by name, then by what they are for."""
     names = {flag: name for name, spec in specs.items() for flag in (name, *spec.aliases)}
-    near = [name for flag, name in names.items() if wanted and (wanted in flag or wanted.endswith(f"_{flag}"))]
+    stem = wanted.removesuffix("s")
+    near = [name for flag, name in names.items() if stem and (stem in flag or wanted.endswith(f"_{flag}"))]
     near += [names[flag] for flag in difflib.get_close_matches(wanted, names, cutoff=0.75)]
     words = [word.removesuffix("s") for word in wanted.split("_") if len(word) > 3]
     near += [name for name, spec in specs.items() if words and all(word in spec.help for word in words)]

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
-from utils.console import counted, duration
+from utils.console import about, counted
 
 T = TypeVar("T")
 #: Steps after which the pace is measured, the very first being slower than the others.
@@ -16,7 +16,9 @@ ANNOUNCE_AFTER = 3.0
 
 
 class Pace:
-    """The pace of a training of so many epochs of so many steps; ``say`` is called once with the time that it takes.
+    """The pace of a training of so many epochs of so many steps, evaluations counted as steps.
+
+    ``say`` is called once with the time that it takes.
 
     ``forecast``, where it is only a part of a command's work, gives the seconds that all of that still takes.
     ``is_announced``: that time has been said before.
@@ -25,7 +27,7 @@ class Pace:
     def __init__(
         self,
         epochs: int,
-        steps: int,
+        steps: float,
         say: Callable[[str], None],
         forecast: Callable[[], float | None] | None = None,
         is_announced: bool = False,
@@ -59,7 +61,7 @@ class Pace:
                 began = time.perf_counter()
             elapsed, timed = time.perf_counter() - began, number - WARM_UP
             if timed >= WARM_UP and elapsed > ANNOUNCE_AFTER:
-                self._announce(elapsed / timed * self.steps * (self.epochs - self.done))
+                self._announce(elapsed / timed * (self.steps * (self.epochs - self.done) - number))
             yield step
 
     def _announce(self, seconds: float) -> None:
@@ -67,4 +69,4 @@ class Pace:
         if is_long and not self.is_announced:
             self.is_announced = True
             what = "in all" if self.forecast else f"for {counted(self.epochs - self.done, 'epoch')}"
-            self.say(f"about {duration(seconds)} left {what}")
+            self.say(f"{about(seconds)} left {what}")

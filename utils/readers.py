@@ -8,6 +8,7 @@ line. Images have theirs in datasets/files.py, CIFAR's pickles torchvision's, wh
 from __future__ import annotations
 
 import ast
+import csv
 import hashlib
 import io
 import json
@@ -26,6 +27,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from utils.pickles import Hostile, check_pickles
 from utils.system import free_memory
 
 if TYPE_CHECKING:
@@ -35,12 +37,16 @@ Array = npt.NDArray[Any]
 Order = Literal["C", "F"]
 #: Bytes that are read of a file, at most: lists and records, and files of numbers, where memory may allow less.
 MOST_TEXT, MOST_NUMBERS = 2**30, 2**38
-#: Bytes of the part of a PyTorch file that is no tensor: it is read step by step, about a million a second.
+#: Bytes of the part of a PyTorch file that is no tensor, see utils/pickles.py, or of the head of safetensors.
 MOST_STEPS = 2**24
-#: Values in a file of torch.save, and lists within lists, at most.
-MOST_NODES, MOST_DEPTH = 20_000_000, 200
-#: Bytes of an array's header in .npy and .npz.
-MOST_HEADER = 2**16
+#: Values in a file of torch.save, letters of the paths to them, lists within lists, and tensors, at most.
+MOST_NODES, MOST_LETTERS, MOST_DEPTH, MOST_PARTS = 2_000_000, 2**27, 200, 100_000
+#: Pickles that a file of torch's older format begins with: magic number, protocol, machine, content, names of storages.
+OLD_PICKLES = 5
+#: Bytes of an array's header in .npy and .npz and of a CSV's first line; columns, and letters of a cell.
+MOST_HEADER, MOST_COLUMNS, MOST_CELL = 2**16, 1000, 10_000
+#: How many times as large as an .npz its arrays may be: images are rarely packed to a tenth, all zeros to a thousandth.
+MOST_PACKED = 500
 
 
 class Unreadable(Exception):
@@ -151,10 +157,21 @@ def read_table(path: str | Path) -> pd.DataFrame:
     content = read_bytes(path)
     if b"\0" in content:
         raise Unreadable("no CSV (it holds a NUL)")
+    head = content.split(b"\n", 1)[0]
+    if len(head) > MOST_HEADER or head.count(b",") > MOST_COLUMNS:
+        raise Unreadable(f"a first line of {len(head):,} bytes, {head.count(b',') + 1:,} columns")
+    names = next(csv.reader([head.decode(errors="replace")]), [])
+    if len(set(names)) < len(names):
+        twice = next(name for place, name in enumerate(names) if name in names[:place])
+        raise Unreadable(f"two columns {twice[:100]!r}")
     try:
         table = pd.read_csv(io.BytesIO(content), dtype=str, keep_default_na=False, index_col=False)
     except (ValueError, OverflowError, MemoryError, RecursionError) as error:  # pandas' own are ValueErrors
         raise Unreadable(f"no CSV ({_words(error)})") from None
+    for name in table:
+        longest = int(table[name].str.len().max()) if len(table) else 0
+        if longest > MOST_CELL:
+            raise Unreadable(f"a cell of {longest:,} letters in column {name}")
     return table
 
 
@@ -168,11 +185,13 @@ def parse_tensors(blob: bytes) -> object:
     if blob[8:9] == b"{":  # after the length of its head
         return _parse_safetensors(blob)
     file = io.BytesIO(blob)
-    is_zip = blob.startswith(b"PK") or _ends_as_archive(file)
+    is_zip = blob.startswith(b"PK\x03\x04")
     if is_zip:
-        _check_archive(file, len(blob))
-    elif not blob.startswith(b"\x80") and not _is_tar(blob):
+        _check_archive(file, blob)
+    elif not blob.startswith(b"\x80") or _ends_as_archive(file):
         raise Unreadable("no file of torch.save")
+    else:
+        _check_pickles(blob, OLD_PICKLES)
     file.seek(0)
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals([(_Dropped, name) for name in _PLAIN]):
@@ -183,7 +202,8 @@ def parse_tensors(blob: bytes) -> object:
         if is_pickle and (is_zip or re.search("Unsupported (global|class)", str(error))):
             raise HoldsCode("it holds pickled Python objects") from None
         raise Unreadable("no file of torch.save, or damaged") from None
-    if _size_of_tree(content, {}) > MOST_NODES:
+    nodes, letters = _size_of_tree(content, {})
+    if nodes > MOST_NODES or letters > MOST_LETTERS:
         raise Unreadable("a file of lists within lists without end")
     for tensor in _tensors(content):
         if tensor.is_nested:
@@ -198,24 +218,35 @@ def _parse_safetensors(blob: bytes) -> dict[str, torch.Tensor]:
     """The tensors of a file of safetensors, which checks names, shapes and places against its length."""
     import safetensors.torch
 
+    length = int.from_bytes(blob[:8], "little")
+    if length > MOST_STEPS or blob[8 : 8 + length].count(b'"dtype"') > MOST_PARTS:
+        raise Unreadable(f"no file of safetensors: a head of {length:,} bytes")
     try:
         return {str(name): value for name, value in safetensors.torch.load(blob).items()}
     except Exception as error:  # its own and PyTorch's
         raise Unreadable(f"no file of safetensors, or damaged ({_words(error)})") from None
 
 
-def _size_of_tree(content: object, known: dict[int, float], depth: int = 0) -> float:
-    """How many values nested dicts, lists and tuples hold, each counted wherever it stands; infinite in a circle.
+def _size_of_tree(content: object, known: dict[int, tuple[float, float]], depth: int = 0) -> tuple[float, float]:
+    """How many values nested dicts, lists and tuples hold, and how many letters the paths to them have.
 
-    A list that holds another twice, and so on forty times, is small in a file and endless for whoever walks it.
+    Each value is counted wherever it stands; both are infinite in a circle. A list that holds another twice, and so on
+    forty times, is small in a file and endless for whoever walks it.
     """
-    inner = content.values() if isinstance(content, dict) else content if isinstance(content, list | tuple) else None
-    if inner is None:
-        return 1
+    if isinstance(content, dict):
+        inner = list(content.items())
+    elif isinstance(content, list | tuple):
+        inner = [(0, each) for each in content]
+    else:
+        return 1, 0
     if id(content) not in known:
-        known[id(content)] = math.inf  # where it is met inside itself
-        is_deep = depth > MOST_DEPTH
-        known[id(content)] = math.inf if is_deep else 1 + sum(_size_of_tree(each, known, depth + 1) for each in inner)
+        known[id(content)] = math.inf, math.inf  # where it is met inside itself
+        if depth <= MOST_DEPTH:
+            nodes, letters = 1.0, 0.0
+            for key, each in inner:
+                below, long = _size_of_tree(each, known, depth + 1)
+                nodes, letters = nodes + below, letters + long + below * (1 + len(key) if isinstance(key, str) else 8)
+            known[id(content)] = nodes, letters
     return known[id(content)]
 
 
@@ -242,12 +273,20 @@ def _ends_as_archive(file: io.BytesIO) -> bool:
         return True
 
 
-def _is_tar(blob: bytes) -> bool:
-    return blob[257:262] == b"ustar"  # torch's first format
+def _check_pickles(blob: bytes, number: int = 1) -> None:
+    try:
+        check_pickles(blob, number)
+    except Hostile as error:
+        raise Unreadable(str(error)) from None
+    except Exception:  # pickletools raises nearly anything
+        raise Unreadable("no file of torch.save, or damaged") from None
 
 
-def _check_archive(file: io.BytesIO, size: int) -> None:
+def _check_archive(file: io.BytesIO, blob: bytes) -> None:
     """Raises Unreadable where an archive of torch.save holds more than the file has, or other than its checksums."""
+    size = len(blob)
+    if blob.count(b"PK\x01\x02") > MOST_PARTS:  # entries of its directory
+        raise Unreadable(f"more than {MOST_PARTS:,} parts")
     try:
         with zipfile.ZipFile(file) as archive:
             members = archive.infolist()
@@ -255,12 +294,13 @@ def _check_archive(file: io.BytesIO, size: int) -> None:
                 raise Unreadable("its parts are compressed, which torch.save never does")
             if sum(member.file_size for member in members) > size:
                 raise Unreadable("its parts are larger than the file")
-            if any(member.file_size > MOST_STEPS for member in members if member.filename.endswith(".pkl")):
+            # torch finds names in small or capital letters
+            pickles = [member for member in members if member.filename.casefold().endswith(".pkl")]
+            if any(member.file_size > MOST_STEPS for member in pickles):
                 raise Unreadable(f"more than {MOST_STEPS / 1e6:,.0f} MB beside its tensors")
-            for member in members:
-                if member.filename.endswith(".pkl") and b"bytearray" in archive.read(member):
-                    raise Unreadable("it asks for memory that it does not fill")
-            if len({member.filename for member in members}) < len(members):
+            for member in pickles:
+                _check_pickles(archive.read(member))
+            if len({member.filename.casefold() for member in members}) < len(members):
                 raise Unreadable("two of its parts have one name")
             if archive.testzip() is not None:
                 raise Unreadable("damaged: a checksum does not match")
@@ -277,7 +317,7 @@ def read_arrays(path: str | Path, names: Iterable[str] | None = None) -> dict[st
     with _refusing("a damaged .npz"):
         size_of(path, most)
         with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
-            members = {member.filename.removesuffix(".npy"): member for member in archive.infolist()}
+            members = _members(archive)
             wanted = [name for name in members if names is None or name in set(names)]
             if 2 * sum(members[name].file_size for name in wanted) > most:  # read, and as arrays
                 raise Unreadable(f"its arrays take more than the {most / 1e6:,.0f} MB of free memory")
@@ -289,13 +329,25 @@ def read_arrays(path: str | Path, names: Iterable[str] | None = None) -> dict[st
     return found
 
 
+def _members(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
+    """The members of an .npz by the names of their arrays."""
+    members = archive.infolist()
+    named = {member.filename.removesuffix(".npy"): member for member in members}
+    if len(named) < len(members):
+        raise Unreadable("two of its arrays have one name")
+    packed, whole = (sum(getattr(member, name) for member in members) for name in ("compress_size", "file_size"))
+    if whole > 2**26 and whole > MOST_PACKED * packed:
+        raise Unreadable(f"{packed:,} bytes that become {whole:,}")
+    return named
+
+
 def array_shapes(path: str | Path, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
     """The shapes of those arrays of an .npz that are named and there, without reading them."""
     found = {}
     with _refusing("a damaged .npz"):
         size_of(path, MOST_NUMBERS)
         with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
-            members = {member.filename.removesuffix(".npy"): member for member in archive.infolist()}
+            members = _members(archive)
             for name in names:
                 if name in members:
                     with archive.open(members[name]) as part:

@@ -26,7 +26,7 @@ from utils import signals
 from utils.distributed import all_reduce_max, broadcast_bytes, gather_bytes, rank, world_size
 from utils.errors import UsageError, disk_words
 from utils.files import atomic
-from utils.readers import MOST_NUMBERS, Unreadable, parse_tensors, read_bytes, read_json, seal, unsealed
+from utils.readers import MOST_NUMBERS, Unreadable, parse_tensors, read_bytes, read_sealed, seal, sealed, unsealed
 from utils.run import Run
 from utils.system import machine
 from utils.typed import require
@@ -38,6 +38,7 @@ FORMAT = 3  # 2 had no checksum
 INTERVAL = 600.0
 NAME = re.compile(r"state-(\d{6,})\.pt")
 FINISHED = "finished.json"
+ANY = 2**40  # more epochs, and steps, than there can be
 #: The global random generators are one for all threads: held by who seeds them and draws, or puts them back.
 GLOBAL_GENERATORS = threading.Lock()
 
@@ -88,7 +89,7 @@ class TrainState:
 
     ::
 
-        with state.training("network", step=step, evaluator=evaluator):
+        with state.training("network", epochs, len(batches), step=step, evaluator=evaluator):
             for epoch in range(state.epoch, epochs):
                 for batch in batches.epoch(epoch, first=state.step):
                     ...
@@ -131,6 +132,7 @@ class TrainState:
         self.always: dict[str, Stateful] = {"run": run, **always}
         self.name = ""
         self.parts: dict[str, Stateful] = {}
+        self._most = 0, 0
         self._number = 0
         self._damaged: list[Path] = []
         self._last_save = time.monotonic()
@@ -155,9 +157,9 @@ class TrainState:
         return self._spent + time.perf_counter() - self._since
 
     @contextmanager
-    def training(self, name: str, **parts: Stateful) -> Iterator[None]:
-        """The training of ``parts``, from its beginning or from where a state of that name was saved."""
-        self.name, self.parts = name, parts
+    def training(self, name: str, epochs: int = ANY, steps: int = ANY, /, **parts: Stateful) -> Iterator[None]:
+        """So many epochs of so many steps of ``parts``, from the beginning or from where a state of that name ends."""
+        self.name, self.parts, self._most = name, parts, (epochs, steps)
         self._begin_epoch(0)
         if self._waiting and self._waiting["name"] == name:
             with refusing(self.run.folder):
@@ -288,7 +290,7 @@ class TrainState:
         own = state["own"][min(rank(), len(state["own"]) - 1)]
         for name, value in own["parts"].items():
             self.parts[name].load_own_state(value)  # type: ignore[attr-defined]
-        if not (0 <= state["epoch"] < 2**40 and 0 <= state["step"] < 2**40):
+        if not (0 <= state["epoch"] <= self._most[0] and 0 <= state["step"] <= self._most[1]):
             raise ValueError(f"epoch {state['epoch']}, step {state['step']}")
         self.epoch, self.step, self._spent = state["epoch"], state["step"], own["spent"]
         self.is_trained = state["is_trained"]
@@ -322,7 +324,9 @@ def state_files(folder: Path) -> list[Path]:
 
 def complete(run: Run, result: R) -> R:
     """Marks a run as complete, with what its command returns (JSON), and removes its states; returns the result."""
-    run.write_json(FINISHED, {"result": result})
+    if run.writes:
+        with run.side_output(FINISHED) as path:
+            path.write_text(sealed({"result": result}))
     completed_run(run.folder)
     return result
 
@@ -333,7 +337,7 @@ def completed_run(folder: Path) -> StateDict | None:
     States that a complete run still has, since it was killed in its last moment, are removed.
     """
     try:
-        noted = read_json(folder / FINISHED)
+        noted = read_sealed(folder / FINISHED)
     except Unreadable:
         return None
     if not isinstance(noted, dict) or "result" not in noted:

@@ -237,7 +237,7 @@ class Run:
                 path.write_text(json.dumps(content, indent=1) + "\n")
 
     def begin_training(
-        self, epochs: int, steps: int, every: int, forecast: Callable[[], float | None] | None = None
+        self, epochs: int, steps: float, every: int, forecast: Callable[[], float | None] | None = None
     ) -> None:
         """So many epochs of so many steps begin, of which the run will say how long they take.
 
@@ -252,12 +252,7 @@ class Run:
         steps = interruptible(steps)
         if not self.writes:
             return steps
-        left = self.pace.left
-        return bar(
-            self.pace.measured(steps) if self.pace.steps else steps,
-            total,
-            label if left is None else f"{label}, {duration(left)} left",
-        )
+        return bar(self.pace.measured(steps) if self.pace.steps else steps, total, label, self.pace.left)
 
     def log(self, record: Record) -> None:
         """One epoch: a table line, a line of metrics.jsonl, TensorBoard scalars. None stands for "not measured"."""
@@ -294,6 +289,6 @@ class Run:
         if measured and self._has_row(next(iter(records.values()))):
             last = next(reversed(records.values()))
             low, high = percent(min(measured)), percent(max(measured))
-            test = f"{low} to {high}" if len(measured) > 1 else low
+            test = low if low == high else f"{low} to {high}"
             left = f", {duration(self.pace.left)} left in all" if self.pace.left else ""
             self.say(f"{heading}, epoch {last['epoch']}: {counted(len(measured), 'classifier')}, test {test} %{left}")
