@@ -152,6 +152,8 @@ def main(argv: Sequence[str]) -> Report:
 
 def measured_threads(options: Options, data: LongTailed, device: torch.device) -> int | None:
     """--threads, or the number that a long run on a busy machine is settled on."""
+    if device.type != "cpu":
+        return options.threads
     with torch.random.fork_rng(devices=[]):
         model = make_network(options, data, torch.device("cpu")).train()
     shape = data.channels, data.train.side, data.train.side
