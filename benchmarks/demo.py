@@ -85,7 +85,7 @@ def train_and_evaluate() -> dict[str, list[Json]]:
     found: dict[str, list[Json]] = {"stage 1": [], "stage 2": []}
     for seed in SEEDS:
         quiet = seed != SEEDS[0]
-        trained = f"--dataset digits --seed {seed}"
+        trained = f"--dataset digits --eval_every 20 --seed {seed}"
         run("main_stage1.py", main_stage1.main, trained, quiet)
         result = run("evaluate.py", evaluate.main, "--dataset digits --cur_stage stage1", True)
         found["stage 1"].append(result)
