@@ -12,7 +12,7 @@ from utils.distributed import world_size
 
 #: Images of the steps that are timed, at most.
 IMAGES = 16
-#: Seconds that a run must take at least, and times that one thread must be faster, for the number to change.
+#: Seconds that a run must take at least, a third of it with one thread, and times that one thread must be faster.
 LONG, CLEARLY = 60.0, 1.5
 
 
@@ -63,7 +63,7 @@ def settle_threads(
         with torch.no_grad():
             for name, buffer in model.named_buffers():
                 buffer.copy_(buffers[name])
-    if together < CLEARLY * alone:
+    if together < CLEARLY * alone or alone * images < LONG / 3:
         return None
     torch.set_num_threads(1)
     show(

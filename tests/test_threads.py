@@ -23,7 +23,13 @@ def two_threads(monkeypatch) -> list[int]:
 
 @pytest.mark.parametrize(
     ("slow", "images", "chosen", "expected"),
-    [(5.0, 10**6, None, 1), (1.2, 10**6, None, None), (5.0, 100, None, None), (5.0, 10**6, 2, 2)],
+    [
+        (5.0, 10**6, None, 1),
+        (1.2, 10**6, None, None),
+        (5.0, 100, None, None),
+        (5.0, 20_000, None, None),
+        (5.0, 10**6, 2, 2),
+    ],
 )
 @pytest.mark.parametrize("trains", [True, False])
 def test_one_thread_where_two_wait_for_each_other(
