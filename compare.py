@@ -18,6 +18,9 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import cast
 
+import torch
+
+from datasets import LongTailed
 from experiment.record import begin, check_places, place_of, wrapped_line
 from experiment.resuming import find_run, say_complete
 from experiment.sweeps import MEASURES, Row, plus_minus, ranked_rows, score_of, varying, write_sweep
@@ -46,6 +49,7 @@ from utils.metrics import csv_text, spread
 from utils.options import Choice, Flag, Resolved, Value, Values, flags, option, parse_typed, shown
 from utils.plots import class_profiles
 from utils.resume import complete
+from utils.run import Run
 from utils.system import provenance
 
 #: The method that is also trained together with the backbone, which is the Decoupling paper's question.
@@ -120,39 +124,9 @@ def main(argv: Sequence[str]) -> list[dict[str, Value]]:
         rows = best_of_each(rows) if options.tune else rows
         measured = {id(result): measure(result, frozen) for row in rows for result in row.results}
         columns = column_figures(data.val is not None, measured)
-
-        cells = [
-            {"method": label(row, differing), "seeds": str(len(row.results))}
-            | {name: form(row.figures(of), len(row.results)) for name, (of, form) in columns.items()}
-            for row in rows
-        ]
-        import pandas as pd  # here, since it is slow to import
-
-        printed = [name for name in ("method", "seeds", *PRINTED) if any(cell.get(name, "-") != "-" for cell in cells)]
-        run.say(f"\n{pd.DataFrame(cells)[printed].to_string(index=False)}\n")
-        numbers = [numeric(row, differing, columns) for row in rows]
-        with run.side_output("compare.csv") as path:
-            path.write_text(csv_text(numbers))
-        with run.side_output("compare.md") as path:
-            path.write_text(markdown(cells))
-        head = {
-            "options": resolved.stored(),
-            "provenance": provenance("compare.py", argv, device, run.seconds) | {"resumed": run.resumed},
-        }
-        lines = [head, *(measured[id(result)].line(result) for row in rows for result in row.results)]
-        with run.side_output("results.jsonl") as path:
-            path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        profiles = {
-            label(row, differing): measured[id(row.results[0])].profile
-            for name in resolved.values("show")
-            for row in rows
-            if row.setting.method == name and row.results[0].method.scope == "fc"
-        }
-        if profiles:
-            title = f"{data.spec.name}, ratio {options.imb_ratio}, {options.network}"
-            with run.side_output("class_profiles.png") as path:
-                class_profiles(profiles, data.class_counts, title, path)
-        figure = ", class_profiles.png" if profiles else ""
+        numbers = write_table(rows, differing, columns, run)
+        write_results(rows, measured, resolved, argv, device, run)
+        figure = write_profiles(rows, differing, measured, resolved, data, run)
         held_out = data.val is not None
         run.say(f"{how(options, typed, methods)}; sorted by {SORTED_BY[held_out]}")
         run.say(
@@ -164,6 +138,68 @@ def main(argv: Sequence[str]) -> list[dict[str, Value]]:
         run.say(f"best on {where}: {label(best, differing)}, test top-1 {accuracy} %, in {duration(run.seconds)}")
         run.say(f"next: {following(typed, best, differing)}")
         return complete(run, numbers)
+
+
+def write_table(
+    rows: Sequence[Row[ClassifierResult]], differing: Collection[str], columns: dict[str, Column], run: Run
+) -> list[dict[str, Value]]:
+    """Prints the table, and writes it as CSV and Markdown; returns the rows of the CSV."""
+    cells = [
+        {"method": label(row, differing), "seeds": str(len(row.results))}
+        | {name: form(row.figures(of), len(row.results)) for name, (of, form) in columns.items()}
+        for row in rows
+    ]
+    import pandas as pd  # here, since it is slow to import
+
+    printed = [name for name in ("method", "seeds", *PRINTED) if any(cell.get(name, "-") != "-" for cell in cells)]
+    run.say(f"\n{pd.DataFrame(cells)[printed].to_string(index=False)}\n")
+    numbers = [numeric(row, differing, columns) for row in rows]
+    with run.side_output("compare.csv") as path:
+        path.write_text(csv_text(numbers))
+    with run.side_output("compare.md") as path:
+        path.write_text(markdown(cells))
+    return numbers
+
+
+def write_results(
+    rows: Sequence[Row[ClassifierResult]],
+    measured: dict[int, Measures],
+    resolved: Resolved[Options],
+    argv: Sequence[str],
+    device: torch.device,
+    run: Run,
+) -> None:
+    """Writes results.jsonl: the options and where it was run, then a line for every classifier."""
+    head = {
+        "options": resolved.stored(),
+        "provenance": provenance("compare.py", argv, device, run.seconds) | {"resumed": run.resumed},
+    }
+    lines = [head, *(measured[id(result)].line(result) for row in rows for result in row.results)]
+    with run.side_output("results.jsonl") as path:
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def write_profiles(
+    rows: Sequence[Row[ClassifierResult]],
+    differing: Collection[str],
+    measured: dict[int, Measures],
+    resolved: Resolved[Options],
+    data: LongTailed,
+    run: Run,
+) -> str:
+    """Draws the class profiles of the methods of --show; returns what to add to the list of files."""
+    profiles = {
+        label(row, differing): measured[id(row.results[0])].profile
+        for name in resolved.values("show")
+        for row in rows
+        if row.setting.method == name and row.results[0].method.scope == "fc"
+    }
+    if profiles:
+        options = resolved.options
+        title = f"{data.spec.name}, ratio {options.imb_ratio}, {options.network}"
+        with run.side_output("class_profiles.png") as path:
+            class_profiles(profiles, data.class_counts, title, path)
+    return ", class_profiles.png" if profiles else ""
 
 
 def choose_methods(resolved: Resolved[Options], typed: Values, num_classes: int) -> list[Method]:
@@ -231,25 +267,20 @@ def column_figures(held_out: bool, measured: dict[int, Measures]) -> dict[str, C
     columns: dict[str, Column] = {"val class mean": (score_of, plus_minus)} if held_out else {}
     columns |= {name: (of, plus_minus) for name, of in MEASURES.items()}
     columns |= {
-        "LoMa": (over_classes("logits_magnitude", 0), number),
-        "LoMa spread": (over_classes("logits_magnitude", 1), number),
-        "RSD": (over_classes("rsd", 0), number),
-        "norm spread": (over_classes("weight_norm", 1), number),
+        "LoMa": (over_classes("logits_magnitude", 0), mean_as(".3g")),
+        "LoMa spread": (over_classes("logits_magnitude", 1), mean_as(".3g")),
+        "RSD": (over_classes("rsd", 0), mean_as(".3g")),
+        "norm spread": (over_classes("weight_norm", 1), mean_as(".3g")),
         "ECE": (lambda result: measured[id(result)].report["ece"], plus_minus),
         "ECE scaled": (lambda result: measured[id(result)].ece_calibrated, plus_minus),
-        "seconds": (lambda result: result.seconds, tenths),
+        "seconds": (lambda result: result.seconds, mean_as(".1f")),
     }
     return columns
 
 
-def number(pair: tuple[float, float] | None, seeds: int) -> str:
-    """A mean over seeds to three digits."""
-    return "-" if pair is None else f"{pair[0]:.3g}"
-
-
-def tenths(pair: tuple[float, float] | None, seeds: int) -> str:
-    """A mean over seeds to one decimal."""
-    return "-" if pair is None else f"{pair[0]:.1f}"
+def mean_as(form: str) -> Callable[[tuple[float, float] | None, int], str]:
+    """A mean over seeds in a format, ".1f" for instance."""
+    return lambda pair, seeds: "-" if pair is None else format(pair[0], form)
 
 
 def label(row: Row[ClassifierResult], names: Iterable[str]) -> str:
