@@ -602,7 +602,7 @@ def _with_statistics(source: Source, image_options: ImageOptions, kept: Path | N
             images = source.train.images
             own = statistics_of(_sample(images) if isinstance(images, Photos) else images)
             if kept is not None:
-                write_text(kept, sealed(own))
+                write_text(kept, sealed([kept.parent.name, *own]))
         mean, std = mean or own[0], std or own[1]
     if len(mean) != source.train.channels or len(std) != source.train.channels:
         raise UsageError(f"--mean and --std of {len(mean)} and {len(std)} numbers", f"{source.train.channels} each")
@@ -610,9 +610,15 @@ def _with_statistics(source: Source, image_options: ImageOptions, kept: Path | N
 
 
 def _kept_statistics(path: Path, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
-    """Mean and standard deviation of each channel, as a file has them; None where it has none that can be right."""
+    """Mean and standard deviation of each channel, as a file has them; None where it has none that can be right.
+
+    It names the folder that it is in, which is called by the files of the data set.
+    """
     try:
-        found = np.asarray(read_sealed(path), dtype=np.float64)
+        content = read_sealed(path)
+        if not isinstance(content, list) or content[:1] != [path.parent.name]:
+            return None
+        found = np.asarray(content[1:], dtype=np.float64)
     except (Unreadable, TypeError, ValueError):
         return None
     is_right = found.shape == (2, channels) and bool((found >= 0).all() and (found[0] <= 1).all() and found[1].all())

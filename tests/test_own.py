@@ -72,7 +72,7 @@ def test_a_folder_of_photos_is_decoded_when_it_is_wanted(workdir) -> None:
     [kept] = workdir.glob("cache/images/*/statistics_224.json")
     again = read("folder", "d")  # where it is kept
     assert (again.spec.mean, again.spec.std) == (data.spec.mean, data.spec.std)
-    kept.write_text(sealed([[0.1, 0.2, 0.3], [0.4, 0.5, 0.6]]))
+    kept.write_text(sealed([kept.parent.name, [0.1, 0.2, 0.3], [0.4, 0.5, 0.6]]))
     assert read("folder", "d").spec.mean == (0.1, 0.2, 0.3)
     assert data.spec.augment == ResizedCrop() and data.val is None  # val is the test set where there is no other
     make_folder(workdir / "e", side=90, suffix="jpg")

@@ -24,6 +24,7 @@ from models import build_model
 from utils import checkpoints
 from utils.errors import UsageError
 from utils.plots import Pictured
+from utils.readers import sealed
 
 QUICK = ["--network", "resnet8", "--epochs", "1", "--seed", "0", "--workers", "0"]
 
@@ -548,6 +549,8 @@ def test_statistics_that_are_damaged_are_made_anew(workdir) -> None:
     text = path.read_text()
     digit = text.index(str(mean[0])) + 2
     path.write_text(text[:digit] + str((int(text[digit]) + 1) % 10) + text[digit + 1 :])
+    assert read("folder", "d").spec.mean == mean
+    path.write_text(sealed(["another", [0.5] * 3, [0.5] * 3]))  # of another data set
     assert read("folder", "d").spec.mean == mean
 
 
