@@ -401,8 +401,10 @@ class Duplicates:
                         if other == "train" and is_dropped
                         else what
                     )
+                    is_all = other == "train" and len(same) == len(mine) and not is_dropped
+                    word = "warning: accuracy says nothing about new images" if is_all else "note"
                     show(
-                        f"note: {len(same):,} of {len(mine):,} {split} images are {other} images too, the first: "
+                        f"{word}: {len(same):,} of {len(mine):,} {split} images are {other} images too, the first: "
                         f"{' = '.join(pair)}{'; ' if what else ''}{what}"
                     )
 

@@ -128,6 +128,8 @@ def main(argv: Sequence[str]) -> Manifest:
         if flag in typed and not options.show:
             raise UsageError(f"--{flag} without --show", "--show FILE.png beside it")
     if options.show:
+        if Path(options.show).suffix.lower() != ".png":
+            raise UsageError(f"--show {options.show}", "the path of a .png")
         require_targets([Target("--show", options.show, b"\x89PNG", b"Matplotlib")], [Path(options.root)])
     image_options = ImageOptions(
         image_size=options.image_size,

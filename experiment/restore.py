@@ -15,7 +15,7 @@ from models import BACKBONES, HEADS, TIMM, Network, build_model, imagenet_weight
 from models.foreign import translate, translate_timm
 from utils import checkpoints
 from utils.checkpoints import Checkpoint, NoCheckpoint, require_weights, short
-from utils.console import show
+from utils.console import counted, show
 from utils.distributed import main_process_first
 from utils.errors import UsageError
 from utils.options import Values, resolve
@@ -30,6 +30,11 @@ def open_checkpoint(typed: Values, stage: str, cls: type[DataOptions]) -> Checkp
     if "pretrained_pth" in typed:
         path = Path(str(typed["pretrained_pth"]))
         path = path / "checkpoint.pt" if (path / "checkpoint.pt").is_file() else path
+        runs = sorted(path.glob("*/checkpoint.pt")) if path.is_dir() else []
+        if runs:
+            raise UsageError(
+                f"{path} holds {counted(len(runs), 'run')}", ", ".join(str(run.parent) for run in runs[-5:])
+            )
     else:
         dataset = str(typed.get("dataset", "cifar100"))
         options = resolve(cls, typed, recipe_layers(dataset, typed)).options

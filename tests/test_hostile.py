@@ -60,6 +60,12 @@ PICKLES = {
     "a codec that doubles": codec("hex"),
     "a codec that doubles, by another name": codec("HEX-codec"),
     "a slow codec": codec("idna"),
+    "a codec of a long name": codec("hex" + "!" * 60),
+    "a codec, then a name in pieces": codec("hex")[:-1] + b"\x93.",
+    "a codec after steps that do nothing": codec("hex").replace(b"\x86R", b"\x80\x02\x80\x02\x80\x02\x86R"),
+    "a key that takes for ever": b"\x80\x02}K\x01K\x02\x86q\x00"
+    + b"".join(b"h" + bytes([k]) + b"h" + bytes([k]) + b"\x86q" + bytes([k + 1]) for k in range(40))
+    + b"Ns.",
     "steps": b"\x80\x02]" + b"(" + b"N" * (MOST_STEPS + 1) + b"e.",
     "keys that collide": b"\x80\x02}(" + b"".join(long(k * (2**61 - 1)) + b"N" for k in range(MOST_LONG + 2)) + b"u.",
 }
@@ -77,11 +83,22 @@ def test_a_pickle_that_asks_for_too_much_is_not_run(kind: str, name: str, monkey
 
 
 def test_what_torch_saves_is_read(tmp_path: Path) -> None:
-    content = {"state_dict": {"a": torch.ones(3)}, "best": np.float64(0.5), "epoch": 2**40, "x": [1, None, "hex", -1]}
+    content = {
+        "state_dict": {"a": torch.ones(3)},
+        "best": np.float64(0.5),
+        "epoch": 2**40,
+        "x": [1, None, (1, (2, "a")), -1],
+    }
     for modern in (True, False):
         torch.save(content, tmp_path / "x.pt", _use_new_zipfile_serialization=modern)
         found = parse_tensors((tmp_path / "x.pt").read_bytes())
         assert torch.equal(found["state_dict"]["a"], torch.ones(3)) and found["epoch"] == 2**40
+
+
+def test_a_tensor_of_memory_that_the_file_does_not_have_is_refused() -> None:
+    rows = b"ctorch\nTensor\nJ\x00\x00\x10\x00K\x40\x86R"
+    with pytest.raises(Unreadable):
+        parse_tensors(archive(b"\x80\x02}X\x01\x00\x00\x00a" + rows + b"s."))
 
 
 def test_names_of_an_archive_s_parts_are_compared_as_torch_does() -> None:
@@ -137,7 +154,10 @@ def test_a_stored_timm_name_takes_no_memory_for_its_network() -> None:
     assert next(sketch("timm:vit_giant_patch14_clip_224", 10).parameters()).device.type == "meta"
 
 
-PLAIN = {"a tensor": torch.ones(2), "a set": {1}, "bytes": b"x", "a complex number": 1j, "a key of two": {(1, 2): 3}}
+PLAIN = {
+    **{"a tensor": torch.ones(2), "a set": {1}, "bytes": b"x", "a complex number": 1j},
+    **{"a key of two": {(1, 2): 3}, "keys of two kinds": {"seed": {1: 2, "a": 3}}},
+}
 
 
 @pytest.mark.parametrize("kind", PLAIN)

@@ -448,7 +448,7 @@ def not_plain(content: Mapping[str, object]) -> str:
     for name in _STORED:
         try:
             if name != "model":
-                json.dumps(content[name])
+                json.dumps(content[name], sort_keys=True)
         except (TypeError, ValueError, RecursionError):
             return name
     return ""

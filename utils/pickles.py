@@ -5,7 +5,7 @@ torch.load(weights_only=True) builds tensors and plain values alone, but takes m
 
 from __future__ import annotations
 
-import codecs
+import encodings.aliases
 import pickletools
 from collections import deque
 
@@ -24,8 +24,15 @@ _PREFIX = {
     pickletools.TAKEN_FROM_ARGUMENT4U: 4,
     pickletools.TAKEN_FROM_ARGUMENT8U: 8,
 }
-#: Steps that put nothing on the stack that could be an argument of a call, by far the most of a file.
-_QUIET = {"BININT", "BININT1", "BININT2", "BINFLOAT", "MARK", "NONE", "EMPTY_LIST", "EMPTY_DICT", "APPENDS", "SETITEMS"}
+#: Steps that put a plain value on the stack.
+_SCALARS = {"BININT", "BININT1", "BININT2", "BINFLOAT", "FLOAT", "NONE", "NEWTRUE", "NEWFALSE", "LONG", "LONG1", "INT"}
+_TEXTS = {"BINUNICODE", "SHORT_BINUNICODE", "UNICODE", "BINSTRING", "SHORT_BINSTRING", "STRING"}
+#: Codecs that are slow, or make more of what they have made; :mod:`encodings` has other names for them.
+_GROW = {"hex", "base64", "zlib", "bz2", "uu", "quopri", "rot_13", "idna", "punycode"}
+_GROW |= {f"{name}_codec" for name in _GROW}
+_GROW |= {other for other, name in encodings.aliases.aliases.items() if name in _GROW}
+#: How often a tuple that holds tuples may be taken again from a pickle's memo: as a key, each time doubles its hashing.
+MOST_SHARED = 20
 
 
 class Hostile(ValueError):
@@ -39,14 +46,15 @@ def check_pickles(blob: bytes, number: int = 1) -> None:
         Hostile: see above.
         ValueError, LookupError: one is damaged.
     """
-    place = steps = large = 0
+    place = steps = large = shared = 0
     has_codec, growing = False, ""
     for _ in range(number):
         if place == len(blob):
             break  # fewer than a file of torch.save has, which torch then says
-        latest: deque[str | None] = deque(maxlen=3)  # what a tuple of arguments is made of
-        memo: dict[int, str | None] = {}
-        name = ""
+        latest: deque[bool] = deque(maxlen=3)  # whether what was put on the stack is plain
+        is_plain = True  # so since the last mark
+        memo: dict[int, str] = {}  # a tuple is "flat", of plain values, or "deep"; others are ""
+        made = name = ""
         while name != "STOP":
             name, length = _STEPS[blob[place]]
             place, steps = place + 1, steps + 1
@@ -64,33 +72,40 @@ def check_pickles(blob: bytes, number: int = 1) -> None:
                 place += length
             if place > len(blob):
                 raise ValueError("cut off")
-            if name in _QUIET:
-                latest.append(None)
-                continue
             content = blob[start:place]
+            if name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
+                memo[_number(name, content, len(memo))] = made
+                continue
+            made, is_scalar = "", name in _SCALARS or name in _TEXTS
+            if name == "MARK":
+                is_plain = True
+                continue
             if name in ("GLOBAL", "INST"):
                 has_codec |= content.split() == [b"_codecs", b"encode"]
                 if content.split()[-1:] == [b"bytearray"]:
                     raise Hostile("it asks for memory that it does not fill")
-                latest.append(None)
             elif name == "STACK_GLOBAL":
-                return  # torch.save never does so, and torch.load refuses it
+                has_codec = True  # torch.save never does so, and torch.load refuses it
             elif name in ("LONG", "LONG1", "LONG4", "INT"):
                 large += len(content) > 4
                 if large > MOST_LONG or len(content) > MOST_DIGITS:
                     raise Hostile("it holds numbers that no checkpoint has")
-                latest.append(None)
-            elif name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
-                memo[_number(name, content, len(memo))] = latest[-1] if latest else None
             elif name in ("GET", "BINGET", "LONG_BINGET"):
-                latest.append(memo.get(_number(name, content, -1)))
+                kind = memo.get(_number(name, content, -1), "")
+                is_scalar = not kind  # or a list, which is no key
+                shared += kind == "deep"
+                if shared > MOST_SHARED:
+                    raise Hostile("it holds tuples within tuples without end")
             elif name.startswith("TUPLE"):
-                growing = next((each for each in latest if each and _grows(each)), growing)
-                latest.append(None)
-            else:
-                latest.append(content.decode("latin1").strip() if len(content) < 40 else None)
+                parts = list(latest)[-int(name[5:]) :] if name[5:] else [is_plain]
+                made = "flat" if all(parts) else "deep"
+            elif name in _TEXTS and not growing:
+                text = content[:10_000].decode("latin1").strip("\n'\"")
+                growing = text if encodings.normalize_encoding(text).lower() in _GROW else ""
+            latest.append(is_scalar)
+            is_plain &= is_scalar
         if has_codec and growing:
-            raise Hostile(f"it asks for text in the form {growing!r}")
+            raise Hostile(f"it asks for text in the form {growing[:40]!r}")
 
 
 def _number(name: str, content: bytes, otherwise: int) -> int:
@@ -98,12 +113,3 @@ def _number(name: str, content: bytes, otherwise: int) -> int:
     if not content:
         return otherwise
     return int(content) if name in ("PUT", "GET") else int.from_bytes(content, "little")
-
-
-def _grows(name: str) -> bool:
-    """Whether text is encoded so by a codec that is slow, or makes more of its own result."""
-    try:
-        found = codecs.lookup(name)
-    except (LookupError, ValueError, UnicodeError):
-        return False
-    return not found._is_text_encoding or found.name in ("idna", "punycode")

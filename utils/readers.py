@@ -205,12 +205,18 @@ def parse_tensors(blob: bytes) -> object:
     nodes, letters = _size_of_tree(content, {})
     if nodes > MOST_NODES or letters > MOST_LETTERS:
         raise Unreadable("a file of lists within lists without end")
+    taken: dict[int, int] = {}
     for tensor in _tensors(content):
         if tensor.is_nested:
             raise Unreadable("a tensor of tensors")
+        if tensor.layout == torch.strided and tensor.device.type == "cpu":
+            storage = tensor.untyped_storage()
+            taken[storage.data_ptr()] = storage.nbytes()
         is_plain = tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
         if is_plain and tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
             raise Unreadable(f"a tensor of shape {tuple(tensor.shape)}, which the file does not have")
+    if sum(taken.values()) > len(blob):
+        raise Unreadable("it asks for memory that it does not fill")
     return content
 
 
