@@ -267,12 +267,12 @@ def train_epoch(
 
     All processes return the same means, over the images of all, and fail alike.
 
-    ``epoch`` (from 0) and ``lr`` are for the message of a loss that is not finite. ``state`` is told every step; it
+    ``epoch`` (from 0) and ``lr`` are for the message of a loss that is not finite. ``state`` notes every step; it
     may bring what the first steps of the epoch measured, which are then not among ``batches``.
 
     Raises:
         UsageError: a batch of one image whose last feature map is one pixel.
-        Diverged: a loss that is not finite; found at the end of the epoch, told with its step and the last good loss.
+        Diverged: a loss that is not finite; found at the end of the epoch, raised with its step and the last good loss.
         Interrupted: see :meth:`utils.resume.TrainState.advance`.
     """
     measured = state.measured if state else []
@@ -369,7 +369,8 @@ class Selection:
 
     last: the last epoch's. best_test: the highest top-1 on the test set, which LOS, Weight Balancing and LDAM-DRW
     publish. best_val: the highest class mean on the held-out images. Of equals the later wins, as in LOS (of the
-    others' the earlier does).
+    others' the earlier does). Of the settings of a sweep the best is chosen elsewhere, by
+    :func:`experiment.sweeps.score_of`.
 
     Attributes:
         epoch, test, val, state: of the selected epoch (from 1), its reports and weights (on the CPU).

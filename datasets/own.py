@@ -428,7 +428,7 @@ def manifest_of(kind: str, data_dir: str, image_options: ImageOptions) -> tuple[
     """What is known of the files, and where: from an earlier check of the very same ones, else all are decoded now.
 
     Raises:
-        UsageError: see :func:`datasets.checked.check_all`; or damaged files, that an earlier run was told to skip.
+        UsageError: see :func:`datasets.checked.check_all`; or damaged files, that an earlier run skipped.
     """
     root, home, listing = listing_of(kind, data_dir, image_options)
     known, skip = Manifest.load(home / "manifest.npz"), image_options.skip_damaged

@@ -63,13 +63,13 @@ def make_methods(
             chosen = dict(zip(values, combination))
             if chosen.get("label_smooth") == "auto":
                 chosen["label_smooth"] = auto_label_smooth(num_classes)
-            one = make(**chosen)
-            if one.scope != "fc" and not method.takes_scope:
+            made = make(**chosen)
+            if made.scope != "fc" and not method.takes_scope:
                 takers = [name for name, each in METHODS.items() if each.takes_scope]
-                raise UsageError(f"--finetune_scope {one.scope} with --method {key}", ", ".join(takers))
-            if isinstance(one, Trained) and "finetune_lr" not in given:
-                one = one.at_batch_size()
-            found.append(one.checked(typed))
+                raise UsageError(f"--finetune_scope {made.scope} with --method {key}", ", ".join(takers))
+            if isinstance(made, Trained) and "finetune_lr" not in given:
+                made = made.at_batch_size()
+            found.append(made.checked(typed))
     return list(dict.fromkeys(found))
 
 

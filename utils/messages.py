@@ -10,7 +10,7 @@ from utils.errors import Diverged, Unsaved, UsageError
 
 #: Bytes of a message, at most.
 LONGEST = 2**24
-#: Errors that can be told: name -> what makes one of the values that were told, and of what kinds those are.
+#: Errors that can be sent: name -> what makes one of the values that were sent, and of what kinds those are.
 ERRORS: dict[str, tuple[Callable[..., Exception], tuple[type, ...]]] = {
     "UsageError": (UsageError, (str, str)),
     "Diverged": (Diverged, (str,)),
@@ -61,8 +61,8 @@ def _plain(value: object) -> object:
             arguments: tuple[object, ...] = value.args
             if isinstance(value, OSError):  # of some, as urllib's, there is only a text
                 arguments = (str(value),) if value.errno is None else (value.errno, value.strerror, value.filename)
-            told = [each if each is None or isinstance(each, int) else str(each) for each in arguments]
-            return {"error": [name, *told]}
+            plain = [each if each is None or isinstance(each, int) else str(each) for each in arguments]
+            return {"error": [name, *plain]}
     raise TypeError(f"{type(value).__name__} is no message")
 
 

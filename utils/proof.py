@@ -144,7 +144,7 @@ class Proven:
             elif not (torch.equal(old, plain) and torch.equal(old, new)):  # not of what is frozen
                 sizes.append(float(_size(plain - old)))
                 errors.append(float((_size(plain - new) - STORED * _size(plain)).clamp(min=0)))
-        if not sizes or not math.isfinite(sum(sizes)):  # one that diverges is told at the end of the epoch
+        if not sizes or not math.isfinite(sum(sizes)):  # divergence is raised at the end of the epoch
             return ""
         unit = max(SMALL * max(sizes), 1e-30)
         apart = math.sqrt(sum((error / max(size, unit)) ** 2 for error, size in zip(errors, sizes)) / len(sizes))
