@@ -155,7 +155,7 @@ def write_table(
     run.say(f"\n{pd.DataFrame(cells)[printed].to_string(index=False)}\n")
     numbers = [numeric(row, differing, columns) for row in rows]
     with run.side_output("compare.csv") as path:
-        path.write_text(csv_text(numbers))
+        path.write_bytes(csv_text(numbers).encode())
     with run.side_output("compare.md") as path:
         path.write_text(markdown(cells))
     return numbers

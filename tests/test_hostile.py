@@ -45,7 +45,7 @@ def archive(content: bytes, name: str = "archive/data.pkl") -> bytes:
 def codec(name: str) -> bytes:
     """A pickle that asks for a text in another form, again and again."""
     text = b"X" + struct.pack("<I", 4) + b"abcd"
-    code = b"X" + struct.pack("<I", len(name)) + name.encode()
+    code = b"X" + struct.pack("<I", len(name.encode())) + name.encode()
     call = b"c_codecs\nencode\n" + text + code + b"\x86R"
     return b"\x80\x02" + call + b"."
 
@@ -61,6 +61,8 @@ PICKLES = {
     "a codec that doubles, by another name": codec("HEX-codec"),
     "a slow codec": codec("idna"),
     "a codec of a long name": codec("hex" + "!" * 60),
+    "a codec of a name with letters that do not count": codec("he\u00e9x"),
+    "a codec after very many signs": codec("!" * 20_000 + "hex"),
     "a codec, then a name in pieces": codec("hex")[:-1] + b"\x93.",
     "a codec after steps that do nothing": codec("hex").replace(b"\x86R", b"\x80\x02\x80\x02\x80\x02\x86R"),
     "a key that takes for ever": b"\x80\x02}K\x01K\x02\x86q\x00"

@@ -47,7 +47,7 @@ def check_pickles(blob: bytes, number: int = 1) -> None:
         ValueError, LookupError: one is damaged.
     """
     place = steps = large = shared = 0
-    has_codec, growing = False, ""
+    has_codec = b"_codecs" in blob
     for _ in range(number):
         if place == len(blob):
             break  # fewer than a file of torch.save has, which torch then says
@@ -81,11 +81,8 @@ def check_pickles(blob: bytes, number: int = 1) -> None:
                 is_plain = True
                 continue
             if name in ("GLOBAL", "INST"):
-                has_codec |= content.split() == [b"_codecs", b"encode"]
                 if content.split()[-1:] == [b"bytearray"]:
                     raise Hostile("it asks for memory that it does not fill")
-            elif name == "STACK_GLOBAL":
-                has_codec = True  # torch.save never does so, and torch.load refuses it
             elif name in ("LONG", "LONG1", "LONG4", "INT"):
                 large += len(content) > 4
                 if large > MOST_LONG or len(content) > MOST_DIGITS:
@@ -99,13 +96,12 @@ def check_pickles(blob: bytes, number: int = 1) -> None:
             elif name.startswith("TUPLE"):
                 parts = list(latest)[-int(name[5:]) :] if name[5:] else [is_plain]
                 made = "flat" if all(parts) else "deep"
-            elif name in _TEXTS and not growing:
-                text = content[:10_000].decode("latin1").strip("\n'\"")
-                growing = text if encodings.normalize_encoding(text).lower() in _GROW else ""
+            elif has_codec and name in _TEXTS:
+                text = content.decode("utf-8" if "UNICODE" in name and name != "UNICODE" else "raw_unicode_escape")
+                if encodings.normalize_encoding(text.strip("\n'\"")).lower() in _GROW:
+                    raise Hostile(f"it asks for text in the form {text[:40]!r}")
             latest.append(is_scalar)
             is_plain &= is_scalar
-        if has_codec and growing:
-            raise Hostile(f"it asks for text in the form {growing[:40]!r}")
 
 
 def _number(name: str, content: bytes, otherwise: int) -> int:
