@@ -46,6 +46,10 @@ class TrainStats(NamedTuple):
     first: float
 
 
+#: How many times as long as in an evaluation an image takes in training: backward is twice forward.
+TRAINING = 3
+
+
 def cosine(epoch: int, epochs: int, warmup: int = 0) -> float:
     """The learning rate's factor in an epoch (from 0): half a cosine from 1 to 0, as CosineAnnealingLR has it.
 
@@ -351,6 +355,11 @@ def evaluate(model: nn.Module, batches: Batches, class_counts: list[int], flip_t
 def is_due(epoch: int, epochs: int, every: int) -> bool:
     """Whether to evaluate after ``epoch`` (from 0): every so many epochs, and after each of the last five."""
     return (epoch + 1) % every == 0 or epoch >= epochs - 5
+
+
+def evaluations(epochs: int, every: int) -> int:
+    """How many epochs are followed by an evaluation, see :func:`is_due`."""
+    return sum(is_due(epoch, epochs, every) for epoch in range(epochs))
 
 
 class SelectionState(TypedDict):

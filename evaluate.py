@@ -21,6 +21,7 @@ from experiment.data import eval_batches, load_data
 from experiment.options import (
     DataOptions,
     check_data_flags,
+    checkpoint_option,
     constants_of,
     file_defaults,
     file_identity,
@@ -59,13 +60,7 @@ class Options(DataOptions):
     """evaluate.py's own options; those of every command are in experiment/options.py."""
 
     cur_stage: str | None = option(None, Choice(STAGES), "which stage's file; without it, the latest there is", "files")
-    pretrained_pth: str | None = option(
-        None,
-        Text("a file or a run folder"),
-        "the checkpoint, or the folder of the run that left it; without it, the one left by default",
-        "files",
-        aliases=("from",),
-    )
+    pretrained_pth: str | None = checkpoint_option()
     flip_tta: bool | None = option(
         None, Flag(), "average the logits of an image and its mirror; None: as stored", "evaluation"
     )

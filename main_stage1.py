@@ -24,6 +24,7 @@ import sys
 import threading
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -152,12 +153,10 @@ def main(argv: Sequence[str]) -> Report:
 
 def measured_threads(options: Options, data: LongTailed, device: torch.device) -> int | None:
     """--threads, or the number that a long run on a busy machine is settled on."""
-    if device.type != "cpu":
-        return options.threads
-    with torch.random.fork_rng(devices=[]):
-        model = make_network(options, data, torch.device("cpu")).train()
     shape = data.channels, data.train.side, data.train.side
-    return settle_threads(model, shape, options.epochs * len(data.train), device, options.threads, trains=True)
+    images = options.epochs * len(data.train)
+    network = partial(make_network, options, data, device)
+    return settle_threads(network, shape, images, device, options.threads, trains=True)
 
 
 def open_start(typed: Values) -> Checkpoint | None:

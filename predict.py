@@ -27,7 +27,15 @@ from datasets.found import LeftOut, images_below
 from datasets.geometry import centre, square
 from datasets.own import SMALL_SIDE, normal
 from engine import for_evaluation
-from experiment.options import LAYOUT, DataOptions, constants_of, file_identity, image_options_of, refuse_contradictions
+from experiment.options import (
+    LAYOUT,
+    DataOptions,
+    checkpoint_option,
+    constants_of,
+    file_identity,
+    image_options_of,
+    refuse_contradictions,
+)
 from experiment.restore import built, files_read, only_file, open_latest, require_same_data
 from utils.bar import bar
 from utils.checkpoints import Checkpoint
@@ -65,13 +73,7 @@ class Predicted(TypedDict):
 class Options(DataOptions):
     """predict.py's own options; those of every command, which choose the file, are in experiment/options.py."""
 
-    pretrained_pth: str | None = option(
-        None,
-        Text("a file or a run folder"),
-        "the checkpoint, or the folder of the run that left it; without it, the one left by default",
-        "files",
-        aliases=("from",),
-    )
+    pretrained_pth: str | None = checkpoint_option()
     cur_stage: str | None = option(
         None, Choice(("stage1", "stage2")), "which stage's file; without it, the latest", "files"
     )

@@ -434,6 +434,12 @@ def flags_of(options: DataOptions, *names: str) -> str:
     return "".join(f" --{name} {value}" for name, value in values.items() if value != fields[name])
 
 
+def checkpoint_option(what: str = "the checkpoint", run: str = "the run that left it") -> str | None:
+    """The --pretrained_pth option, also called --from, of a command that goes on with a file."""
+    words = f"{what}, or the folder of {run}; without it, the one left by default"
+    return option(None, Text("a file or a run folder"), words, "files", aliases=("from",))
+
+
 def stage_option(stage: str) -> str:
     """The --cur_stage option of a training command."""
     return option(stage, Choice(STAGES), f"the stage; {stage} here, and nothing else", "files")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from datasets import DATASETS, NATURAL, LongTailed
-from engine import Selection, TrainStats, evaluate, is_due, predict
+from engine import TRAINING, Selection, TrainStats, evaluate, evaluations, is_due, predict
 from experiment.data import eval_batches
 from experiment.options import DataOptions, TrainOptions, data_name
 from experiment.restore import final_path, final_path_of
@@ -172,9 +172,9 @@ class Evaluator:
         self.selection = Selection(options.select)
 
     def as_steps(self, batch_size: int) -> float:
-        """About how many training steps all evaluations take: of an image a third of what training on it does."""
-        due = sum(is_due(epoch, self.epochs, self.every) for epoch in range(self.epochs))
-        return due * self.images * (2 if self.flip_tta else 1) / (3 * batch_size)
+        """About how many training steps all evaluations take."""
+        looked_at = evaluations(self.epochs, self.every) * self.images * (2 if self.flip_tta else 1)
+        return looked_at / (TRAINING * batch_size)
 
     def state_dict(self) -> StateDict:
         """What has been selected so far."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -17,7 +18,12 @@ LONG, CLEARLY = 60.0, 1.5
 
 
 def settle_threads(
-    model: nn.Module, shape: tuple[int, int, int], images: int, device: torch.device, chosen: int | None, trains: bool
+    network: Callable[[], nn.Module],
+    shape: tuple[int, int, int],
+    images: int,
+    device: torch.device,
+    chosen: int | None,
+    trains: bool,
 ) -> int | None:
     """Has PyTorch take one CPU thread where that is clearly faster than all, and says so; returns what is settled.
 
@@ -25,7 +31,7 @@ def settle_threads(
     several processes, and a number of threads that was ``chosen`` stay as they are.
 
     Args:
-        model: a network on the CPU, which is left as it was.
+        network: gives a network to time, of its own where it ``trains``.
         shape: c, H, W of its images.
         images: how many it will look at.
         device: where it will.
@@ -35,7 +41,8 @@ def settle_threads(
     many = torch.get_num_threads()
     if chosen is not None or device.type != "cpu" or many == 1 or world_size() > 1 or not images:
         return chosen
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    with torch.random.fork_rng(devices=[]):
+        model = network().train(trains)
     batch = torch.zeros(min(images, IMAGES), *shape)
 
     def seconds(threads: int) -> float:
@@ -59,10 +66,6 @@ def settle_threads(
         alone, together = seconds(1), min(together, seconds(many))
     finally:
         torch.set_num_threads(many)
-        model.zero_grad(set_to_none=True)
-        with torch.no_grad():
-            for name, buffer in model.named_buffers():
-                buffer.copy_(buffers[name])
     if together < CLEARLY * alone or alone * images < LONG / 3:
         return None
     torch.set_num_threads(1)

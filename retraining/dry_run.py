@@ -9,7 +9,8 @@ from itertools import repeat
 import torch
 from torch import Tensor
 
-from retraining.forecast import NETWORK_EPOCH, image_seconds
+from engine import TRAINING
+from retraining.forecast import image_seconds
 from retraining.methods import Method, Trained
 from retraining.results import FrozenBackbone
 from retraining.settings import by_stream, cached_streams
@@ -44,7 +45,7 @@ def dry_run(methods: Sequence[Method], frozen: FrozenBackbone, every: int) -> st
             steps += of_step * stream.epochs * -(-len(data.train) // stream.batch_size)
     streams = cached_streams(methods)
     arrays, lacking = source.arrays(streams)
-    looked_at = source.images_left(streams, every) + NETWORK_EPOCH * epochs * len(data.train)
+    looked_at = source.images_left(streams, every) + TRAINING * epochs * len(data.train)
     passes = of_image * looked_at
     disk = f"{lacking * source.array_bytes / 1e6:,.0f} MB in {source.cache_dir}"
     return (

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from datasets import SAMPLERS, Augment, Batches, ImageSet, LongTailed
 from datasets.batches import Batch, Draws, seeded
-from engine import for_evaluation, forward, is_due
+from engine import evaluations, for_evaluation, forward
 from models import Network
 from utils.arrays import open_array, write_array
 from utils.console import show
@@ -448,8 +448,7 @@ class Replay(FeatureSource):
         return self._cache(stream, "train"), stream.epochs
 
     def planned_evaluations(self, stream: Stream, part: str, every: int) -> tuple[FeatureCache, int]:
-        due = sum(is_due(epoch, stream.epochs, every) for epoch in range(stream.epochs))
-        return self._cache(stream, part), due * (1 + self.flip)
+        return self._cache(stream, part), evaluations(stream.epochs, every) * (1 + self.flip)
 
     def evaluated(self, part: str, stream: Stream | None = None, epoch: int = -1) -> list[Tensor]:
         def network() -> Network:

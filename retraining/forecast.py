@@ -6,16 +6,13 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 
-from engine import for_evaluation
+from engine import TRAINING, for_evaluation
 from experiment.data import eval_batches
 from retraining.features import features_of
 from retraining.methods import Method, Trained
 from retraining.results import FrozenBackbone
 from retraining.settings import cached_streams
 from utils.system import step_seconds
-
-#: An epoch of the whole network in passes over the training images: forward, and backward, which is twice that.
-NETWORK_EPOCH = 3
 
 
 def image_seconds(frozen: FrozenBackbone) -> float:
@@ -74,7 +71,7 @@ class Forecast:
     def _epoch(self, scope: str) -> float:
         if self._done[scope]:
             return self._seconds[scope] / self._done[scope]
-        return NETWORK_EPOCH * len(self.frozen.data.train) * self._image()
+        return TRAINING * len(self.frozen.data.train) * self._image()
 
     def _image(self) -> float:
         source = self.frozen.source

@@ -10,7 +10,7 @@ import torch
 
 from datasets import SAMPLERS, LongTailed
 from experiment.data import load_data
-from experiment.options import HUGE, TrainOptions, fill_options, flags_of, stage_option
+from experiment.options import HUGE, TrainOptions, checkpoint_option, fill_options, flags_of, stage_option
 from experiment.restore import open_checkpoint
 from retraining.features import DTYPES, FEATURES
 from retraining.methods import METHODS, Auto, Method
@@ -109,13 +109,7 @@ class Options(TrainOptions):
     check_cache: bool = option(
         False, Flag(), "check all of what is kept there when it is opened; else of large files a sample", "files"
     )
-    pretrained_pth: str | None = option(
-        None,
-        Text("a file or a run folder"),
-        "stage 1's checkpoint, or the folder of its run; without it, the one it left by default",
-        "files",
-        aliases=("from",),
-    )
+    pretrained_pth: str | None = checkpoint_option("stage 1's checkpoint", "its run")
 
 
 class Prepared(NamedTuple, Generic[T]):

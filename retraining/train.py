@@ -9,7 +9,7 @@ import copy
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 
@@ -41,6 +41,16 @@ T = TypeVar("T", bound=Options)
 HINT = "a lower --finetune_lr may help"
 
 
+class Work(NamedTuple):
+    """What all trainings of a command share."""
+
+    frozen: FrozenBackbone
+    options: Options
+    run: Run
+    state: TrainState
+    forecast: Forecast
+
+
 def freeze(parent: Checkpoint, data: LongTailed, device: torch.device, options: Options) -> FrozenBackbone:
     """Stage 1's network with its feature source, which shows no progress yet."""
     source = FEATURES[options.features](
@@ -65,7 +75,7 @@ def with_threads(resolved: Resolved[T], methods: Sequence[Method], frozen: Froze
     options, source, train = resolved.options, frozen.source, frozen.data.train
     images = 0 if options.deterministic else source.images_left(cached_streams(methods), options.eval_every)
     shape = train.channels, train.side, train.side
-    threads = settle_threads(source.model, shape, images, source.device, options.threads, trains=False)
+    threads = settle_threads(lambda: source.model, shape, images, source.device, options.threads, trains=False)
     return resolved.settled(replace(options, threads=threads))
 
 
@@ -91,7 +101,8 @@ def retrain(
         others = "" if lacking == arrays else f", {arrays - lacking} are in the cache"
         passes = counted(lacking, "pass", "passes")
         run.say(f"features of {len(frozen.data.train):,} training images: {passes} over the backbone{others}")
-    forecast = Forecast([method for method in methods if method not in finished], frozen, options.eval_every)
+    waiting = [method for method in methods if method not in finished]
+    work = Work(frozen, options, run, state, Forecast(waiting, frozen, options.eval_every))
     for stream, group in by_stream(methods).items():
         trained = [method for method in group if isinstance(method, Trained)]
         if stream is None:
@@ -103,7 +114,7 @@ def retrain(
             found = finished.find(part)
             if found is None:
                 train = train_heads if part[0].scope == "fc" else train_network
-                found = train(part, stream, frozen, options, run, state, forecast)
+                found = train(part, stream, work)
                 finished.add(found)
             results += found
     return results
@@ -145,16 +156,9 @@ def in_memory(
     return groups
 
 
-def train_heads(
-    methods: Sequence[Trained],
-    stream: Stream,
-    frozen: FrozenBackbone,
-    options: Options,
-    run: Run,
-    state: TrainState,
-    forecast: Forecast,
-) -> list[ClassifierResult]:
+def train_heads(methods: Sequence[Trained], stream: Stream, work: Work) -> list[ClassifierResult]:
     """Trains classifiers on a frozen backbone, all on the same batches."""
+    frozen, options, run, state, forecast = work
     results = [ClassifierResult(method, options.select) for method in methods]
     heads = [frozen.trainable_head(method) for method in methods]
     solver = Solver(heads, options.momentum, options.nesterov, graph=options.graph, say=run.say)
@@ -183,16 +187,9 @@ def train_heads(
     return results
 
 
-def train_network(
-    methods: Sequence[Trained],
-    stream: Stream,
-    frozen: FrozenBackbone,
-    options: Options,
-    run: Run,
-    state: TrainState,
-    forecast: Forecast,
-) -> list[ClassifierResult]:
+def train_network(methods: Sequence[Trained], stream: Stream, work: Work) -> list[ClassifierResult]:
     """Trains a classifier together with the backbone or its last block: the ordinary loop, for one method."""
+    frozen, options, run, state, forecast = work
     (method,) = methods
     result = ClassifierResult(method, options.select)
     model = copy.deepcopy(frozen.source.model).to(memory_format=torch.channels_last)

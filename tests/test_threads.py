@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -40,7 +42,7 @@ def test_one_thread_where_two_wait_for_each_other(
     model = build_model("resnet8", 10, 1).train(trains)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     model.register_forward_hook(lambda *_: now.__setitem__(0, now[0] + 0.01 * (slow if two_threads[-1] == 2 else 1)))
-    found = settle_threads(model, (1, 8, 8), images, CPU, chosen, trains)
+    found = settle_threads(lambda: copy.deepcopy(model) if trains else model, (1, 8, 8), images, CPU, chosen, trains)
     assert found == expected and two_threads[-1] == (1 if expected == 1 else 2)
     assert ("make each other wait" in capsys.readouterr().out) == (expected == 1)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

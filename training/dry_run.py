@@ -8,7 +8,7 @@ from itertools import chain, count, islice
 import torch
 
 from datasets import Batches, LongTailed
-from engine import is_due
+from engine import evaluations
 from experiment.data import eval_batches
 from training.options import Options
 from training.recipe import make_batches, make_network, make_step
@@ -26,7 +26,7 @@ def dry_run(runs: Sequence[Options], data: LongTailed, device: torch.device) -> 
     for run in runs:
         if kind_of(run) not in of_kind:
             of_kind[kind_of(run)] = time_run(run, data, device)
-    due = sum(is_due(epoch, first.epochs, first.eval_every) for epoch in range(first.epochs))
+    due = evaluations(first.epochs, first.eval_every)
     steps = {run: -(-len(data.train) // run.batch_size) for run in runs}
     epochs = [steps[run] * of_kind[kind_of(run)][0] for run in runs]
     of_evaluation = of_kind[kind_of(first)][1]
