@@ -127,7 +127,7 @@ def main(argv: Sequence[str]) -> list[Predicted]:
     model, names = for_evaluation(built(file).to(device)), class_names(file, options, "dataset" in typed)
     view = View(file, options, "dataset" in typed)
     if options.temperature is None and not file.metrics.get("temperature"):
-        write(f"{file.path} has no held-out images that a temperature was fitted on: probabilities are as trained")
+        write(f"{file.path} has no temperature, for which images are held out: probabilities are as trained")
     temperature = options.temperature or file.metrics.get("temperature") or 1.0
     flip = file.metrics.get("flip_tta", False) if options.flip_tta is None else options.flip_tta
 
@@ -267,7 +267,7 @@ def images_in(place: Path) -> list[Path]:
     words = left_out.describe() or "nothing"
     if not paths:
         raise UsageError(f"predict.py {place}: there is no image in it; left out: {words}", "images that Pillow reads")
-    write(f"read {place}: {counted(len(paths), 'image')}; left out: {words}")
+    write(f"found {place}: {counted(len(paths), 'image')}; left out: {words}")
     return paths
 
 

@@ -149,10 +149,15 @@ def list_images(kind: str, data_dir: str, image_options: ImageOptions) -> Listed
             if first[1] != label:
                 where = " and ".join(f"in {part} as {name}" for part, name in (first, (split, label)))
                 raise UsageError(f"image {root / path} is {where}", "each image of one class")
-    counts = ", ".join(f"{len(paths):,} {split}" for split, (paths, _) in splits.items())
+    counts = counts_in_words({split: len(paths) for split, (paths, _) in splits.items()})
     words = left_out.describe()
-    notes.insert(0, f"read {data_dir}: {counts} images; left out: {words or 'nothing'}")
+    notes.insert(0, f"found {data_dir}: {counts}; left out: {words or 'nothing'}")
     return Listed(root, splits, notes)
+
+
+def counts_in_words(counts: Mapping[str, int]) -> str:
+    """Images of each split: "1,200 train, 300 test images"."""
+    return f"{', '.join(f'{count:,} {split}' for split, count in counts.items())} images"
 
 
 def _list_folder(data_dir: str, image_options: ImageOptions) -> tuple[Path, Splits, LeftOut, list[str]]:
@@ -181,10 +186,12 @@ def _list_folder(data_dir: str, image_options: ImageOptions) -> tuple[Path, Spli
         raise UsageError(f"--data_dir {data_dir}: no folder {root / 'train'}", LAYOUTS["folder"])
     if class_level == 1:
         deeper = [path for paths in found["train"].values() for path in paths if path.count("/") > 2]
-        if deeper and len(deeper) == sum(map(len, found["train"].values())):
+        if deeper:
+            every = sum(map(len, found["train"].values()))
+            share = "all" if len(deeper) == every else f"{len(deeper):,} of {every:,}"
             notes.append(
-                f"note: all images lie in folders inside the class folders ({deeper[0]}): classes are the folders in "
-                f"{root / 'train'}; --class_level 2 takes those inside them"
+                f"note: {share} training images lie in folders inside the class folders ({deeper[0]}): classes are the "
+                f"folders in {root / 'train'}; --class_level 2 takes those inside them"
             )
     leaves: dict[str, set[str]] = {}
     for classes in found.values():
@@ -437,16 +444,25 @@ def manifest_of(kind: str, data_dir: str, image_options: ImageOptions) -> tuple[
     if known is not None and known.skipped and not skip:
         words = f"{counted(len(known.skipped), 'image')} cannot be read, the first: {root / known.skipped[0]}"
         raise UsageError(f"{words}; all are in {home / 'damaged.csv'}", "images that are whole, or --skip_damaged")
-    if known is not None and known.skipped:
-        show(f"--skip_damaged: {counted(len(known.skipped), 'image')} left out; all are in {home / 'damaged.csv'}")
     workers = max(1, min(image_options.workers, available_cpus()))
-    return known or check_all(kind, root, home, listing, workers, skip_damaged=skip), home
+    manifest = known or check_all(kind, root, home, listing, workers, skip_damaged=skip)
+    if manifest.skipped:
+        show(
+            f"--skip_damaged: {counts_in_words({split: len(files.paths) for split, files in manifest.splits.items()})} "
+            f"are read, {len(manifest.skipped):,} damaged ones are left out, all of which are in {home / 'damaged.csv'}"
+        )
+    return manifest, home
 
 
-def listing_of(kind: str, data_dir: str, image_options: ImageOptions) -> tuple[Path, Path, Listing]:
-    """The root of the files, the folder for what is found of them, which changes with them, and the files."""
+def listing_of(
+    kind: str, data_dir: str, image_options: ImageOptions, is_told: bool = True
+) -> tuple[Path, Path, Listing]:
+    """The root of the files, the folder for what is found of them, which changes with them, and the files.
+
+    Says how they were read, where it ``is_told``.
+    """
     root, found, notes = list_images(kind, data_dir, image_options)
-    for note in notes:
+    for note in notes if is_told else ():
         show(note)
     names = class_names_of(found)
     place = {name: number for number, name in enumerate(names)}

@@ -105,7 +105,8 @@ def draw(name: str, data_dir: str, image_options: ImageOptions, path: str) -> No
             names = [data.class_names[label] for label in labels.tolist()]
             pictures += [Pictured(image, f"{title}\n{called}") for image, called in zip(pixels, names)]
     with atomic(path) as temporary:
-        contact_sheet(pictures, temporary)
+        title = f"{data_dir}: {data.train.side} x {data.train.side} pixels, --fit {image_options.fit}"
+        contact_sheet(pictures, temporary, title)
     write(f"{path}: {counted(len(pictures), 'image')} as a network sees them, {data.train.side} pixels")
 
 
@@ -144,11 +145,10 @@ def main(argv: Sequence[str]) -> Manifest:
         for flag in ("data_dir", "any_counts"):
             if flag in typed:
                 raise UsageError(f"--{flag} with {name}, data of one's own", "without it")
-        root, home, listing = listing_of(name, options.root, image_options)
-        manifest = check_all(name, root, home, listing, workers, side, options.verify, argv, options.skip_damaged)
-        if options.show:
+        if options.show:  # reads all files, and says which
             draw(name, options.root, image_options, options.show)
-        return manifest
+        root, home, listing = listing_of(name, options.root, image_options, is_told=not options.show)
+        return check_all(name, root, home, listing, workers, side, options.verify, argv, options.skip_damaged)
     for flag in ("fit", "class_level", "test_split", "test_seed", "skip_damaged"):
         if flag in typed:
             raise UsageError(f"--{flag} with {name}, whose lists are published", "without it")

@@ -364,11 +364,12 @@ def constants_of(file: Checkpoint) -> dict[str, tuple[float, ...]]:
 
 
 def file_defaults(file: Checkpoint) -> dict[str, object]:
-    """What a checkpoint's own run was given and the next may change: where data of one's own lies, how it is read."""
+    """What a checkpoint's own run was given and the next may change: where its data lie, if they do, how it is read."""
     if "dataset" not in file.data:
         return {}
-    own = ("data_dir", *LAYOUT)
-    names = ("recipe", "jitter", "flip", "input", *(own if DATASETS[file.data["dataset"]].own else ()))
+    is_own, place = DATASETS[file.data["dataset"]].own, str(file.options.get("data_dir"))
+    is_there = is_own or (Path(place).is_dir() and not DATASETS[file.data["dataset"]].embedded)
+    names = ("recipe", "jitter", "flip", "input", *["data_dir"] * is_there, *(LAYOUT if is_own else ()))
     return {name: file.options[name] for name in names if file.options.get(name) is not None}
 
 

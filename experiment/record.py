@@ -6,14 +6,13 @@ import json
 import shlex
 import textwrap
 from collections.abc import Callable, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from datasets import DATASETS, NATURAL, LongTailed
+from datasets import LongTailed
 from engine import TRAINING, Selection, TrainStats, evaluate, evaluations, is_due, predict
 from experiment.data import eval_batches
 from experiment.options import DataOptions, TrainOptions, data_name
@@ -37,8 +36,6 @@ from utils.types import Record, StateDict
 T = TypeVar("T", bound=TrainOptions)
 #: Checkpoints of a run that its folder needs room for: one, and another that replaces it.
 COPIES = 2
-#: Options that the command after a run repeats, where they are not the usual ones of the data set.
-STATED = ("dataset", "imb_ratio", "imb_type", "network")
 #: What a state takes beside a checkpoint: weights, momentum, averaged weights, and those selected so far.
 STATE = 4
 
@@ -310,16 +307,9 @@ def finish(
 
 
 def following(file: Checkpoint) -> str:
-    """The command that comes after the one that made a file."""
-    data, spec = file.data, DATASETS[file.data["dataset"]]
-    usual: dict[str, object] = {field.name: field.default for field in fields(DataOptions) if field.name in STATED}
-    usual |= next(iter(spec.recipes.values()))
-    usual |= {"imb_ratio": NATURAL} if spec.natural or spec.own else {}
-    stated = {name: value for name, value in data.items() if name in usual and value != usual[name]}
-    place = file.options["data_dir"]
-    stated |= {"data_dir": place} if spec.own or (not spec.embedded and place != DataOptions.data_dir) else {}
+    """The command that comes after the one that made a file, which says all that it needs to know."""
     script = "main_stage2.py" if file.stage == "stage1" else "evaluate.py"
-    return shlex.join(["python", place_of(script), *flags(stated)])
+    return shlex.join(["python", place_of(script), "--from", str(final_path_of(file))])
 
 
 def place_of(script: str) -> str:

@@ -132,9 +132,11 @@ def require_same_data(file: Checkpoint, data_dir: str) -> None:
     names, listing = identity_of(file.data["dataset"], data_dir, layout_of(file.options))
     if names != file.data["class_names"]:
         theirs, ours = next((a, b) for a, b in zip([*file.data["class_names"], "none"], [*names, "none"]) if a != b)
+        places = checkpoints.previous(file.path) if file.path else []
+        older = [f"--from {path}" for path in places if path.is_file()]
         raise UsageError(
             f"{file.path} is of other data than {data_dir}: class {theirs} where {data_dir} has {ours}",
-            "--from FILE_OR_RUN, a .prev file for instance",
+            ", ".join([*older, "--from with another file or a run folder"]),
         )
     if file.data.get("listing", "") not in ("", listing):
         show(f"note: the images in {data_dir} are not those that {file.path} was trained on, though the classes are")

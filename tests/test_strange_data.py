@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import shlex
 import shutil
 from pathlib import Path
 
@@ -142,7 +143,7 @@ def test_images_that_are_gone_are_other_images(workdir, capsys) -> None:
 
 
 def said(capsys) -> str:
-    return next(line for line in capsys.readouterr().out.splitlines() if line.startswith("read "))
+    return next(line for line in capsys.readouterr().out.splitlines() if line.startswith("found "))
 
 
 @pytest.mark.parametrize("link", ["a folder", "a file", "a class"])
@@ -399,6 +400,20 @@ def test_splits_of_other_sizes_are_scaled_and_said(workdir, capsys) -> None:
     assert "images of several sizes (train 16 x 16, test 8 x 8)" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("deep", [1, 4])
+def test_class_level_is_offered_wherever_images_lie_deeper(deep: int, workdir, capsys) -> None:
+    make_folder(Path("d"))
+    Path("d/train/red/inside").mkdir()
+    images = sorted(Path("d/train/red").glob("*.png"))
+    for path in images[:deep]:
+        path.rename(path.parent / "inside" / path.name)
+    every = len(list(Path("d/train").rglob("*.png")))
+    read("folder", "d")
+    words = capsys.readouterr().out
+    assert f"note: {deep} of {every} training images lie in folders inside the class folders" in words
+    assert "--class_level 2" in words
+
+
 @pytest.mark.parametrize("side", [12, 90])
 def test_damaged_files_are_named_at_once_and_can_be_skipped(side: int, workdir, capsys) -> None:
     make_folder(Path("d"), side=side)
@@ -414,7 +429,7 @@ def test_damaged_files_are_named_at_once_and_can_be_skipped(side: int, workdir, 
     assert data.class_counts == [2, 4, 5] and len(data.test) == 8
     capsys.readouterr()
     assert read("folder", "d", skip_damaged=True).class_counts == [2, 4, 5]
-    assert "--skip_damaged: 4 images left out" in capsys.readouterr().out
+    assert "--skip_damaged: 11 train, 8 test images are read, 4 damaged ones are left out" in capsys.readouterr().out
     with pytest.raises(UsageError, match="4 images cannot be read"):
         read("folder", "d")
     if side == 12:
@@ -742,10 +757,14 @@ def test_a_contact_sheet_shows_what_a_network_sees(fit: str, workdir, monkeypatc
     wide_folder(Path("wide"), 16, 64)
     drawn: list[Pictured] = []
     monkeypatch.setattr(
-        prepare, "contact_sheet", lambda pictures, path: (drawn.extend(pictures), path.write_bytes(b""))
+        prepare,
+        "contact_sheet",
+        lambda pictures, path, title: (drawn.extend(pictures), path.write_bytes(title.encode())),
     )
     prepare.main(["folder", "--root", "wide", "--show", "sheet.png", "--fit", fit])
-    assert "sheet.png: 6 images as a network sees them, 16 pixels" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "sheet.png: 6 images as a network sees them, 16 pixels" in said and said.count("found wide") == 1
+    assert Path("sheet.png").read_text() == f"wide: 16 x 16 pixels, --fit {fit}"
     names = [each.words for each in drawn]
     assert sorted(names) == sorted(f"{part}\n{name}" for part in ("train", "test") for name in COLOURS)
     for each in drawn:
@@ -762,6 +781,27 @@ def test_a_contact_sheet_is_no_image_of_the_data(workdir) -> None:
     with pytest.raises(SystemExit):
         prepare.main(["folder", "--root", "pets", "--show", str(some)])
     assert some.read_bytes() == before
+
+
+# What the log has, and what comes next
+
+
+def test_the_log_begins_with_what_was_read_and_the_next_command_needs_no_more(workdir, capsys) -> None:
+    make_folder(Path("my pets"))
+    Path("my pets/train/notes.txt").write_text("")
+    shutil.rmtree("my pets/test")
+    flags = ["--dataset", "folder", "--data_dir", "my pets", "--test_split", "0.4", "--network", "resnet20"]
+    main_stage1.main([*flags, "--epochs", "1", "--batch_size", "4", "--seed", "0", "--workers", "0"])
+    [log] = Path("output").rglob("log.txt")
+    lines = log.read_text().splitlines()
+    assert lines[0].startswith("found my pets: ") and "1 of other kinds (my pets/train/notes.txt)" in lines[0]
+    assert lines[1].startswith("--test_split 0.4: ") and any(line.startswith("command  ") for line in lines)
+    words = shlex.split(lines[-1].removeprefix("next: python main_stage2.py "))
+    assert words == ["--from", "checkpoints/folder-my pets_natural_resnet20_stage1.pt"]
+    main_stage2.main([*words, "--finetune_epochs", "1", "--views", "1", "--seed", "0"])
+    last = capsys.readouterr().out.splitlines()[-1]
+    before = evaluate.main(["--from", "checkpoints/folder-my pets_natural_resnet20_stage2.pt"])
+    assert evaluate.main(shlex.split(last.removeprefix("next: python evaluate.py ")))["top1"] == before["top1"]
 
 
 # Which file answers

@@ -74,6 +74,7 @@ class Options(TrainOptions):
         Text(),
         "start from this checkpoint's weights, not from random ones; imagenet: from torchvision's; none: random ones",
         "files",
+        aliases=("from",),
     )
     train_scope: str = option(
         "all", Choice(("all", "last_block")), "what is trained: the rest keeps its weights", "network"

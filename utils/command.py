@@ -12,7 +12,7 @@ from functools import wraps
 from typing import TypeVar
 
 from utils import signals
-from utils.console import plain, show_rest
+from utils.console import keep_early, plain, show_rest
 from utils.errors import DISK, Diverged, Unsaved, UsageError, disk_words
 
 T = TypeVar("T")
@@ -26,6 +26,7 @@ def command(main: Callable[..., T]) -> Callable[..., T]:
         for stream in (sys.stdout, sys.stderr):  # a "±" must not end a run where the locale has none
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="replace")
+        keep_early()
         with signals.handled():
             try:
                 result = main(sys.argv[1:] if argv is None else list(argv))

@@ -13,6 +13,23 @@ from utils.errors import disk_words
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u2028\u2029\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
 
+#: What was printed before a run had a folder, for its log.txt; None once it has.
+_early: list[str] | None = None
+
+
+def keep_early() -> None:
+    """A command begins: what it prints is kept for the log of its run."""
+    global _early
+    _early = []
+
+
+def take_early() -> list[str]:
+    """The texts that the command has printed so far; from now on none are kept."""
+    global _early
+    early, _early = _early or [], None
+    return early
+
+
 def plain(text: str) -> str:
     r"""A text without control characters, which names from files and folders may hold: "\x1b" in place of an escape."""
     return _CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
@@ -20,6 +37,8 @@ def plain(text: str) -> str:
 
 def write(text: str, end: str = "\n") -> None:
     """Prints a text, :func:`plain`."""
+    if _early is not None and text:
+        _early.append(text)
     print(plain(text), end=end, flush=True)
 
 

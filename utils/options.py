@@ -289,7 +289,8 @@ class _Help(argparse.RawDescriptionHelpFormatter):
         if action.dest == "help":
             return "--help"
         values = " ..." if action.nargs == "+" else ""
-        return f"--{action.dest} {action.metavar}{values}"
+        names = [name for name in action.option_strings if "-" not in name[2:]]
+        return f"{', '.join(names)} {action.metavar}{values}"
 
 
 class _Parser(argparse.ArgumentParser):

@@ -202,12 +202,13 @@ class Pictured(NamedTuple):
     is_right: bool | None = None
 
 
-def contact_sheet(images: Sequence[Pictured], path: Path) -> None:
+def contact_sheet(images: Sequence[Pictured], path: Path, title: str = "") -> None:
     """Images in rows, each below its words: green where they are right, red where not, black where that is not known.
 
     Args:
         images: what to draw and to write.
         path: PNG to write.
+        title: above all of them.
     """
     columns = min(8, max(1, math.ceil(math.sqrt(len(images)))))
     rows = max(1, -(-len(images) // columns))
@@ -220,4 +221,6 @@ def contact_sheet(images: Sequence[Pictured], path: Path) -> None:
     for axes, each, text in zip(figure.axes, images, wrapped):
         axes.imshow(each.image.permute(1, 2, 0).expand(-1, -1, 3).numpy())
         axes.set_title(plain("\n".join(text)), fontsize=7, color=colours[each.is_right])
+    if title:
+        figure.suptitle(plain(title), fontsize=8)
     figure.savefig(path, format="png")

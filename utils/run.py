@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import TypedDict, TypeVar
 
 from utils.bar import bar
-from utils.console import counted, duration, plain, show
+from utils.console import counted, duration, plain, show, take_early
 from utils.distributed import interruptible
 from utils.errors import Unsaved, UsageError, disk_words
 from utils.files import AppendedFile, atomic, lock, require_writable, sweep
@@ -103,7 +103,8 @@ class Run:
         folder: exists, see :func:`make_folder`; None for a run that is recorded by another process, where nothing is
             written.
         prefix: begins every printed line, so that lines of runs side by side can be told apart.
-        is_locked: no other process may open the folder meanwhile.
+        is_locked: it is the command's own run: no other process may open the folder meanwhile, and log.txt begins with
+            what the command has printed so far.
 
     Raises:
         UsageError: another process has the folder.
@@ -142,6 +143,8 @@ class Run:
             self._board = Board(folder, self._warn)
             for each in (self._log, self._metrics, self._board):
                 self._open.callback(each.close)
+            for text in take_early() if is_locked else ():
+                self._note(text)
 
     def child(self, name: str, prefix: str = "") -> Run:
         """One run of a sweep, in a folder inside this one's."""
