@@ -796,12 +796,14 @@ def test_the_log_begins_with_what_was_read_and_the_next_command_needs_no_more(wo
     lines = log.read_text().splitlines()
     assert lines[0].startswith("found my pets: ") and "1 of other kinds (my pets/train/notes.txt)" in lines[0]
     assert lines[1].startswith("--test_split 0.4: ") and any(line.startswith("command  ") for line in lines)
-    words = shlex.split(lines[-1].removeprefix("next: python main_stage2.py "))
+    *script, _, _ = words = shlex.split(lines[-1].removeprefix("next: "))
+    assert script[0] == "python" and script[1].endswith("main_stage2.py")
+    words = words[2:]
     assert words == ["--from", "checkpoints/folder-my pets_natural_resnet20_stage1.pt"]
-    main_stage2.main([*words, "--finetune_epochs", "1", "--views", "1", "--seed", "0"])
+    main_stage2.main([*words, "--finetune_epoch", "1", "--views", "1", "--seed", "0"])
     last = capsys.readouterr().out.splitlines()[-1]
     before = evaluate.main(["--from", "checkpoints/folder-my pets_natural_resnet20_stage2.pt"])
-    assert evaluate.main(shlex.split(last.removeprefix("next: python evaluate.py ")))["top1"] == before["top1"]
+    assert evaluate.main(shlex.split(last)[3:])["top1"] == before["top1"]
 
 
 # Which file answers
