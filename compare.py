@@ -20,7 +20,7 @@ from typing import cast
 
 import torch
 
-from datasets import LongTailed
+from datasets import DATASETS, LongTailed
 from experiment.record import begin, check_places, place_of, wrapped_line
 from experiment.resuming import find_run, say_complete
 from experiment.sweeps import MEASURES, Row, plus_minus, ranked_rows, score_of, varying, write_sweep
@@ -31,6 +31,7 @@ from retraining.options import (
     SCOPES,
     continue_stage1,
     hash_of_stage1,
+    origin,
     prepare,
     refuse_unused,
     tunable_values,
@@ -112,7 +113,7 @@ def main(argv: Sequence[str]) -> list[dict[str, Value]]:
         return []
     with begin(resolved, "compare", data, device, typed, parent, resumed, state, classifiers=len(methods)) as run:
         frozen.source.progress = run.bar
-        run.say(wrapped_line("from", f"{parent.path}: {counted(len(methods), 'classifier')}"))
+        run.say(wrapped_line("from", f"{origin(parent)}: {counted(len(methods), 'classifier')}"))
         results = retrain(methods, frozen, resolved, run)
         if frozen.source.seconds > 1:
             run.say(frozen.source.size)
@@ -211,7 +212,8 @@ def choose_methods(resolved: Resolved[Options], typed: Values, num_classes: int)
     methods: list[Method] = []
     if "fc" in scopes:
         frozen = {**values, "finetune_scope": ("fc",)}
-        methods += make_methods(names, frozen, typed, num_classes, published, options.tune)
+        is_first = DATASETS[options.dataset].rows
+        methods += make_methods(names, frozen, typed, num_classes, published, options.tune, is_first)
     if beyond and SCOPE_METHOD in names:
         remaining: Values = {} if methods else typed
         methods += make_methods([SCOPE_METHOD], {**values, "finetune_scope": beyond}, remaining, num_classes, published)

@@ -18,8 +18,7 @@ from torch.nn import Parameter
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, Optimizer
 
-from datasets import Batches
-from datasets.batches import Batch
+from datasets.batches import Batch, Epochs
 from losses import total_weight
 from utils.distributed import all_reduce_sum, broadcast_model, gather_in_order, interruptible, world_size
 from utils.errors import Diverged, UsageError
@@ -323,7 +322,7 @@ def for_evaluation(model: M) -> M:
 
 
 @torch.inference_mode()
-def predict(model: nn.Module, batches: Batches, flip_tta: bool = False) -> tuple[Tensor, Tensor]:
+def predict(model: nn.Module, batches: Epochs, flip_tta: bool = False) -> tuple[Tensor, Tensor]:
     """Logits of every image in eval mode: (N, C) float and labels (N,) int64, on the CPU. The model stays as it is.
 
     ``flip_tta`` averages the logits of each image and its mirror image. Several processes deal the batches out among
@@ -347,7 +346,7 @@ def predict(model: nn.Module, batches: Batches, flip_tta: bool = False) -> tuple
     return outputs, torch.cat(gather_in_order(labels))
 
 
-def evaluate(model: nn.Module, batches: Batches, class_counts: list[int], flip_tta: bool = False) -> Report:
+def evaluate(model: nn.Module, batches: Epochs, class_counts: list[int], flip_tta: bool = False) -> Report:
     """The accuracies of :func:`utils.metrics.report` on a set of batches."""
     return report(*predict(model, batches, flip_tta), class_counts)
 

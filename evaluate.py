@@ -14,6 +14,9 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import TypedDict
+
+from torch import Tensor
 
 from datasets import DATASETS, NATURAL
 from engine import predict
@@ -33,12 +36,14 @@ from experiment.restore import files_read, open_latest, restore
 from utils import metrics
 from utils.checkpoints import IDENTITY, STAGES, Parent
 from utils.command import command
-from utils.console import write
+from utils.console import counted, write
 from utils.distributed import on_main_process, process_group, rank
 from utils.files import Target, require_targets, sha256, write_text
 from utils.metrics import (
+    bootstrap_interval,
     calibration_error,
     fit_temperature,
+    group_accuracies,
     logit_statistics,
     per_class_csv,
     per_class_rows,
@@ -50,6 +55,14 @@ from utils.options import Choice, Flag, Text, Values, option, parse_typed, resol
 from utils.readers import Unreadable, size_of
 from utils.system import pick_device, provenance
 from utils.types import Json
+
+
+class ByGroup(TypedDict):
+    """Accuracy of the groups of test rows, and the interval of all where groups are drawn anew."""
+
+    top1: list[float]
+    interval: list[float]
+
 
 #: Bytes of a file that is hashed to see whether it is the one that training began from.
 MOST_CHECKPOINT = 2**34
@@ -112,6 +125,7 @@ def main(argv: Sequence[str]) -> Json:
         for row in per_class_rows(report, data.class_names, data.class_counts)
     ]
     spreads = {name: spread(values) for name, values in statistics.items()}
+    by_group = None if data.test.groups is None else of_groups(logits, labels, data.test.groups)
 
     result: Json = {
         "checkpoint": str(file.path),
@@ -130,6 +144,7 @@ def main(argv: Sequence[str]) -> Json:
         "ece_calibrated": calibrated,
         "statistics": options.statistics,
         **spreads,
+        "by_group": by_group,
         "class_counts": data.class_counts,
         "class_names": data.class_names,
         "per_class": rows,
@@ -155,6 +170,8 @@ def main(argv: Sequence[str]) -> Json:
     write(f"calibration error {percent(report['ece'])}{scaled}")
     words = ("-" if pair is None else f"{pair[0]:.3f} ± {pair[1]:.3f}" for pair in spreads.values())
     write("over classes: " + ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in zip(spreads, words)))
+    if by_group:
+        write(group_words(by_group))
     verdict = ""
     if file.metrics and flip_tta == stored_flip:
         same = all(report[key] == file.metrics.get(key) for key in ("top1", "top5", "per_class"))
@@ -167,6 +184,24 @@ def main(argv: Sequence[str]) -> Json:
     if parent and is_replaced(parent):
         write(f"note: {parent['path']} has been replaced since this file was made from it")
     return result
+
+
+def of_groups(logits: Tensor, labels: Tensor, groups: Tensor) -> ByGroup:
+    """Top-1 accuracy in each group: logits (N, C), labels (N,), groups (N,) from 0."""
+    hits = logits.argmax(dim=1) == labels
+    low, high = bootstrap_interval(hits, groups)
+    return {"top1": group_accuracies(hits, groups).tolist(), "interval": [low, high]}
+
+
+def group_words(by_group: ByGroup) -> str:
+    """What was measured of groups, in a line."""
+    every, (low, high) = by_group["top1"], by_group["interval"]
+    mean = percent(sum(every) / len(every))
+    span = f"mean {mean}, {percent(min(every))} to {percent(max(every))}"
+    return (
+        f"{counted(len(every), 'group')}: {span}; top-1 where groups are drawn anew: {percent(low)} to {percent(high)} "
+        "(95 %, cluster bootstrap)"
+    )
 
 
 def is_replaced(parent: Parent) -> bool:

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Sequence
 from typing import cast
 
+from datasets import DATASETS
 from experiment.record import begin, calibrated, check_places, finish, make_checkpoint, model_size, wrapped_line
 from experiment.resuming import find_run, say_complete
 from experiment.sweeps import choice_in_words, chosen_on, ranked_rows, show_sweep, varying
@@ -25,6 +26,7 @@ from retraining.options import (
     Options,
     continue_stage1,
     hash_of_stage1,
+    origin,
     prepare,
     refuse_unused,
     tunable_values,
@@ -70,7 +72,7 @@ def main(argv: Sequence[str]) -> Report:
         what = methods[0].setting.describe(own) if len(methods) == 1 else f"{len(methods)} classifiers"
         is_auto = "los" in names and {"auto", None} & set(resolved.values("label_smooth"))
         words = " (label_smooth auto: extrapolated from 0.98 at 100 classes)"
-        run.say(wrapped_line("from", f"{parent.path}: {what}{words if is_auto and data.num_classes != 100 else ''}"))
+        run.say(wrapped_line("from", f"{origin(parent)}: {what}{words if is_auto and data.num_classes != 100 else ''}"))
         results = retrain(methods, frozen, resolved, run)
         if frozen.source.seconds > 1:
             run.say(frozen.source.size)
@@ -81,7 +83,8 @@ def choose_methods(resolved: Resolved[Options], typed: Values, num_classes: int)
     """Every method with every setting that the options ask for."""
     names = [str(name) for name in resolved.values("method")]
     is_published = resolved.options.protocol == "published"
-    return make_methods(names, tunable_values(resolved), typed, num_classes, is_published)
+    is_first = DATASETS[resolved.options.dataset].rows
+    return make_methods(names, tunable_values(resolved), typed, num_classes, is_published, is_first=is_first)
 
 
 def conclude(
@@ -110,7 +113,8 @@ def conclude(
     chosen.selection.state = frozen.state_dict(chosen)
     stored = {**vars(options), **dict.fromkeys(TUNABLE), **chosen.setting.values, "method": chosen.method.name}
     device, head = frozen.source.device, head_name(chosen.classifier)
-    file = make_checkpoint(run, "stage2", options, data, chosen.selection, argv, device, parent, stored, head, sweep)
+    before = parent if parent.path else None
+    file = make_checkpoint(run, "stage2", options, data, chosen.selection, argv, device, before, stored, head, sweep)
     return finish(run, file, chosen.selection, beside=table)
 
 

@@ -1,4 +1,4 @@
-"""Predicts the classes of images with a checkpoint: top-k names and probabilities, as text, CSV, JSON or a figure.
+"""Predicts the classes of images or of rows of features: top-k names and probabilities, as text, CSV, JSON or a figure.
 
     python predict.py IMAGE_OR_FOLDER --from FILE_OR_RUN
     python predict.py photos/ --from FILE_OR_RUN --top_k 3 --csv top3.csv --json top3.json --plot sheet.png
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from datasets import DATASETS, known_class_names
+from datasets.features import as_floats
 from datasets.files import FULL_RANGE, read_image
 from datasets.found import LeftOut, images_below
 from datasets.geometry import centre, square
@@ -47,6 +48,7 @@ from utils.files import Target, atomic, require_targets, write_text
 from utils.metrics import csv_text
 from utils.options import Choice, Flag, Number, Text, Values, option, parse_typed, resolve, shown
 from utils.plots import Pictured, contact_sheet
+from utils.readers import Unreadable, map_array, read_arrays
 from utils.system import available_cpus, pick_device
 
 #: Options that choose a checkpoint.
@@ -106,13 +108,19 @@ def main(argv: Sequence[str]) -> list[Predicted]:
     options = resolve(Options, typed, {}).options
     if options.plot and Path(options.plot).suffix.lower() != ".png":
         raise UsageError(f"--plot {options.plot}", "the path of a .png")
-    paths = images_in(Path(place))
+    is_rows = Path(place).suffix in (".npy", ".npz")
+    paths = [Path(place)] if is_rows else images_in(Path(place))
     if not typed.keys() & CHOOSING:
         typed = {**typed, "pretrained_pth": str(only_file())}
     file = open_latest(typed, Options)
     number = counted(file.num_classes, "class", "classes")
     write(f"{file.path}: {file.stage or 'of another program'}, {file.network}, {number}")
     refuse_unused(typed, file)
+    if is_rows != (file.network == "features"):
+        wanted = "a .npy or .npz of features" if file.network == "features" else "images"
+        raise UsageError(f"predict.py {place}: {file.path} is of the network {file.network}", wanted)
+    if is_rows and options.plot:
+        raise UsageError(f"--plot {options.plot}: there are no images", "--csv, --json")
     if "data_dir" in typed and "pretrained_pth" not in typed:
         require_same_data(file, str(typed["data_dir"]))
     reports = {
@@ -125,19 +133,22 @@ def main(argv: Sequence[str]) -> list[Predicted]:
     require_targets(targets, [*paths, *files_read(file, options)])
     device = pick_device(options.device, options.gpu, options.threads)
     model, names = for_evaluation(built(file).to(device)), class_names(file, options, "dataset" in typed)
-    view = View(file, options, "dataset" in typed)
     if options.temperature is None and not file.metrics.get("temperature"):
         write(f"{file.path} has no temperature, for which images are held out: probabilities are as trained")
     temperature = options.temperature or file.metrics.get("temperature") or 1.0
     flip = file.metrics.get("flip_tta", False) if options.flip_tta is None else options.flip_tta
 
-    def forward(images: Sequence[Tensor]) -> Tensor:
-        return probabilities(model, view.normalised(images).to(device), temperature, flip)
+    def forward(inputs: Tensor) -> Tensor:
+        return probabilities(model, inputs.to(device), temperature, flip)
 
     found: list[Predicted] = []
     sheet: dict[str, list[Pictured]] = {}
-    shown_rows = predictions(paths, view, forward, options.batch_size, options.workers)
-    for path, image, row in bar(shown_rows, len(paths), "predicting"):
+    if is_rows:
+        images, made = row_predictions(Path(place), file, forward, options.batch_size)
+    else:
+        view = View(file, options, "dataset" in typed)
+        images, made = len(paths), predictions(paths, view, forward, options.batch_size, options.workers)
+    for path, image, row in bar(made, images, "predicting"):
         if isinstance(image, UsageError):
             found.append({"path": str(path), "error": image.args[0], "top": []})
             continue
@@ -231,7 +242,7 @@ Prediction = tuple[Path, Tensor | UsageError, Tensor]
 
 
 def predictions(
-    paths: Sequence[Path], view: View, forward: Callable[[Sequence[Tensor]], Tensor], batch_size: int, workers: int
+    paths: Sequence[Path], view: View, forward: Callable[[Tensor], Tensor], batch_size: int, workers: int
 ) -> Iterator[Prediction]:
     """(path, its pixels or why there are none, what ``forward`` makes of them) of every image, in order."""
     with ThreadPoolExecutor(max(1, min(workers, available_cpus()))) as pool:
@@ -239,9 +250,42 @@ def predictions(
             chunk = paths[start : start + batch_size]
             images = list(pool.map(view.of, chunk))
             good = [image for image in images if isinstance(image, Tensor)]
-            rows = iter(forward(good) if good else ())
+            rows = iter(forward(view.normalised(good)) if good else ())
             for path, image in zip(chunk, images):
                 yield path, image, next(rows) if isinstance(image, Tensor) else torch.empty(0)
+
+
+def row_predictions(
+    place: Path, file: Checkpoint, forward: Callable[[Tensor], Tensor], batch_size: int
+) -> tuple[int, Iterator[Prediction]]:
+    """How many rows (N, D) of features a .npy has, or an .npz as ``features`` or ``test_features``; and the same."""
+    names = ("features", "test_features")
+    try:
+        if place.suffix == ".npz":
+            found = read_arrays(place, names, others="V")
+            array = next((found[name] for name in names if name in found), None)
+        else:
+            array = map_array(place, others="V")
+    except Unreadable as error:
+        raise UsageError(f"predict.py {place}: {error}", "a .npy or .npz of features") from None
+    if array is None:
+        raise UsageError(f"predict.py {place}: there are no {' or '.join(names)} in it", "rows of features")
+    rows = as_floats(array, str(place))
+    if rows.shape[1] != file.in_channels:
+        raise UsageError(f"predict.py {place}: rows of {rows.shape[1]:,} numbers", f"{file.in_channels:,}")
+    write(f"found {place}: {counted(len(rows), 'row')} of {rows.shape[1]:,}")
+
+    def predicted() -> Iterator[Prediction]:
+        for start in range(0, len(rows), batch_size):
+            chunk = rows[start : start + batch_size].float()
+            is_good = chunk.isfinite().all(dim=1)
+            made = iter(forward(chunk[is_good]) if bool(is_good.any()) else ())
+            for number, good in enumerate(is_good.tolist(), start=start):
+                name = Path(f"{place}[{number}]")
+                problem = UsageError(f"{name}: not finite", "finite numbers")
+                yield name, chunk[:0] if good else problem, next(made) if good else torch.empty(0)
+
+    return len(rows), predicted()
 
 
 @torch.inference_mode()

@@ -72,10 +72,10 @@ class LongTailed:
     def describe(self) -> str:
         """One line: images per split, classes, the largest and the smallest class."""
         val = "" if self.val is None else f", {len(self.val):,} held out for validation"
-        counts = self.trained_counts
+        counts, what = self.trained_counts, f"rows of {self.channels:,}" if self.train.is_rows else "images"
         return (
-            f"{self.spec.name}: {len(self.train):,} training images{val}, {len(self.test):,} test images, "
-            f"{self.num_classes} classes of {max(counts):,} to {min(counts):,} training images"
+            f"{self.spec.name}: {len(self.train):,} training {what}{val}, {len(self.test):,} test {what.split()[0]}, "
+            f"{self.num_classes} classes of {max(counts):,} to {min(counts):,} training {what.split()[0]}"
         )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -14,12 +14,21 @@ from torch import Generator, Tensor
 
 from datasets.augment import Mix, Policy
 from datasets.photos import Crops, PhotoDraws, Photos, ResizedCrop
+from datasets.rows import Rows
 from datasets.samplers import Sampler, instance_balanced
 
 #: Images and labels, and with mixing the partners' labels and the share of the first.
 Batch = tuple[Tensor, ...]
 #: Steps whose images go through an augmentation policy together: few large operations instead of many small ones.
 POLICY_STEPS = 64
+
+
+class Epochs(Protocol):
+    """What gives batches in their order, again and again."""
+
+    def epoch(self, epoch: int = 0) -> Iterator[Batch]:
+        """The batches of one epoch."""
+        ...
 
 
 class Draws(NamedTuple):
@@ -117,7 +126,7 @@ class Batches:
 
     def __init__(
         self,
-        images: Tensor | Photos,
+        images: Tensor | Photos | Rows,
         labels: Tensor,
         batch_size: int,
         mean: Sequence[float],
@@ -131,6 +140,7 @@ class Batches:
         mix: Mix | None = None,
         share: tuple[int, int] = (0, 1),
     ) -> None:
+        assert not isinstance(images, Rows)  # RowBatches gives those
         self.pixels: Windows | Crops
         if isinstance(images, Photos):
             assert not isinstance(augment, Augment)

@@ -22,14 +22,16 @@ from torch import Tensor
 
 from datasets.batches import Augment
 from datasets.checked import check_all
+from datasets.features import identity_of_features
 from datasets.files import FULL_RANGE, Listing, Manifest, image_size, read_image
 from datasets.found import LeftOut, images_below
 from datasets.geometry import square
 from datasets.listed import PHOTO_SIDE, photos_of
 from datasets.longtail import hold_out
 from datasets.photos import Crops, Photos
+from datasets.rows import Rows
 from datasets.scan import digest_of
-from datasets.spec import ImageOptions, ImageSet, Recipe, Source
+from datasets.spec import CACHE, SPLITS, ImageOptions, ImageSet, Recipe, Source
 from utils.console import counted, show
 from utils.errors import UsageError
 from utils.files import require_writable, write_text
@@ -37,12 +39,9 @@ from utils.readers import Unreadable, array_shapes, read_arrays, read_sealed, re
 from utils.system import available_cpus
 
 T = TypeVar("T")
-#: Where what was found of a data set's files is kept; it may be deleted.
-CACHE = Path("cache", "images")
 SMALL_SIDE = 64
 #: Files whose size decides what kind of images these are, and of which mean and std of photos are computed.
 PEEKED, MEASURED = 100, 5000
-SPLITS = ("train", "val", "test")
 #: What the folder of a split, or its rows in a CSV, may be called, in small or capital letters.
 FOLDERS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
 #: Lengths over widths beyond which a square in the centre leaves more than a third away, and how many are many.
@@ -506,6 +505,8 @@ def identity_of(kind: str, data_dir: str, image_options: ImageOptions) -> tuple[
     Raises:
         UsageError: it is not laid out so.
     """
+    if kind == "features":
+        return identity_of_features(data_dir)
     if kind == "npz":
         labels = _npz_labels(_only(data_dir, ".npz", kind))
         return class_names_of({"train": ([], labels)}), ""
@@ -618,6 +619,7 @@ def _with_statistics(source: Source, image_options: ImageOptions, kept: Path | N
         own = None if kept is None else _kept_statistics(kept, source.train.channels)
         if own is None:
             images = source.train.images
+            assert not isinstance(images, Rows)
             own = statistics_of(_sample(images) if isinstance(images, Photos) else images)
             if kept is not None:
                 write_text(kept, sealed([kept.parent.name, *own]))

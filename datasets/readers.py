@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from datasets.batches import Augment
+from datasets.features import read_features
 from datasets.files import Manifest
 from datasets.listed import read_listed
 from datasets.own import identity_of, read_files, read_npz, suited
@@ -170,6 +171,17 @@ DATASETS: dict[str, DatasetSpec] = {
         ),
         DatasetSpec("folder", partial(read_files, "folder"), suited=partial(suited, "folder"), **_OWN),  # type: ignore[arg-type]
         DatasetSpec("csv", partial(read_files, "csv"), suited=partial(suited, "csv"), **_OWN),  # type: ignore[arg-type]
+        DatasetSpec(
+            "features",
+            read_features,
+            mean=(),
+            std=(),
+            augment=Augment(pad=0, flip=False),
+            own=True,
+            rows=True,
+            recipes={"default": {"network": "features"}},
+            published={"flip_tta": False, "features": "views"},
+        ),
         DatasetSpec("npz", read_npz, suited=partial(suited, "npz"), **_OWN),  # type: ignore[arg-type]
     )
 }

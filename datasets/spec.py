@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import MappingProxyType
 from typing import Literal, NamedTuple
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from datasets.batches import Augment
 from datasets.photos import Photos, ResizedCrop
+from datasets.rows import Rows
 from utils.options import Value
 from utils.readers import read_bytes
 
@@ -21,6 +23,9 @@ Natural = Literal["natural"]
 NATURAL: Natural = "natural"
 
 
+#: Where what was found of a data set's files is kept; it may be deleted.
+CACHE = Path("cache", "images")
+SPLITS = ("train", "val", "test")
 #: Files that :meth:`ImageSet.sample` looks at.
 SAMPLED = 256
 
@@ -29,12 +34,15 @@ SAMPLED = 256
 class ImageSet:
     """A split: images, labels (N,) int64, indices (N,) int64 (positions in the source).
 
-    The images are (N, c, H, W) uint8 in memory, or photos that are decoded when they are wanted.
+    The images are (N, c, H, W) uint8 in memory, photos that are decoded when they are wanted, or rows of features.
+    ``groups`` (N,) int64 say what each came from, where that is known; ``views`` are other rows of features of each.
     """
 
-    images: Tensor | Photos
+    images: Tensor | Photos | Rows
     labels: Tensor
     indices: Tensor
+    groups: Tensor | None = None
+    views: tuple[Rows, ...] = ()
 
     @classmethod
     def of(cls, images: Tensor | Photos, labels: Tensor | Sequence[int]) -> ImageSet:
@@ -50,6 +58,10 @@ class ImageSet:
         return self.images.channels if isinstance(self.images, Photos) else self.images.shape[1]
 
     @property
+    def is_rows(self) -> bool:
+        return isinstance(self.images, Rows)
+
+    @property
     def is_photos(self) -> bool:
         return isinstance(self.images, Photos)
 
@@ -61,11 +73,13 @@ class ImageSet:
     @property
     def side(self) -> int:
         """The larger side of what networks see, in pixels."""
-        return self.images.size if isinstance(self.images, Photos) else max(self.images.shape[2:])
+        return self.images.size if isinstance(self.images, Photos) else max(self.images.shape[2:], default=1)
 
     def take(self, positions: Tensor) -> ImageSet:
         """The images at these positions (n,) int64."""
-        return ImageSet(self.images[positions], self.labels[positions], self.indices[positions])
+        groups = None if self.groups is None else self.groups[positions]
+        views = tuple(view[positions] for view in self.views)
+        return ImageSet(self.images[positions], self.labels[positions], self.indices[positions], groups, views)
 
     def summary(self) -> str:
         """A hash of what the images are, wherever they lie: of pixels in memory, of photos their names and sizes."""
@@ -85,8 +99,9 @@ class ImageSet:
 
     def fingerprint(self) -> str:
         """A hash that changes with images or labels."""
-        if isinstance(self.images, Photos):
-            return self.images.fingerprint()
+        if not isinstance(self.images, Tensor):
+            own = " ".join(part.fingerprint() for part in (self.images, *self.views))
+            return own if self.is_photos else f"{own} {hashlib.sha256(self.labels.numpy().tobytes()).hexdigest()}"
         digest = hashlib.sha256(str(tuple(self.images.shape)).encode())
         for part in (self.images, self.labels):
             digest.update(part.numpy().tobytes())
@@ -164,6 +179,7 @@ class DatasetSpec:
         augment: the training augmentation.
         embedded: whether it comes with the installation, so that no folder is read.
         own: whether it is the user's: anything may be in it, and its folder names it.
+        rows: whether it has features in place of images, so that there is no stage 1.
         natural: whether it is long-tailed as it is, so that there is no --imb_ratio to choose.
         photos: whether its images may be files of many sizes, which --image_size, --input and --workers are for.
         recipes: {--recipe name: option values}; the first is the default. Typed flags win over it.
@@ -179,6 +195,7 @@ class DatasetSpec:
     augment: Augment | ResizedCrop
     embedded: bool = False
     own: bool = False
+    rows: bool = False
     natural: bool = False
     photos: bool = False
     recipes: Mapping[str, Recipe] = field(default_factory=lambda: MappingProxyType({"default": NO_RECIPE}))

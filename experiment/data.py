@@ -6,6 +6,7 @@ import torch
 
 import datasets
 from datasets import Batches, ImageSet, LongTailed
+from datasets.rows import RowBatches, Rows
 from experiment.options import DataOptions, image_options_of
 from utils.console import counted, show
 from utils.distributed import main_process_first, rank, world_size
@@ -47,9 +48,11 @@ def load_data(
     return data
 
 
-def eval_batches(data: LongTailed, part: ImageSet, device: torch.device) -> Batches:
+def eval_batches(data: LongTailed, part: ImageSet, device: torch.device) -> Batches | RowBatches:
     """The plain batches of a test or validation split, of several processes each one's own."""
     size, share = EVAL_BATCH[device.type], (rank(), world_size())
+    if isinstance(part.images, Rows):
+        return RowBatches(part.images, part.labels, size, device, share)
     return Batches(part.images, part.labels, size, data.spec.mean, data.spec.std, device, share=share)
 
 

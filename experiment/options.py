@@ -272,6 +272,10 @@ def fill_options(cls: type[T], typed: Values, stage: str, file: Checkpoint | Non
     if isinstance(seeds, tuple) and len(seeds) > 1 and "None" in seeds:
         raise UsageError(f"--seed {shown(seeds)}", "None alone, or numbers")
     layers: dict[str, Values] = {}
+    if stage == "stage1" and DATASETS[str(typed.get("dataset", "cifar100"))].rows:
+        raise UsageError(
+            f"main_stage1.py --dataset {typed['dataset']}: there is no backbone", "main_stage2.py, compare.py"
+        )
     if file is not None:
         stored = file_identity(file)
         refuse_contradictions(typed, stored, str(file.path))
@@ -405,9 +409,14 @@ def check_data_flags(options: DataOptions, typed: Values) -> None:
                 f"--{name} {typed[name]}: {options.dataset} has images of one size, held in memory",
                 f"without it, or one of {', '.join(key for key, each in DATASETS.items() if each.photos)}",
             )
+    if (options.network in BACKBONES and "rows" in BACKBONES[options.network]) != spec.rows:
+        others = [name for name, stems in BACKBONES.items() if ("rows" in stems) == spec.rows]
+        raise UsageError(f"--network {options.network} with --dataset {options.dataset}", ", ".join(others))
     for name in ("mean", "std", "range", "fit", *LAYOUT):
+        if name in typed and spec.rows:
+            raise UsageError(f"--{name} with --dataset {options.dataset}, which has no images", "without it")
         if name in typed and not spec.own:
-            own = ", ".join(key for key, each in DATASETS.items() if each.own)
+            own = ", ".join(key for key, each in DATASETS.items() if each.own and not each.rows)
             raise UsageError(f"--{name}: {options.dataset} is no data of one's own", f"without it, or one of {own}")
     if "data_dir" in typed and spec.embedded:
         show(f"--data_dir {options.data_dir}: {options.dataset} comes with the installation; nothing is read there")

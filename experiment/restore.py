@@ -9,7 +9,8 @@ from pathlib import Path
 from torch import Tensor
 
 from datasets import DATASETS, FITS, LongTailed
-from datasets.own import SPLITS, identity_of
+from datasets.own import identity_of
+from datasets.spec import SPLITS
 from experiment.options import DataOptions, data_name, flags_of, layout_of, recipe_layers
 from models import BACKBONES, HEADS, TIMM, Network, build_model, imagenet_weights, recognise, sketch
 from models.foreign import translate, translate_timm

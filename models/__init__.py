@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from itertools import chain
 
 import torch
 from torch import Tensor
 
+from models.given import GivenFeatures
 from models.heads import HEADS
 from models.imagenet import IMAGENET, TIMM, TimmNetwork, imagenet_weights, timm_constants
 from models.network import Network, trained_part
@@ -32,11 +34,15 @@ __all__ = [
     "trained_part",
 ]
 
-#: --stem: 3x3 at stride 1, as for CIFAR; or 7x7 at stride 2 with max-pool, as for ImageNet.
-STEMS: dict[str, dict[str, Callable[..., Network]]] = {"small": SMALL, "imagenet": IMAGENET}
+#: --stem: 3x3 at stride 1, as for CIFAR; 7x7 at stride 2 with max-pool, as for ImageNet; rows of features have none.
+STEMS: dict[str, dict[str, Callable[..., Network]]] = {
+    "small": SMALL,
+    "imagenet": IMAGENET,
+    "rows": {"features": GivenFeatures},
+}
 #: {--network name: {stem: constructor}}
 BACKBONES: dict[str, dict[str, Callable[..., Network]]] = {
-    name: {stem: table[name] for stem, table in STEMS.items() if name in table} for name in {**SMALL, **IMAGENET}
+    name: {stem: table[name] for stem, table in STEMS.items() if name in table} for name in chain(*STEMS.values())
 }
 #: The largest side, in pixels, of images that get the small stem by default.
 SMALL_SIDE = 64

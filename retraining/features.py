@@ -17,7 +17,7 @@ import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import NamedTuple, cast
 
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from datasets import SAMPLERS, Augment, Batches, ImageSet, LongTailed
 from datasets.batches import Batch, Draws, seeded
+from datasets.rows import Rows
 from engine import evaluations, for_evaluation, forward
 from models import Network
 from utils.arrays import open_array, write_array
@@ -49,6 +50,8 @@ BLOCK_BYTES = 2**27
 #: Share of a GPU's free memory that one array may take; a larger one stays on disk and is streamed from there.
 RESIDENT = 0.5
 
+#: Features (N, D): in memory, mapped from a file, or rows that are read when they are wanted.
+Features = Tensor | Rows
 #: (steps, their number, what they are) -> the steps, shown as they pass.
 Progress = Callable[[Iterable[Batch], int, str], Iterator[Batch]]
 
@@ -204,7 +207,7 @@ class FeatureSource:
         self.labels = self.data.train.labels.to(self.device)
         self.caches: dict[str, FeatureCache] = {}
         self.images = 0
-        self._latest: dict[str, tuple[str, list[Tensor]]] = {}
+        self._latest: dict[str, tuple[str, list[Features]]] = {}
         self._batches: tuple[Stream, Batches] | None = None
         self._fingerprints = {
             part: None if images is None else images.fingerprint()
@@ -245,7 +248,7 @@ class FeatureSource:
         """D: the numbers of a feature."""
         return self.model.fc.get_parameter("weight").shape[1]
 
-    def evaluated(self, part: str, stream: Stream | None = None, epoch: int = -1) -> list[Tensor]:
+    def evaluated(self, part: str, stream: Stream | None = None, epoch: int = -1) -> list[Features]:
         """Features (N, D) of "test", "val" or "train" as they are, followed by their mirror images' where wanted.
 
         They are as they are stored, of type ``dtype`` and perhaps on disk; see :func:`feature_blocks`.
@@ -291,7 +294,7 @@ class FeatureSource:
             self.caches[key] = FeatureCache(self.cache_dir, about, dtype, self.check_cache)
         return self.caches[key]
 
-    def plain(self, part: str, cache: FeatureCache, name: str, network: Callable[[], Network]) -> list[Tensor]:
+    def plain(self, part: str, cache: FeatureCache, name: str, network: Callable[[], Network]) -> list[Features]:
         """The features that a network makes of a part's images, and of their mirror images where wanted."""
         images: ImageSet = getattr(self.data, part)
 
@@ -336,7 +339,7 @@ class _EvalMode(FeatureSource):
         super().__post_init__()
         self.fast = for_evaluation(self.model)
 
-    def evaluated(self, part: str, stream: Stream | None = None, epoch: int = -1) -> list[Tensor]:
+    def evaluated(self, part: str, stream: Stream | None = None, epoch: int = -1) -> list[Features]:
         return self.plain(part, self.cache("eval", part, eval_batch=self.eval_batch), "features", lambda: self.fast)
 
     def planned_evaluations(self, stream: Stream, part: str, every: int) -> tuple[FeatureCache, int]:
@@ -358,7 +361,7 @@ class Views(_EvalMode):
     """V augmented views of every image, shared by all seeds and samplers; epoch e shows view e mod V."""
 
     def epoch(self, stream: Stream, epoch: int) -> Iterator[Batch]:
-        features = self.numbered(epoch % self.num_views) if self.num_views else self.evaluated("train")[0]
+        features: Features = self.numbered(epoch % self.num_views) if self.num_views else self.evaluated("train")[0]
         order = self.train_batches(stream).draws(epoch).order
         yield from gathered(features, self.labels, order, stream.batch_size)
 
@@ -367,7 +370,7 @@ class Views(_EvalMode):
             return self.cache("eval", "train", eval_batch=self.eval_batch), 1
         return self._cache(), min(self.num_views, stream.epochs)
 
-    def numbered(self, view: int) -> Tensor:
+    def numbered(self, view: int) -> Features:
         """The features (N, D) of one view of all training images, in file order."""
         windows = self.data.spec.augment.draw(len(self.labels), seeded(self.view_seed, VIEWS_STREAM, view))
         return resident(self.view(self._cache(), f"view_{view}", *windows), self.device)
@@ -450,7 +453,7 @@ class Replay(FeatureSource):
     def planned_evaluations(self, stream: Stream, part: str, every: int) -> tuple[FeatureCache, int]:
         return self._cache(stream, part), evaluations(stream.epochs, every) * (1 + self.flip)
 
-    def evaluated(self, part: str, stream: Stream | None = None, epoch: int = -1) -> list[Tensor]:
+    def evaluated(self, part: str, stream: Stream | None = None, epoch: int = -1) -> list[Features]:
         def network() -> Network:
             self._load(stream, epoch)
             return for_evaluation(self.model)
@@ -504,6 +507,33 @@ class Replay(FeatureSource):
         return {name: value.detach().cpu().clone() for name, value in self.model.named_buffers()}
 
 
+class Given(FeatureSource):
+    """Features that are given, so that there is nothing to compute or to keep: rows, standardized as they are read."""
+
+    def epoch(self, stream: Stream, epoch: int) -> Iterator[Batch]:
+        generator = seeded(stream.seed, 2, epoch)
+        order = SAMPLERS[stream.sampler](self.data.train.labels, epoch, stream.epochs, generator)
+        views = self.data.train.views
+        view = views[epoch % len(views)].through(self.model.features) if views else self.evaluated("train")[0]
+        yield from gathered(view, self.labels, order, stream.batch_size)
+
+    def arrays(self, streams: Iterable[Stream]) -> tuple[int, int]:
+        return 0, 0
+
+    def images_left(self, streams: Sequence[Stream], every: int) -> int:
+        return 0
+
+    def evaluated(self, part: str, stream: Stream | None = None, epoch: int = -1) -> list[Features]:
+        if part not in self._given:
+            rows = getattr(self.data, part).images
+            self._given[part] = resident(rows.through(self.model.features), self.device)
+        return [self._given[part]]
+
+    @cached_property
+    def _given(self) -> dict[str, Features]:
+        return {}
+
+
 FEATURES: dict[str, type[FeatureSource]] = {"views": Views, "orbit": Orbit, "replay": Replay}
 
 
@@ -531,14 +561,14 @@ def is_like(value: object, other: Tensor) -> bool:
     )
 
 
-def resident(array: Tensor, device: torch.device) -> Tensor:
+def resident(array: Features, device: torch.device) -> Features:
     """An array on the device where it fits (:data:`RESIDENT`); where not, and on a CPU, mapped as it is."""
     is_large = device.type != "cpu" and array.nbytes > RESIDENT * free_memory(device)
-    return array if is_large else array.to(device)
+    return array if is_large or device.type == "cpu" else array.to(device)
 
 
 def feature_blocks(
-    arrays: list[Tensor], labels: Tensor, classes: int, device: torch.device
+    arrays: Sequence[Features], labels: Tensor, classes: int, device: torch.device
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Arrays (N, D) in blocks (n, D), float32 on the device, each with its labels; of two arrays their mean.
 
@@ -550,7 +580,7 @@ def feature_blocks(
         yield found[0] if len(found) == 1 else (found[0] + found[1]) / 2, own.to(device)
 
 
-def gathered(features: Tensor, labels: Tensor, order: Tensor, batch: int) -> Iterator[Batch]:
+def gathered(features: Features, labels: Tensor, order: Tensor, batch: int) -> Iterator[Batch]:
     """The images of an order (N,) in batches: features (B, D), float32 on the labels' device, and labels (B,).
 
     Rows of a mapped array (N, D) are read as the batches need them, and its pages stay the file's: the system drops
@@ -561,14 +591,14 @@ def gathered(features: Tensor, labels: Tensor, order: Tensor, batch: int) -> Ite
         yield features[rows].to(labels.device).float(), own
 
 
-def predict_features(head: nn.Module, parts: list[Tensor], batch: int) -> Tensor:
+def predict_features(head: nn.Module, parts: Sequence[Features], batch: int) -> Tensor:
     """Logits (N, C) of float32 features (N, D) on the CPU; with mirror images' features too, the mean of both logits.
 
     In batches of ``batch`` images, as :func:`engine.predict` makes them, so that both agree to the last bit.
     """
     device = next(head.parameters()).device
 
-    def logits(features: Tensor) -> Tensor:
+    def logits(features: Features) -> Tensor:
         return torch.cat([head(rows.to(device)).cpu() for rows in features.split(batch)])
 
     with torch.inference_mode():
@@ -579,7 +609,7 @@ def predict_features(head: nn.Module, parts: list[Tensor], batch: int) -> Tensor
 class LogitBlocks:
     """The same logits in blocks of at most :data:`LOGIT_BYTES`, computed anew whenever they are iterated over."""
 
-    def __init__(self, head: nn.Module, parts: list[Tensor], batch: int) -> None:
+    def __init__(self, head: nn.Module, parts: Sequence[Features], batch: int) -> None:
         classes = len(head.get_parameter("weight"))
         self.rows = batch * max(1, LOGIT_BYTES // (4 * classes * batch))
         self.head, self.parts, self.batch = head, parts, batch
@@ -589,7 +619,7 @@ class LogitBlocks:
             yield predict_features(self.head, list(sides), self.batch)
 
 
-def head_logits(head: nn.Module, parts: list[Tensor], batch: int) -> Logits:
+def head_logits(head: nn.Module, parts: Sequence[Features], batch: int) -> Logits:
     """Logits (N, C) as :func:`predict_features` gives them, whole where they fit into one block."""
     blocks = LogitBlocks(head, parts, batch)
     return predict_features(head, parts, batch) if len(parts[0]) <= blocks.rows else blocks

@@ -92,6 +92,7 @@ class Method:
         projects: whether :meth:`project` does anything.
         takes_scope: whether its head can also be trained together with the backbone.
         needs_linear: whether it continues from stage 1's classifier as a linear one; others take a cosine head too.
+        start: the head that it starts from, see :data:`retraining.start.STARTS`.
     """
 
     name: ClassVar[str]
@@ -100,6 +101,8 @@ class Method:
     projects: ClassVar[bool] = False
     takes_scope: ClassVar[bool] = False
     needs_linear: ClassVar[bool] = True
+
+    start: str = "stage1"
 
     @property
     def stream(self) -> Stream | None:
@@ -248,14 +251,10 @@ class CRT(Smoothed):
     name = "crt"
     needs_linear = False
 
+    start: str = "random"
     finetune_lr: float = 0.025
     finetune_wd: float = 5e-4
     sampler: str = "class"
-
-    def head(self, stage1: Stage1) -> nn.Module:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)
-            return nn.Linear(stage1.weight.shape[1], stage1.num_classes).to(stage1.weight.device)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,13 +8,14 @@ from typing import Generic, Literal, NamedTuple, TypeVar
 
 import torch
 
-from datasets import SAMPLERS, LongTailed
+from datasets import DATASETS, SAMPLERS, LongTailed
 from experiment.data import load_data
 from experiment.options import HUGE, TrainOptions, checkpoint_option, fill_options, flags_of, stage_option
 from experiment.restore import open_checkpoint
 from retraining.features import DTYPES, FEATURES
 from retraining.methods import METHODS, Auto, Method
-from retraining.settings import TUNABLE
+from retraining.settings import TUNABLE, WITHOUT_STAGE1
+from retraining.start import STANDARDIZE, STARTS, without_stage1
 from utils.checkpoints import IDENTITY, Checkpoint
 from utils.console import show
 from utils.errors import UsageError
@@ -32,6 +33,14 @@ class Options(TrainOptions):
     cur_stage: str = stage_option("stage2")
     method: str = option(
         "los", Choice(METHODS), "how the classifier is re-trained; see retraining/methods.py", "recipe", sweep=True
+    )
+    start: str | None = option(
+        None,
+        Text(f"{', '.join(STARTS)}, or a .npy of rows"),
+        "the head that training starts from: stage 1's classifier, random weights, class means, balanced logistic "
+        "regression, or the directions of a file's rows",
+        "recipe",
+        sweep=True,
     )
     finetune_epoch: int = option(20, Number(int, 1, 1_000_000), "epochs", "optimisation", sweep=True)
     finetune_lr: float | None = option(
@@ -94,6 +103,16 @@ class Options(TrainOptions):
         "augmented views of an image; epoch e shows view e mod V; 0: the image as it is",
         "data",
     )
+    standardize: str = option(
+        "none",
+        Choice(STANDARDIZE),
+        "features: rows as they are, of length 1, or each number less its mean and over its standard deviation; all "
+        "are then scaled alike to a norm of 12",
+        "data",
+    )
+    val_split: float = option(
+        0.0, Number(float, 0, 0.9), "features: share of every class's training rows to hold out", "data"
+    )
     view_seed: int = option(
         0, Number(int, 0, 2**31 - 1), "seed of the views' crops and flips, shared by all --seed", "data"
     )
@@ -130,6 +149,11 @@ def continue_stage1(cls: type[T], typed: Values) -> tuple[Checkpoint, Resolved[T
         UsageError: see :func:`experiment.restore.open_checkpoint` and :func:`experiment.options.fill_options`; a
             stage-2 file, or a method that cannot follow stage 1's classifier.
     """
+    if on_rows(typed):
+        return prepare(cls, typed)[:2]
+    for name in ("standardize", "val_split"):
+        if name in typed:
+            raise UsageError(f"--{name} {shown(typed[name])} after stage 1", "--dataset features beside it, or without")
     parent = open_checkpoint(typed, "stage1", cls)
     if parent.stage == "stage2":
         raise UsageError(f"--pretrained_pth {parent.path} is a stage-2 file", "a stage-1 file")
@@ -137,8 +161,41 @@ def continue_stage1(cls: type[T], typed: Values) -> tuple[Checkpoint, Resolved[T
     if parent.head != "linear" and "method" not in typed and "method" in resolved.axes:
         resolved = resolved.swept("method", methods_for_head(parent.head))
         show(f"{parent.path} has a {parent.head} head: {shown(resolved.values('method'))}")
-    refuse_head(parent, resolved.values("method"))
+    refuse_head(parent, resolved)
     return parent, resolved
+
+
+def on_rows(typed: Values) -> bool:
+    """Whether features are given, so that there is no stage 1."""
+    return "pretrained_pth" not in typed and DATASETS[str(typed.get("dataset", "cifar100"))].rows
+
+
+def prepare_rows(cls: type[T], typed: Values, flag: str | None) -> Prepared[T]:
+    """The same as :func:`prepare` where features are given: their network stands for stage 1's.
+
+    Raises:
+        UsageError: an option that has to do with images, or with stage 1's classifier.
+    """
+    resolved = fill_options(cls, typed, "stage2")
+    if "finetune_scope" not in typed:
+        resolved = resolved.swept("finetune_scope", ("fc",))
+    scopes = [scope for scope in resolved.values("finetune_scope") if scope != "fc"]
+    if scopes:
+        raise UsageError(f"--finetune_scope {shown(scopes)}: --dataset features has no backbone", "fc")
+    if "stage1" in resolved.values("start"):
+        others = ", ".join(start for start in STARTS if start != "stage1")
+        raise UsageError("--start stage1: --dataset features has no stage 1", f"{others}, or a file of rows")
+    for name in ("features", "views", "view_seed", "feature_dtype", "cache_dir", "check_cache", "cur_stage"):
+        if name in typed:
+            raise UsageError(f"--{name} {shown(typed[name])} with --dataset features, which are given", "without it")
+    options = resolved.options
+    device = pick_device(*options.place)
+    data = load_data(options, val_fraction=options.val_split, val_seed=options.drawn_seed)
+    parent = without_stage1(data, options.standardize)
+    require_held_out(parent, resolved, data, flag if flag and typed.get(flag) else None)
+    if "start" not in typed:
+        show(f"no stage 1: methods that would continue its classifier have --start {WITHOUT_STAGE1}")
+    return Prepared(parent, resolved, device, data)
 
 
 def prepare(cls: type[T], typed: Values, flag: str | None = None) -> Prepared[T]:
@@ -149,6 +206,8 @@ def prepare(cls: type[T], typed: Values, flag: str | None = None) -> Prepared[T]
     Raises:
         UsageError: see there; or no held-out images where they are needed.
     """
+    if on_rows(typed):
+        return prepare_rows(cls, typed, flag)
     parent, resolved = continue_stage1(cls, typed)
     device = pick_device(*resolved.options.place)
     data = load_data(resolved.options, val_indices=parent.data.get("val_indices", []))
@@ -156,9 +215,14 @@ def prepare(cls: type[T], typed: Values, flag: str | None = None) -> Prepared[T]
     return Prepared(parent, resolved, device, data)
 
 
+def origin(parent: Checkpoint) -> str:
+    """What stage 2 begins from, in words."""
+    return "features" if parent.path is None else str(parent.path)
+
+
 def hash_of_stage1(typed: Values) -> str | None:
     """The hash of stage 1's file that the typed flags choose."""
-    return open_checkpoint(typed, "stage1", Options).sha256
+    return None if on_rows(typed) else open_checkpoint(typed, "stage1", Options).sha256
 
 
 def tunable_values(resolved: Resolved[T]) -> dict[str, tuple[Value, ...]]:
@@ -184,10 +248,10 @@ def refuse_unused(typed: Values, resolved: Resolved[T], methods: Sequence[Method
         raise UsageError(f"--feature_dtype with {used}", "a method that takes features of training images, scope fc")
 
 
-def refuse_head(parent: Checkpoint, names: Sequence[Value]) -> None:
+def refuse_head(parent: Checkpoint, resolved: Resolved[T]) -> None:
     """Raises UsageError where stage 1's classifier is not of the kind that a method continues from."""
-    unfit = [name for name in names if METHODS[str(name)].needs_linear]
-    if parent.head != "linear" and unfit:
+    unfit = [name for name in resolved.values("method") if METHODS[str(name)].needs_linear]
+    if parent.head != "linear" and unfit and {None, "stage1"} & set(resolved.values("start")):
         raise UsageError(
             f"--method {shown(unfit)}: {parent.path} has a {parent.head} head", shown(methods_for_head(parent.head))
         )
@@ -207,6 +271,8 @@ def require_held_out(parent: Checkpoint, resolved: Resolved[T], data: LongTailed
     options = resolved.options
     needed = {"--select best_val": options.select == "best_val", "--tau val": "val" in resolved.values("tau")}
     flags = [name for name, is_on in needed.items() if is_on] + ([f"--{flag}"] if flag else [])
+    if flags and data.val is None and data.spec.rows:
+        raise UsageError(f"{flags[0]}: there are no held-out rows", "--val_split 0.1 beside it, or val_features")
     if flags and data.val is None:
         head = "" if parent.head == "linear" else f" --head {parent.head}"
         names = [name for name in IDENTITY if name not in ("image_size", "stem") or data.train.is_photos]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -16,6 +17,7 @@ from experiment.sweeps import Result
 from retraining.features import FeatureSource, Stream, feature_blocks, head_logits
 from retraining.methods import Method, Stage1, Trained
 from retraining.solver import TrainableHead
+from retraining.start import make_start
 from utils.metrics import GROUPS, Logits, accuracies, predicted_classes
 from utils.typed import require
 from utils.types import Record, StateDict
@@ -126,7 +128,7 @@ class FrozenBackbone:
     Attributes:
         source: where the features come from.
         data: the data set.
-        stage1: what the methods start from.
+        stage1: its classifier and what goes with it.
     """
 
     def __init__(self, source: FeatureSource) -> None:
@@ -134,14 +136,25 @@ class FrozenBackbone:
         clean, held_out = (partial(self._blocks, part) for part in ("train", "val"))
         head = copy.deepcopy(source.model.fc).requires_grad_(False)
         self.stage1 = Stage1(head, self.data.trained_counts, clean, held_out if self.data.val else None)
+        self._starts: dict[tuple[str, int], Stage1] = {}
 
     def _blocks(self, part: str) -> Iterator[tuple[Tensor, Tensor]]:
         labels: Tensor = getattr(self.data, part).labels
         return feature_blocks(self.source.evaluated(part), labels, self.data.num_classes, self.source.device)
 
+    def start(self, method: Method) -> Stage1:
+        """What a method starts from: stage 1, with another head in place of its classifier where --start says so."""
+        if method.start == "stage1":
+            return self.stage1
+        key = method.start, getattr(method, "seed", 0) if method.start == "random" else 0
+        if key not in self._starts:
+            head = make_start(method.start, self.stage1, key[1]).requires_grad_(False)
+            self._starts[key] = dataclasses.replace(self.stage1, head=head)
+        return self._starts[key]
+
     def fresh(self, method: Method) -> nn.Module:
         """What a method's training begins with and its result keeps: the classifier, or the network with it."""
-        head = method.head(self.stage1)
+        head = method.head(self.start(method))
         if method.scope == "fc":
             return method.finished(head)
         model = copy.deepcopy(self.source.model)
@@ -150,13 +163,14 @@ class FrozenBackbone:
 
     def trainable_head(self, method: Trained) -> TrainableHead:
         """A fresh classifier of a method, ready for the solver."""
-        head = method.head(self.stage1)
+        start = self.start(method)
+        head = method.head(start)
         return TrainableHead(
             head,
-            lambda progress: method.loss(self.stage1, progress),
+            lambda progress: method.loss(start, progress),
             method.finetune_lr,
             method.finetune_wd,
-            (lambda: method.project(head, self.stage1)) if method.projects else None,
+            (lambda: method.project(head, start)) if method.projects else None,
             method.projects_each_step,
         )
 

@@ -11,6 +11,8 @@ from retraining.methods import METHODS, Method, Trained
 from utils.errors import UsageError
 from utils.options import Value
 
+#: --start of methods that would continue stage 1's classifier, where there is none.
+WITHOUT_STAGE1 = "class_mean"
 #: All options that a sweep may take several values of, beside --method.
 TUNABLE = tuple(
     dict.fromkeys([*Trained.options(), *(name for method in METHODS.values() for name in method.options())])
@@ -24,6 +26,7 @@ def make_methods(
     num_classes: int,
     published: bool = False,
     tune: bool = False,
+    is_first: bool = False,
 ) -> list[Method]:
     """The product of all values, method by method; an option that a method does not take is left out there.
 
@@ -34,6 +37,7 @@ def make_methods(
         num_classes: C, for label_smooth auto.
         published: the papers' value where a method's default departs from it.
         tune: let every method's grid stand where ``axes`` leaves it free.
+        is_first: there is no stage 1, so that methods that would continue its classifier start from class means.
 
     Raises:
         UsageError: an option that none of the methods takes, or values that do not go together.
@@ -61,6 +65,8 @@ def make_methods(
                     values[name] = tuple(sorted(grid, key=lambda value: value != free[name]))
         for combination in product(*values.values()):
             chosen = dict(zip(values, combination))
+            if is_first and chosen["start"] == "stage1":
+                chosen["start"] = WITHOUT_STAGE1
             if chosen.get("label_smooth") == "auto":
                 chosen["label_smooth"] = auto_label_smooth(num_classes)
             made = make(**chosen)

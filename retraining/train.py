@@ -21,7 +21,7 @@ from experiment.restore import restore
 from experiment.resuming import make_state
 from experiment.threads import settle_threads
 from models import trained_part
-from retraining.features import FEATURES, Stream, unseen
+from retraining.features import FEATURES, Given, Stream, unseen
 from retraining.forecast import Forecast
 from retraining.methods import Method, Trained
 from retraining.options import Options
@@ -53,7 +53,8 @@ class Work(NamedTuple):
 
 def freeze(parent: Checkpoint, data: LongTailed, device: torch.device, options: Options) -> FrozenBackbone:
     """Stage 1's network with its feature source, which shows no progress yet."""
-    source = FEATURES[options.features](
+    kind = Given if data.spec.rows else FEATURES[options.features]
+    source = kind(
         restore(parent, data),
         data,
         device,
@@ -125,8 +126,9 @@ def post_hoc(methods: Sequence[Method], frozen: FrozenBackbone, select: str) -> 
     results = []
     for method in methods:
         began, passes = time.perf_counter(), frozen.source.seconds
-        method = method.chosen(frozen.stage1)
-        head = method.head(frozen.stage1)
+        start = frozen.start(method)
+        method = method.chosen(start)
+        head = method.head(start)
         result = ClassifierResult(method, select)
         result.seconds = time.perf_counter() - began - (frozen.source.seconds - passes)
         frozen.measure(result, head, epoch=-1)
@@ -194,12 +196,13 @@ def train_network(methods: Sequence[Trained], stream: Stream, work: Work) -> lis
     result = ClassifierResult(method, options.select)
     model = copy.deepcopy(frozen.source.model).to(memory_format=torch.channels_last)
     model.load_state_dict(frozen.source.backbone(None, -1))
-    model.fc = method.head(frozen.stage1)
+    start = frozen.start(method)
+    model.fc = method.head(start)
     trained = trained_part(model, method.scope)
     batches = frozen.source.train_batches(stream)
     lr, wd = method.finetune_lr, method.finetune_wd
     optimizer = make_sgd(trained.parameters(), lr, options.momentum, wd, options.nesterov)
-    step = TrainStep(model, method.loss(frozen.stage1, 0.0), optimizer)
+    step = TrainStep(model, method.loss(start, 0.0), optimizer)
 
     kept = Results([result], frozen)
     with state.training(name_of(method), stream.epochs, len(batches), step=step, result=kept):
@@ -210,13 +213,13 @@ def train_network(methods: Sequence[Trained], stream: Stream, work: Work) -> lis
             model.train(options.features == "replay")
             trained.train()
             set_lr(optimizer, lr * rate)
-            step.use_loss(method.loss(frozen.stage1, epoch / stream.epochs).to(frozen.source.device))
+            step.use_loss(method.loss(start, epoch / stream.epochs).to(frozen.source.device))
             steps = batches.epoch(epoch, first=state.step)
             bar = run.bar(steps, len(batches) - state.step, f"epoch {epoch + 1}/{stream.epochs}")
             try:
                 stats = train_epoch(step, bar, epoch, lr * rate, state)
                 if not state.is_trained:
-                    method.project(model.fc, frozen.stage1)
+                    method.project(model.fc, start)
                     state.is_trained = True
                 seconds, logits = state.seconds, None
                 if is_due(epoch, stream.epochs, options.eval_every):

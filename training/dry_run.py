@@ -7,7 +7,8 @@ from itertools import chain, count, islice
 
 import torch
 
-from datasets import Batches, LongTailed
+from datasets import LongTailed
+from datasets.batches import Epochs
 from engine import evaluations
 from experiment.data import eval_batches
 from training.options import Options
@@ -60,6 +61,6 @@ def time_run(run: Options, data: LongTailed, device: torch.device) -> tuple[floa
     return of_step, of_batch * len(test) * (2 if run.flip_tta else 1)
 
 
-def endless(batches: Batches) -> chain[tuple[torch.Tensor, ...]]:
+def endless(batches: Epochs) -> chain[tuple[torch.Tensor, ...]]:
     """The batches of one epoch after the other."""
-    return chain.from_iterable(map(batches.epoch, count()))
+    return chain.from_iterable(batches.epoch(number) for number in count())

@@ -183,8 +183,8 @@ _TYPES: dict[str, type | tuple[type, ...]] = {
     "parent": (dict, type(None)),
     "provenance": dict,
 }
-#: The most classes, channels and pixels a side that a file may be of.
-_MOST_CLASSES, _MOST_CHANNELS, _MOST_SIDE = 1_000_000, 4096, 1024
+#: The most classes, channels or features, and pixels a side that a file may be of.
+_MOST_CLASSES, _MOST_CHANNELS, _MOST_SIDE = 1_000_000, 2**20, 1024
 #: The most files after each other that a file may come from.
 _MOST_PARENTS = 100
 
@@ -208,7 +208,8 @@ def contradictions(content: Mapping[str, Any]) -> Iterator[str]:
         yield f"class_counts {short(counts)}, num_classes {classes}"
     for name, low in (("mean", -math.inf), ("std", 0.0)):
         values = data[name]
-        if len(values) != content["in_channels"] or not all(_is_number(value) and value > low for value in values):
+        channels = 0 if content["network"] == "features" else content["in_channels"]
+        if len(values) != channels or not all(_is_number(value) and value > low for value in values):
             yield f"data.{name} {short(values)}, in_channels {content['in_channels']}"
     ratio = data["imb_ratio"]
     if not (ratio == "natural" or (_is_number(ratio) and ratio >= 1)):

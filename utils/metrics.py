@@ -274,6 +274,27 @@ def table(rep: Report) -> str:
     return "\n".join(lines)
 
 
+def group_accuracies(hits: Tensor, groups: Tensor) -> Tensor:
+    """The accuracy in each group: hits (N,) bool, groups (N,) from 0 -> (G,) float64."""
+    images = torch.bincount(groups)
+    return torch.bincount(groups, weights=hits.double()) / images.clamp(min=1)
+
+
+def bootstrap_interval(hits: Tensor, groups: Tensor, draws: int = 2000, seed: int = 0) -> tuple[float, float]:
+    """A 95 % interval of the accuracy where whole groups are drawn with replacement, as often as there are groups.
+
+    The cluster bootstrap (Field and Welsh, JRSS B 2007): images of one camera or patient are not independent. hits (N,)
+    bool, groups (N,) from 0.
+    """
+    right, images = torch.bincount(groups, weights=hits.double()), torch.bincount(groups).double()
+    right, images = right[images > 0], images[images > 0]
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randint(len(images), (draws, len(images)), generator=generator)
+    found = right[drawn].sum(dim=1) / images[drawn].sum(dim=1)
+    low, high = found.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return low, high
+
+
 def per_class_rows(rep: Report, class_names: Sequence[str], class_counts: Sequence[int]) -> list[ClassRow]:
     """One row per class in label order: class, name, group, train_images, test_images, accuracy."""
     return [

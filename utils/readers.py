@@ -316,8 +316,11 @@ def _check_archive(file: io.BytesIO, blob: bytes) -> None:
         raise Unreadable("a damaged archive") from None
 
 
-def read_arrays(path: str | Path, names: Iterable[str] | None = None) -> dict[str, Array]:
-    """The arrays of an .npz, or those that are named and there: of numbers, with as many bytes as they declare."""
+def read_arrays(path: str | Path, names: Iterable[str] | None = None, others: str = "") -> dict[str, Array]:
+    """The arrays of an .npz, or those that are named and there: of numbers, with as many bytes as they declare.
+
+    ``others`` are NumPy's letters of what there may be beside numbers: U, texts; V, bits without a meaning.
+    """
     found: dict[str, Array] = {}
     most = min(MOST_NUMBERS, free_memory(torch.device("cpu")))
     with _refusing("a damaged .npz"):
@@ -329,7 +332,7 @@ def read_arrays(path: str | Path, names: Iterable[str] | None = None) -> dict[st
                 raise Unreadable(f"its arrays take more than the {most / 1e6:,.0f} MB of free memory")
             for name in wanted:
                 with archive.open(members[name]) as part:
-                    shape, kind, order = _header(part, name, members[name].file_size)
+                    shape, kind, order = _header(part, name, members[name].file_size, others)
                     content = bytearray(part.read())  # all of it, so that its checksum is looked at
                     found[name] = np.frombuffer(content, kind).reshape(shape, order=order)
     return found
@@ -361,15 +364,16 @@ def array_shapes(path: str | Path, names: Iterable[str]) -> dict[str, tuple[int,
     return found
 
 
-def map_array(path: str | Path, extra: int = 0) -> Array:
+def map_array(path: str | Path, extra: int = 0, others: str = "") -> Array:
     """A .npy file as an array that is mapped into memory, copied where it is written to.
 
-    ``extra`` bytes, which are not the array's, follow it; more or fewer are damage.
+    ``extra`` bytes, which are not the array's, follow it; more or fewer are damage. ``others``: see
+    :func:`read_arrays`.
     """
     with _refusing("damaged"):
         size = size_of(path, MOST_NUMBERS)
         with open(path, "rb") as file:
-            shape, kind, order = _header(file, Path(path).name, size - extra)
+            shape, kind, order = _header(file, Path(path).name, size - extra, others)
             place = file.tell()
         if 0 in shape:
             return np.empty(shape, kind)
@@ -389,7 +393,7 @@ def _refusing(what: str) -> Iterator[None]:
         raise Unreadable(f"{what} ({_words(error)})") from None
 
 
-def _header(file: IO[bytes], name: str, size: int) -> tuple[tuple[int, ...], np.dtype[Any], Order]:
+def _header(file: IO[bytes], name: str, size: int, others: str = "") -> tuple[tuple[int, ...], np.dtype[Any], Order]:
     """Shape, type and order of an array of numbers, in a file of so many bytes (NumPy's formats 1 and 2)."""
     start = file.read(8)
     length = {b"\x01\x00": 2, b"\x02\x00": 4}.get(start[6:])
@@ -404,7 +408,7 @@ def _header(file: IO[bytes], name: str, size: int) -> tuple[tuple[int, ...], np.
         kind = np.dtype(text)
     except (ValueError, SyntaxError, TypeError, KeyError, MemoryError, RecursionError):
         raise Unreadable(f"{name} has a damaged header") from None
-    if not isinstance(text, str) or kind.kind not in "biufc" or not isinstance(shape, tuple):
+    if not isinstance(text, str) or kind.kind not in f"biufc{others}" or not isinstance(shape, tuple):
         raise Unreadable(f"{name} is no array of numbers")
     if not all(type(length) is int and length >= 0 for length in shape) or len(shape) > 32:
         raise Unreadable(f"{name} has a damaged header")
