@@ -134,6 +134,7 @@ class Photos:
         identity: changes with the content of the files.
         levels: see :func:`datasets.files.read_image`.
         fit: one of :data:`datasets.geometry.FITS`.
+        mode: the interpolation of files, one of torchvision's.
         how: one of ``INPUTS``.
         workers: processes that decode.
     """
@@ -158,7 +159,7 @@ class Photos:
         self.size, self.resize = size, resized(size)
         self.store, self.how, self.workers, self.identity = store, how, workers, identity
         self.rows = torch.arange(len(sizes)) if rows is None else rows
-        self.levels, self.fit = levels, fit
+        self.levels, self.fit, self.mode = levels, fit, "bilinear"
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -181,7 +182,8 @@ class Photos:
     def fingerprint(self) -> str:
         """A hash that changes with the images and with how they are shown."""
         digest = hashlib.sha256(f"{self.how} {self.size} {self.resize} {self.identity} {self.levels}".encode())
-        digest.update(b"" if self.fit == "crop" else self.fit.encode())
+        for value, usual in ((self.fit, "crop"), (self.mode, "bilinear")):
+            digest.update(b"" if value == usual else value.encode())
         digest.update("\n".join(self.paths).encode(errors="surrogateescape"))
         digest.update(self.sizes.numpy().tobytes())
         if self.store is not None:
@@ -224,7 +226,15 @@ class Photos:
 
     def cut(self, image: Tensor, box: list[int] | None, place: list[int] | None = None) -> Tensor:
         """A crop (3, size, size) of an image (3, H, W) on any device; ``box`` and ``place`` as in :meth:`show`."""
-        return centre(image, self.size) if box is None else cut(image, box, self.size, place)
+        if box is None:
+            return centre(image, self.size, resize=self.resize, mode=self.mode)
+        return cut(image, box, self.size, place, self.mode)
+
+    def shown_as(self, size: int, resize: int, mode: str) -> Photos:
+        """The same photos in another size, see the attributes."""
+        shown = copy.copy(self)
+        shown.size, shown.resize, shown.mode = size, resize, mode
+        return shown
 
 
 class Boxes(NamedTuple):

@@ -115,14 +115,20 @@ def translate(content: Mapping[object, object], source: str) -> Foreign | None:
     return Foreign(state, head, ", ".join([*words, *(f"not those under {name}" for name in copies), *notes]))
 
 
+def plain_weights(content: Mapping[object, object]) -> dict[str, Tensor]:
+    """The tensors of the network in a file's dict, by their own names without wrappers."""
+    entry = next((key for key in _ENTRIES if isinstance(content.get(key), Mapping)), None)
+    leaves = _leaves(content if entry is None else content[entry])
+    return {_unwrapped(key): value for key, value in leaves.items() if isinstance(value, Tensor)}
+
+
 def translate_timm(content: Mapping[object, object], name: str, source: str) -> tuple[Foreign, int, int]:
     """The network ``timm:name`` in the dict of a file ``source``, its number of classes and of input channels.
 
     Raises:
         UsageError: the file is of another network.
     """
-    entry = next((key for key in _ENTRIES if isinstance(content.get(key), Mapping)), None)
-    weights = {_unwrapped(key): value for key, value in _leaves(content if entry is None else content[entry]).items()}
+    weights = plain_weights(content)
     classifier, first = timm_names(name)
     missing = [key for key in (f"{classifier}.weight", f"{classifier}.bias", f"{first}.weight") if key not in weights]
     if missing:
@@ -130,7 +136,6 @@ def translate_timm(content: Mapping[object, object], name: str, source: str) -> 
     state = {
         f"fc.{key.rpartition('.')[2]}" if key.startswith(f"{classifier}.") else f"body.{key}": value
         for key, value in weights.items()
-        if isinstance(value, Tensor)
     }
     state["fc.weight"] = state["fc.weight"].flatten(1)  # some are 1x1 convolutions
     channels = state[f"body.{first}.weight"].shape[1]

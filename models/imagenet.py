@@ -30,7 +30,7 @@ def make_resnet(block: str, depths: Sequence[int], **options: int) -> Network:
 class TimmNetwork(Network):
     """A backbone of timm's, as ``body``, with a linear classifier on its pooled features."""
 
-    def __init__(self, name: str, num_classes: int, in_channels: int = 3) -> None:
+    def __init__(self, name: str, num_classes: int, in_channels: int = 3, pretrained: bool = False) -> None:
         super().__init__()
         try:
             import timm
@@ -39,8 +39,15 @@ class TimmNetwork(Network):
         if re.fullmatch(r"\w[\w.-]*", name) is None:  # others stand for downloads, and for folders
             raise UsageError(f"--network {TIMM}{name}: no name of timm's", "one of timm.list_models()")
         try:
-            body: nn.Module = timm.create_model(name, num_classes=0, in_chans=in_channels)
-        except (RuntimeError, TypeError, ValueError) as error:
+            body: nn.Module = timm.create_model(name, pretrained, num_classes=0, in_chans=in_channels)
+        except Exception as error:
+            if not pretrained and not isinstance(error, RuntimeError | TypeError | ValueError):
+                raise
+            if pretrained and timm.is_model(name.split(".")[0]):  # whatever a download raises
+                reason = (str(error).strip() or repr(error)).splitlines()[0]
+                raise UsageError(
+                    f"--network {TIMM}{name}: its weights cannot be had ({reason})", "a file of them"
+                ) from None
             near = ", ".join(timm.list_models(f"*{name.split('.')[0]}*")[:5]) or "a name of timm.list_models()"
             reason = " ".join(str(error).split())
             raise UsageError(f"--network {TIMM}{name}: {reason}", near) from None

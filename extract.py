@@ -1,0 +1,289 @@
+"""Writes the features that a network makes of images, for --dataset features: stage 2 without images or a GPU.
+
+    python extract.py --network timm:vit_small_patch14_dinov2 --dataset folder --data_dir birds/ --out birds_dinov2
+    python extract.py --network timm:efficientnet_lite0 --weights FILE --views 5 --out cifar100_lite0
+    python extract.py --from checkpoints/cifar100_exp100_resnet34_stage1.pt --views 20 --out cifar100_resnet34
+
+The network is one of timm's, with timm's own weights, which are downloaded, or a file's, or a checkpoint's of this
+project. A network of timm's is shown images as timm's data config says: size, interpolation, share of the centre, mean
+and standard deviation. All training images are taken unless --imb_ratio is typed, so that stage 2 can choose.
+
+Several processes compute a share each, and write the same files as one does:
+
+    torchrun --nproc-per-node=4 extract.py --network timm:NAME --dataset folder --data_dir birds/ --out birds_features
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from datasets import DATASETS, NATURAL, Batches, ImageSet, LongTailed, ResizedCrop
+from datasets.batches import Batch, seeded
+from datasets.photos import Photos
+from engine import for_evaluation
+from experiment.data import EVAL_BATCH, load_data
+from experiment.options import (
+    DataOptions,
+    check_data_flags,
+    checkpoint_option,
+    file_defaults,
+    file_identity,
+    recipe_layers,
+    refuse_contradictions,
+)
+from experiment.restore import open_checkpoint, restore
+from models import TIMM, Network
+from models.pretrained import Preprocessing, pretrained_network
+from retraining.features import VIEWS_STREAM, features_of
+from utils import checkpoints
+from utils.bar import bar
+from utils.command import command
+from utils.console import counted, duration, write
+from utils.distributed import barrier, on_main_process, process_group, rank, world_size
+from utils.errors import UsageError
+from utils.files import require_room, require_writable, write_text
+from utils.options import Choice, Number, Text, Values, option, parse_typed, resolve
+from utils.system import pick_device, provenance
+from utils.types import Json
+
+#: --feature_dtype: torch's type, and what the file calls it (bfloat16 as ml_dtypes writes it).
+DTYPES = {"float32": (torch.float32, "<f4"), "float16": (torch.float16, "<f2"), "bfloat16": (torch.bfloat16, "|V2")}
+
+
+@dataclass(frozen=True)
+class Options(DataOptions):
+    """extract.py's own options; those of every command are in experiment/options.py."""
+
+    pretrained_pth: str | None = checkpoint_option("a checkpoint of this project, in place of a network of timm's")
+    weights: str | None = option(
+        None, Text("a file"), "weights of --network timm:NAME; None: timm's own, downloaded", "network"
+    )
+    views: int = option(
+        0, Number(int, 0, 1000), "augmented views of every training image, beside the image as it is", "data"
+    )
+    view_seed: int = option(0, Number(int, 0, 2**31 - 1), "seed of the views' crops and flips", "data")
+    feature_dtype: str = option("float32", Choice(DTYPES), "how features are stored", "files")
+    out: str | None = option(None, Text("a new folder"), "where to write; needed", "files")
+
+
+class Extractor(NamedTuple):
+    """A network in eval mode, the data with the pixels that it is to see, and what is to be known of both."""
+
+    network: Network
+    data: LongTailed
+    options: Options
+    device: torch.device
+    about: dict[str, object]
+
+
+class Enlarged(Network):
+    """A network that sees images of another size than they have: resized by their shorter side, and their centre."""
+
+    def __init__(self, network: Network, how: Preprocessing) -> None:
+        super().__init__()
+        self.network, self.how, self.num_features = network, how, network.num_features
+        self.fc: nn.Module = nn.Identity()
+
+    def features(self, images: Tensor) -> Tensor:
+        from torchvision.transforms.v2 import functional as F  # here, since it is slow to import
+
+        mode = F.InterpolationMode(self.how.interpolation)
+        larger = F.resize(images, [self.how.resize], interpolation=mode, antialias=True)
+        return self.network.features(F.center_crop(larger, [self.how.size, self.how.size]))
+
+
+@command
+@process_group()
+def main(argv: Sequence[str]) -> Json:
+    """Runs the command; returns what about.json says."""
+    began = time.perf_counter()
+    typed = parse_typed(Options, argv, "extract.py", __doc__)
+    out = Path(str(typed.get("out", "")))
+    if "out" not in typed:
+        raise UsageError("--out is missing", "a new folder")
+    if on_main_process(lambda: out.exists() and (not out.is_dir() or any(out.iterdir()))):
+        raise UsageError(f"--out {out} is there already", "a new folder")
+    work = of_checkpoint(typed) if "pretrained_pth" in typed else of_timm(typed)
+    options, data = work.options, work.data
+    write(f"{data.describe()}")
+    on_main_process(lambda: make_room(out, work))
+    splits = {name: part for name, part in (("train", data.train), ("val", data.val), ("test", data.test)) if part}
+    for name, part in splits.items():
+        write_rows(out / f"{name}_features.npy", part, whole(part, work), work)
+        if name == "train":
+            for view in range(options.views):
+                write_rows(out / f"train_views_{view}.npy", part, augmented(part, view, work), work)
+    about: Json = {
+        **work.about,
+        "dataset": options.dataset,
+        "imb_ratio": options.imb_ratio,
+        "views": options.views,
+        "view_seed": options.view_seed,
+        "feature_dtype": options.feature_dtype,
+        "features": work.network.num_features,
+        "images": {name: len(part) for name, part in splits.items()},
+        "provenance": provenance("extract.py", argv, work.device, time.perf_counter() - began),
+    }
+    if rank() == 0:
+        for name, part in splits.items():
+            np.save(out / f"{name}_labels.npy", part.labels.numpy())
+        np.save(out / "class_names.npy", np.array(data.class_names))
+        write_text(out / "about.json", json.dumps(about, indent=1) + "\n")
+    barrier()
+    spent = duration(time.perf_counter() - began)
+    write(f"{out}: {counted(work.network.num_features, 'number')} of each image, in {spent}")
+    write(f"next: python compare.py --dataset features --data_dir {out} --val_split 0.1 --tune")
+    return about
+
+
+def of_checkpoint(typed: Values) -> Extractor:
+    """The backbone of a checkpoint of this project, which sees images as in its training."""
+    for name in ("weights", "network", "image_size"):
+        if name in typed:
+            raise UsageError(f"--{name} with a checkpoint", "one of the two")
+    file = open_checkpoint(typed, "stage1", Options)
+    if file.stage is None or DATASETS[file.data["dataset"]].rows:
+        raise UsageError(f"--from {file.path}: no checkpoint of images that this project made", "--network timm:NAME")
+    stored = file_identity(file)
+    refuse_contradictions(typed, {name: stored[name] for name in stored if name != "imb_ratio"}, str(file.path))
+    known = {**file_defaults(file), **stored, **typed}
+    known["imb_ratio"] = typed.get("imb_ratio", stored["imb_ratio"])
+    options = resolve(Options, known, recipe_layers(str(known["dataset"]), known)).options
+    device = pick_device(options.device, options.gpu, options.threads)
+    data = load_data(options, val_indices=file.data.get("val_indices"))
+    network = restore(file, data)
+    about: dict[str, object] = {"network": file.network, "checkpoint": str(file.path), "sha256": file.sha256}
+    write(f"{file.path}: {file.network}")
+    return Extractor(for_evaluation(network.to(device)), data, options, device, about)
+
+
+def of_timm(typed: Values) -> Extractor:
+    """A network of timm's with weights that somebody trained, which sees images as timm's data config says."""
+    name = str(typed.get("network", ""))
+    if not name.startswith(TIMM):
+        raise UsageError(f"--network {name or 'is missing'}", "timm:NAME, or --from with a checkpoint")
+    known: Values = {"imb_ratio": NATURAL, **typed}
+    given = resolve(Options, known, recipe_layers(str(known.get("dataset", "cifar100")), known)).options
+    if given.input != "files" or given.flip is not None or given.jitter is not None:
+        raise UsageError(
+            "--input, --flip, --jitter: features are of files, their views as the data set has them", "without"
+        )
+    weights = None
+    if given.weights is not None:
+        file = checkpoints.read(Path(given.weights))
+        if file.stage is not None:
+            raise UsageError(f"--weights {given.weights}: a checkpoint of this project", f"--from {given.weights}")
+        weights = file.foreign
+    source = given.weights or "timm"
+    network, how, licence = pretrained_network(name.removeprefix(TIMM), weights, source, given.image_size)
+    is_own = DATASETS[given.dataset].own
+    options = replace(given, image_size=how.size if DATASETS[given.dataset].photos else None)
+    options = replace(options, mean=how.mean, std=how.std) if is_own else options
+    check_data_flags(given, {name: value for name, value in typed.items() if name != "image_size"})
+    device = pick_device(options.device, options.gpu, options.threads)
+    data = load_data(options)
+    data = replace(data, spec=replace(data.spec, mean=how.mean, std=how.std))
+    if data.channels != 3:
+        raise UsageError(f"--network {name}: {options.dataset} has {data.channels} channels", "colour images")
+    shown: Network = network
+    if data.train.is_photos:
+        val = None if data.val is None else seen(data.val, how)
+        data = replace(data, train=seen(data.train, how), val=val, test=seen(data.test, how))
+    else:
+        shown = Enlarged(network, how)
+    write(f"{name}, weights of {source} (timm states for its own: {licence}); images: {shown_as(how)}")
+    about: dict[str, object] = {"network": name, "weights": source, **asdict(how)}
+    if given.weights is not None:
+        about["sha256"] = checkpoints.read(Path(given.weights)).sha256
+    return Extractor(for_evaluation(shown.to(device)), data, options, device, about)
+
+
+def seen(part: ImageSet, how: Preprocessing) -> ImageSet:
+    """A split's photos as the network sees them."""
+    assert isinstance(part.images, Photos)
+    return replace(part, images=part.images.shown_as(how.size, how.resize, how.interpolation))
+
+
+def shown_as(how: Preprocessing) -> str:
+    """How images are shown, in words."""
+    mean, std = (" ".join(f"{value:g}" for value in values) for values in (how.mean, how.std))
+    return f"{how.size} pixels of {how.resize}, {how.interpolation}, mean {mean}, std {std}"
+
+
+def make_room(out: Path, work: Extractor) -> None:
+    """Makes the folder; UsageError where there is no room for all that will be in it."""
+    require_writable("--out", out)
+    data, number = work.data, DTYPES[work.options.feature_dtype][0].itemsize * work.network.num_features
+    rows = len(data.train) * (1 + work.options.views) + len(data.test) + (len(data.val) if data.val else 0)
+    require_room({out: rows * number}, f"features of {rows:,} images")
+
+
+def my_steps(rows: int, batch: int) -> list[Tensor]:
+    """The rows of each of this process's batches: batches are dealt out whole, so that none depends on how many."""
+    return [*torch.arange(rows).split(batch)][rank() :: world_size()]
+
+
+def whole(part: ImageSet, work: Extractor) -> Iterator[Batch]:
+    """The batches of the images as they are, of which each process has its own."""
+    size, spec, share = EVAL_BATCH[work.device.type], work.data.spec, (rank(), world_size())
+    return Batches(part.images, part.labels, size, spec.mean, spec.std, work.device, share=share).epoch()
+
+
+def augmented(part: ImageSet, view: int, work: Extractor) -> Iterator[Batch]:
+    """The same of a view: the crops and flips that stage 2 draws for it."""
+    size, spec = EVAL_BATCH[work.device.type], work.data.spec
+    augment = replace(spec.augment, jitter=0.0) if isinstance(spec.augment, ResizedCrop) else spec.augment
+    windows = augment.draw(len(part), seeded(work.options.view_seed, VIEWS_STREAM, view))
+    mine = my_steps(len(part), size)
+    if not mine:
+        return iter(())
+    index = torch.cat(mine)
+    batches = Batches(part.images, part.labels, size, spec.mean, spec.std, work.device, augment)
+    return batches.cut(augment.draws(index, *(draw[index] for draw in windows)))
+
+
+def write_rows(path: Path, part: ImageSet, steps: Iterator[Batch], work: Extractor) -> None:
+    """Writes the features of a split as a .npy file, each process the rows of its own batches.
+
+    Raises:
+        UsageError: a feature is not finite, or too large for its type.
+    """
+    kind, name = DTYPES[work.options.feature_dtype]
+    width, size = work.network.num_features, EVAL_BATCH[work.device.type]
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": name, "fortran_order": False, "shape": (len(part), width)})
+    partial = path.with_name(f"{path.name}.partial")
+    if rank() == 0:
+        partial.write_bytes(header.getvalue())
+    barrier()
+    mine = my_steps(len(part), size)
+    with open(partial, "r+b") as file:
+        for rows, (pixels, _) in zip(mine, bar(steps, len(mine), path.stem.replace("_", " "))):
+            found = features_of(work.network, pixels).cpu().to(kind)
+            if not bool(found.isfinite().all()):
+                raise UsageError(
+                    f"{path}: a feature is not finite in {work.options.feature_dtype}", "another type or network"
+                )
+            file.seek(len(header.getvalue()) + int(rows[0]) * width * kind.itemsize)
+            file.write(found.contiguous().view(torch.uint8).numpy().tobytes())
+        file.flush()
+        os.fsync(file.fileno())
+    barrier()
+    if rank() == 0:
+        os.replace(partial, path)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
