@@ -74,7 +74,7 @@ class Options(DataOptions):
         0, Number(int, 0, 1000), "augmented views of every training image, beside the image as it is", "data"
     )
     view_seed: int = option(0, Number(int, 0, 2**31 - 1), "seed of the views' crops and flips", "data")
-    feature_dtype: str = option("float32", Choice(DTYPES), "how features are stored", "files")
+    feature_dtype: str = option("float32", Choice(DTYPES), "how features are stored", "machine")
     out: str | None = option(None, Text("a new folder"), "where to write; needed", "files")
 
 
@@ -148,6 +148,13 @@ def main(argv: Sequence[str]) -> Json:
     return about
 
 
+def images_of(known: Values) -> dict[str, Values]:
+    """What a data set's recipe says of its images; how many views it has is for stage 2 alone."""
+    layers = recipe_layers(str(known.get("dataset", "cifar100")), known)
+    names = ("network", "imb_ratio", "image_size", "jitter", "flip")
+    return {label: {name: layer[name] for name in names if name in layer} for label, layer in layers.items()}
+
+
 def of_checkpoint(typed: Values) -> Extractor:
     """The backbone of a checkpoint of this project, which sees images as in its training."""
     for name in ("weights", "network", "image_size"):
@@ -160,7 +167,7 @@ def of_checkpoint(typed: Values) -> Extractor:
     refuse_contradictions(typed, {name: stored[name] for name in stored if name != "imb_ratio"}, str(file.path))
     known = {**file_defaults(file), **stored, **typed}
     known["imb_ratio"] = typed.get("imb_ratio", stored["imb_ratio"])
-    options = resolve(Options, known, recipe_layers(str(known["dataset"]), known)).options
+    options = resolve(Options, known, images_of(known)).options
     device = pick_device(options.device, options.gpu, options.threads)
     data = load_data(options, val_indices=file.data.get("val_indices"))
     network = restore(file, data)
@@ -175,11 +182,11 @@ def of_timm(typed: Values) -> Extractor:
     if not name.startswith(TIMM):
         raise UsageError(f"--network {name or 'is missing'}", "timm:NAME, or --from with a checkpoint")
     known: Values = {"imb_ratio": NATURAL, **typed}
-    given = resolve(Options, known, recipe_layers(str(known.get("dataset", "cifar100")), known)).options
+    if DATASETS[str(typed.get("dataset", "cifar100"))].rows:
+        raise UsageError("--dataset features: they are there already", "a data set of images")
+    given = resolve(Options, known, images_of(known)).options
     if given.input != "files" or given.flip is not None or given.jitter is not None:
-        raise UsageError(
-            "--input, --flip, --jitter: features are of files, their views as the data set has them", "without"
-        )
+        raise UsageError("--input, --flip, --jitter with a network of timm's", "without, which reads files")
     weights = None
     if given.weights is not None:
         file = checkpoints.read(Path(given.weights))

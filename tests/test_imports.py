@@ -5,7 +5,7 @@ import ast
 import pytest
 from conftest import ROOT
 
-SCRIPTS = ("main_stage1", "main_stage2", "evaluate", "compare", "predict")
+SCRIPTS = ("main_stage1", "main_stage2", "evaluate", "compare", "predict", "extract")
 FAMILIES = {"datasets", "models", "losses"}
 MAY_IMPORT = {
     "utils": {"utils"},
@@ -20,6 +20,7 @@ MAY_IMPORT = {
     "main_stage1": FAMILIES | {"utils", "engine", "experiment", "training"},
     "main_stage2": FAMILIES | {"utils", "engine", "experiment", "retraining"},
     "compare": FAMILIES | {"utils", "engine", "experiment", "retraining"},
+    "extract": FAMILIES | {"utils", "engine", "experiment", "retraining"},
 }
 EVERYTHING = set(MAY_IMPORT) | {"benchmarks", "tests"}
 

@@ -16,6 +16,7 @@ from conftest import ROOT
 
 import compare
 import evaluate
+import extract
 import predict
 import retraining.options
 import training.options
@@ -38,9 +39,10 @@ OPTIONS = {
     "evaluate.py": evaluate.Options,
     "compare.py": compare.Options,
     "predict.py": predict.Options,
+    "extract.py": extract.Options,
 }
 #: What docs/options.md calls the commands.
-LETTERS = dict(zip(OPTIONS, "12ecp"))
+LETTERS = dict(zip(OPTIONS, "12ecpx"))
 
 
 def blocks(text: str, language: str) -> list[str]:
@@ -166,7 +168,7 @@ def test_the_tables_of_options() -> None:
     found = {}
     for section in re.split(r"^## ", page, flags=re.MULTILINE)[1:]:
         for name, star, letters, default in re.findall(
-            r"^\| `--(\w+)`(\*?) \| ([12cep ]+) \| (.*?) \|", section, flags=re.MULTILINE
+            r"^\| `--(\w+)`(\*?) \| ([12cepx ]+) \| (.*?) \|", section, flags=re.MULTILINE
         ):
             for letter in letters.split():
                 assert (name, letter) not in found, f"--{name} of {letter} is there twice"
