@@ -2,6 +2,7 @@
 
     python evaluate.py --imb_ratio 100 --cur_stage stage2
     python evaluate.py --pretrained_pth FILE --json report.json --csv classes.csv
+    python evaluate.py --pretrained_pth FILE --test_prior balanced --test_imb 10 50
 
 The file says which data set and network it is of; a flag that contradicts it is an error.
 """
@@ -14,6 +15,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypedDict
 
 from torch import Tensor
@@ -31,6 +33,7 @@ from experiment.options import (
     recipe_layers,
     refuse_contradictions,
 )
+from experiment.priors import priors_of, source_prior_option, test_prior_option
 from experiment.record import ancestors, selection_words
 from experiment.restore import files_read, open_latest, restore
 from utils import metrics
@@ -38,8 +41,10 @@ from utils.checkpoints import IDENTITY, STAGES, Parent
 from utils.command import command
 from utils.console import counted, write
 from utils.distributed import on_main_process, process_group, rank
+from utils.errors import UsageError
 from utils.files import Target, require_targets, sha256, write_text
 from utils.metrics import (
+    accuracies,
     bootstrap_interval,
     calibration_error,
     fit_temperature,
@@ -48,10 +53,13 @@ from utils.metrics import (
     per_class_csv,
     per_class_rows,
     percent,
+    shifted,
+    shifted_table,
     spread,
     table,
 )
-from utils.options import Choice, Flag, Text, Values, option, parse_typed, resolve
+from utils.options import Choice, Flag, Number, Text, Values, Vector, option, parse_typed, resolve
+from utils.priors import long_tailed
 from utils.readers import Unreadable, size_of
 from utils.system import pick_device, provenance
 from utils.types import Json
@@ -80,8 +88,21 @@ class Options(DataOptions):
     statistics: str = option(
         "test", Choice(("test", "train")), "images that Logits Magnitude and RSD are of", "evaluation"
     )
+    test_prior: str | None = test_prior_option(", known (with --test_imb: each test set's own)")
+    source_prior: str | None = source_prior_option()
+    test_imb: tuple[float, ...] | None = option(
+        None,
+        Vector(Number(float, 1), "the ratio of a test set"),
+        "accuracy on long-tailed test sets of these ratios too, in the training set's order of classes and against it",
+        "evaluation",
+    )
     json: str | None = option(None, Text("a file to write"), "write the report as JSON", "files")
     csv: str | None = option(None, Text("a file to write"), "write the per-class table as CSV", "files")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.test_prior == "known" and self.test_imb is None:
+            raise UsageError("--test_prior known without --test_imb", "both, or another --test_prior")
 
 
 @command
@@ -104,10 +125,14 @@ def main(argv: Sequence[str]) -> Json:
     reports = {"json": b'{\n "checkpoint"', "csv": b"class,name,"}
     asked = [(f"--{name}", getattr(options, name), head) for name, head in reports.items()]
     targets = [Target(flag, path, head) for flag, path, head in asked if path is not None]
-    on_main_process(lambda: require_targets(targets, files_read(file, options)))
+    read = [*files_read(file, options), *([Path(options.test_prior)] if options.test_prior else [])]
+    on_main_process(lambda: require_targets(targets, read))
 
     device = pick_device(options.device, options.gpu, options.threads)
     data = load_data(options, val_indices=file.data.get("val_indices"))
+    is_known = options.test_prior == "known"
+    wanted = "balanced" if is_known else options.test_prior
+    priors = priors_of(wanted, options.source_prior, file, data.class_names, data.class_counts)
     model = restore(file, data).to(device)
     batches = eval_batches(data, data.test, device)
     logits, labels = predict(model, batches)
@@ -115,11 +140,27 @@ def main(argv: Sequence[str]) -> Json:
     statistics = logit_statistics(*seen) | {"weight_norm": model.fc.get_parameter("weight").norm(dim=1).tolist()}
     if flip_tta:
         logits, _ = predict(model, batches, flip_tta=True)
-    report = metrics.report(logits, labels, data.class_counts)
-    temperature = calibrated = None
+    temperature, scale = None, 1.0
     if data.val is not None:
-        temperature = fit_temperature(*predict(model, eval_batches(data, data.val, device), flip_tta))
-        calibrated = calibration_error(logits, labels, temperature)
+        temperature = scale = fit_temperature(*predict(model, eval_batches(data, data.val, device), flip_tta))
+    own, test_prior = logits, None
+    if priors is not None:
+        own = logits / scale
+        test_prior = priors.test(lambda: own.double().softmax(dim=1))
+        logits, scale = priors.reweighted(own, test_prior), 1.0
+    report = metrics.report(logits, labels, data.class_counts)
+    calibrated = None if temperature is None else calibration_error(logits, labels, scale)
+
+    def per_class(prior: Tensor) -> list[float | None]:
+        """The classes' accuracies in a test set of this prior."""
+        if priors is None or not is_known:
+            return report["per_class"]
+        return accuracies(priors.reweighted(own, prior).argmax(dim=1), labels, data.class_counts)["per_class"]
+
+    tests = [
+        {"distribution": name, "ratio": ratio, **shifted(per_class(prior), prior, data.class_counts)}
+        for name, ratio, prior in test_sets(options.test_imb or (), data.class_counts)
+    ]
     rows = [
         {**row, **{name: values[row["class"]] for name, values in statistics.items()}}
         for row in per_class_rows(report, data.class_names, data.class_counts)
@@ -142,6 +183,8 @@ def main(argv: Sequence[str]) -> Json:
         **{key: value for key, value in report.items() if key not in ("per_class", "test_images")},
         "temperature": temperature,
         "ece_calibrated": calibrated,
+        "prior": priors.report(test_prior) if priors is not None and test_prior is not None else None,
+        "test_imb": tests or None,
         "statistics": options.statistics,
         **spreads,
         "by_group": by_group,
@@ -163,10 +206,18 @@ def main(argv: Sequence[str]) -> Json:
     write(f"{file.path}: {file.stage or 'of another program'}{method}, {file.network}, seed {seed}")
     made = f", {options.imb_type} ratio {options.imb_ratio}, subset {options.subset}"
     write(f"{data.describe()}{'' if options.imb_ratio == NATURAL else made}\n")
+    if priors is not None and test_prior is not None:
+        write(priors.describe(test_prior, data.class_names) + "\n")
     write(table(report) + "\n")
+    if tests:
+        write(
+            f"expected on other test sets{', each with its own prior' if is_known else ''}: means of the classes' ",
+            end="",
+        )
+        write(f"accuracies, weighted by their shares; nothing is drawn\n{shifted_table(tests)}\n")
     write(f"worst class {percent(report['worst_class'])}, harmonic mean {percent(report['harmonic_mean'])}, ", end="")
     write(f"macro-F1 {percent(report['macro_f1'])}; ", end="")
-    scaled = "" if calibrated is None else f", after temperature scaling {percent(calibrated)}"
+    scaled = "" if calibrated is None or priors is not None else f", after temperature scaling {percent(calibrated)}"
     write(f"calibration error {percent(report['ece'])}{scaled}")
     words = ("-" if pair is None else f"{pair[0]:.3f} ± {pair[1]:.3f}" for pair in spreads.values())
     write("over classes: " + ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in zip(spreads, words)))
@@ -202,6 +253,15 @@ def group_words(by_group: ByGroup) -> str:
         f"{counted(len(every), 'group')}: {span}; top-1 where groups are drawn anew: {percent(low)} to {percent(high)} "
         "(95 %, cluster bootstrap)"
     )
+
+
+def test_sets(ratios: Sequence[float], class_counts: Sequence[int]) -> list[tuple[str, float, Tensor]]:
+    """(name, ratio, prior (C,)) of the test sets of --test_imb: uniform, and SADE's forward and backward of each."""
+    if not ratios:
+        return []
+    names = {"forward": False, "backward": True}
+    tails = [(name, ratio, long_tailed(class_counts, ratio, names[name])) for name in names for ratio in ratios]
+    return [("uniform", 1.0, long_tailed(class_counts, 1)), *tails]
 
 
 def is_replaced(parent: Parent) -> bool:

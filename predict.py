@@ -5,6 +5,7 @@
 
 The file says how images are scaled and normalised and what its classes are called. Where it has held-out images, its
 probabilities are those of temperature scaling (Guo et al., ICML 2017): softmax(z / T), with T fitted on them.
+--test_prior re-weights them for images whose classes have other shares.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, zip_longest
 from pathlib import Path
 from typing import TypedDict
@@ -37,6 +39,7 @@ from experiment.options import (
     image_options_of,
     refuse_contradictions,
 )
+from experiment.priors import priors_of, source_prior_option, test_prior_option
 from experiment.restore import built, files_read, only_file, open_latest, require_same_data
 from utils.bar import bar
 from utils.checkpoints import Checkpoint
@@ -48,8 +51,10 @@ from utils.files import Target, atomic, require_targets, write_text
 from utils.metrics import csv_text
 from utils.options import Choice, Flag, Number, Text, Values, option, parse_typed, resolve, shown
 from utils.plots import Pictured, contact_sheet
+from utils.priors import log_ratio
 from utils.readers import Unreadable, map_array, read_arrays
 from utils.system import available_cpus, pick_device
+from utils.types import Json
 
 #: Options that choose a checkpoint.
 CHOOSING = {"pretrained_pth", "cur_stage", "dataset", "data_dir", "imb_ratio", "imb_type", "network"}
@@ -89,6 +94,8 @@ class Options(DataOptions):
     flip_tta: bool | None = option(
         None, Flag(), "average the logits of an image and its mirror; None: as stored", "evaluation"
     )
+    test_prior: str | None = test_prior_option()
+    source_prior: str | None = source_prior_option()
     batch_size: int = option(64, Number(int, 1, 10_000), "images per step", "machine")
     csv: str | None = option(None, Text("a file to write"), "write a row for each image and rank", "files")
     json: str | None = option(None, Text("a file to write"), "write the same as JSON", "files")
@@ -123,32 +130,42 @@ def main(argv: Sequence[str]) -> list[Predicted]:
         raise UsageError(f"--plot {options.plot}: there are no images", "--csv, --json")
     if "data_dir" in typed and "pretrained_pth" not in typed:
         require_same_data(file, str(typed["data_dir"]))
-    reports = {
-        "json": (b'[\n {\n  "path": ', b'"error": '),
+    reports: dict[str, tuple[bytes | tuple[bytes, ...], bytes]] = {
+        "json": ((b'[\n {\n  "path": ', b'{\n "images": ['), b'"error": '),
         "csv": (b"path,rank,class,name,probability", b""),
         "plot": (b"\x89PNG", b"Matplotlib"),
     }
     asked = [(f"--{name}", getattr(options, name), marks) for name, marks in reports.items()]
     targets = [Target(flag, path, *marks) for flag, path, marks in asked if path is not None]
-    require_targets(targets, [*paths, *files_read(file, options)])
+    read = [*files_read(file, options), *([Path(options.test_prior)] if options.test_prior else [])]
+    require_targets(targets, [*paths, *read])
     device = pick_device(options.device, options.gpu, options.threads)
     model, names = for_evaluation(built(file).to(device)), class_names(file, options, "dataset" in typed)
     if options.temperature is None and not file.metrics.get("temperature"):
         write(f"{file.path} has no temperature, for which images are held out: probabilities are as trained")
     temperature = options.temperature or file.metrics.get("temperature") or 1.0
     flip = file.metrics.get("flip_tta", False) if options.flip_tta is None else options.flip_tta
+    priors = priors_of(options.test_prior, options.source_prior, file, names, file.data.get("class_counts"))
+    shift = torch.zeros(file.num_classes, device=device)
 
     def forward(inputs: Tensor) -> Tensor:
-        return probabilities(model, inputs.to(device), temperature, flip)
+        return probabilities(model, inputs.to(device), temperature, flip, shift)
 
-    found: list[Predicted] = []
-    sheet: dict[str, list[Pictured]] = {}
     if is_rows:
-        images, made = row_predictions(Path(place), file, forward, options.batch_size)
+        images, predicted = row_predictions(Path(place), file, forward, options.batch_size)
     else:
         view = View(file, options, "dataset" in typed)
-        images, made = len(paths), predictions(paths, view, forward, options.batch_size, options.workers)
-    for path, image, row in bar(made, images, "predicting"):
+        images = len(paths)
+        predicted = partial(predictions, paths, view, forward, options.batch_size, options.workers)
+    prior = None
+    if priors is not None:
+        test = priors.test(lambda: probabilities_of(predicted, images))
+        shift = log_ratio(test, priors.source).to(device)
+        write(priors.describe(test, names))
+        prior = priors.report(test)
+    found: list[Predicted] = []
+    sheet: dict[str, list[Pictured]] = {}
+    for path, image, row in bar(predicted(), images, "predicting"):
         if isinstance(image, UsageError):
             found.append({"path": str(path), "error": image.args[0], "top": []})
             continue
@@ -172,7 +189,7 @@ def main(argv: Sequence[str]) -> list[Predicted]:
     if is_written:
         places = ", ".join(path for path in (options.csv, options.json) if path)
         write(f"{counted(len(found) - len(failed), 'image')} predicted, {len(failed)} not read: {places}")
-    write_reports(found, sheet, options)
+    write_reports(found, sheet, options, prior)
     if len(failed) == len(found):
         raise UsageError(f"none of {len(found)} images could be read", "undamaged images")
     return found
@@ -227,7 +244,8 @@ class View:
             return error
         from torchvision.transforms.v2 import functional as F  # here, since it is slow to import
 
-        image = image if self.channels == 3 else F.rgb_to_grayscale(image)
+        if self.channels != 3:  # the weights of the three do not add up to 1: grey would become darker
+            image = image[:1] if bool((image == image[:1]).all()) else F.rgb_to_grayscale(image)
         return (centre if self.is_photo else square)(image, self.side, self.fit)
 
     def normalised(self, images: Sequence[Tensor]) -> Tensor:
@@ -257,7 +275,7 @@ def predictions(
 
 def row_predictions(
     place: Path, file: Checkpoint, forward: Callable[[Tensor], Tensor], batch_size: int
-) -> tuple[int, Iterator[Prediction]]:
+) -> tuple[int, Callable[[], Iterator[Prediction]]]:
     """How many rows (N, D) of features a .npy has, or an .npz as ``features`` or ``test_features``; and the same."""
     names = ("features", "test_features")
     try:
@@ -285,16 +303,27 @@ def row_predictions(
                 problem = UsageError(f"{name}: not finite", "finite numbers")
                 yield name, chunk[:0] if good else problem, next(made) if good else torch.empty(0)
 
-    return len(rows), predicted()
+    return len(rows), predicted
+
+
+def probabilities_of(predicted: Callable[[], Iterator[Prediction]], images: int) -> Tensor:
+    """The probabilities (N, C) of all images that can be read, to estimate a prior from before any is reported."""
+    rows = [row for _, image, row in bar(predicted(), images, "estimating") if isinstance(image, Tensor)]
+    if not rows:
+        raise UsageError(f"none of {images} images could be read", "undamaged images")
+    return torch.stack(rows)
 
 
 @torch.inference_mode()
-def probabilities(model: nn.Module, images: Tensor, temperature: float, flip: bool) -> Tensor:
-    """softmax(z / T) of images (B, c, H, W), of the mean logits of image and mirror image with ``flip``: (B, C)."""
+def probabilities(model: nn.Module, images: Tensor, temperature: float, flip: bool, shift: Tensor) -> Tensor:
+    """softmax(z / T + shift) of images (B, c, H, W), of the mean logits of image and mirror with ``flip``: (B, C).
+
+    ``shift`` (C,) re-weights classes, see :mod:`utils.priors`; 0 leaves them as they are.
+    """
     logits = model(images)
     if flip:
         logits = (logits + model(images.flip(dims=(3,)))) / 2
-    rows: Tensor = (logits / temperature).softmax(dim=1).cpu()
+    rows: Tensor = (logits / temperature + shift).softmax(dim=1).cpu()
     if not bool(rows.isfinite().all()):
         raise UsageError("the network's logits are not finite", "a checkpoint of weights that are fit for these images")
     return rows
@@ -337,10 +366,13 @@ def class_names(file: Checkpoint, options: Options, is_typed: bool) -> list[str]
     return [str(number) for number in range(file.num_classes)]
 
 
-def write_reports(found: Sequence[Predicted], sheet: Mapping[str, Sequence[Pictured]], options: Options) -> None:
-    """Writes what was asked for."""
+def write_reports(
+    found: Sequence[Predicted], sheet: Mapping[str, Sequence[Pictured]], options: Options, prior: Json | None
+) -> None:
+    """Writes what was asked for; the JSON is the list of images or, with a test prior, an object of both."""
     if options.json is not None:
-        write_text(options.json, json.dumps(found, indent=1) + "\n")
+        content = found if prior is None else {"images": found, "prior": prior}
+        write_text(options.json, json.dumps(content, indent=1) + "\n")
     if options.csv is not None:
         rows = [
             {"path": each["path"], "rank": rank, **top, "error": each["error"]}

@@ -16,6 +16,7 @@ from retraining.methods import METHODS, Method, Stage1, Trained
 from retraining.options import Options
 from retraining.settings import TUNABLE, by_stream, make_methods
 from retraining.solver import Solver, TrainableHead
+from retraining.start import make_start
 from utils.errors import UsageError
 from utils.options import spec_of
 
@@ -121,7 +122,7 @@ def test_maxnorm(start, radius) -> None:
 
 
 def test_crt_starts_afresh_from_its_seed(start) -> None:
-    one, same, other = (head_of(start, "crt", seed=seed) for seed in (0, 0, 1))
+    one, same, other = (make_start(only("crt", seed=seed).start, start, seed) for seed in (0, 0, 1))
     assert torch.equal(one.weight, same.weight) and not torch.equal(one.weight, other.weight)
     assert not torch.equal(one.bias, start.linear.bias)
     assert METHODS["crt"].options()["sampler"] == "class"

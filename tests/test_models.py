@@ -9,7 +9,7 @@ from models.imagenet import IMAGENET
 from models.resnet import SMALL
 from utils.errors import UsageError
 
-NETWORKS = [(network, stem) for network, makers in BACKBONES.items() for stem in makers]
+NETWORKS = [(network, stem) for network, makers in BACKBONES.items() for stem in makers if stem != "rows"]
 PARAMETERS = {  # of the convolutional networks with C = 100, colour images
     "resnet18": 11_220_132,
     "resnet34": 21_328_292,

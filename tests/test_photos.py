@@ -286,8 +286,8 @@ def test_a_line_is_shown_within_bounds(shape: tuple[int, int], monkeypatch: pyte
     largest: list[int] = []
     scale = F.resize
 
-    def resize(images: torch.Tensor, size: list[int], antialias: bool) -> torch.Tensor:
-        scaled = scale(images, size, antialias=antialias)
+    def resize(images: torch.Tensor, size: list[int], how: F.InterpolationMode, antialias: bool) -> torch.Tensor:
+        scaled = scale(images, size, how, antialias=antialias)
         largest.append(scaled.numel())
         return scaled
 

@@ -322,13 +322,13 @@ class Target:
     Attributes:
         flag: "--csv", for messages.
         path: where it goes.
-        begins: the first bytes of every file of its kind: a file that has others is not replaced.
+        begins: the first bytes of every file of its kind, or each that may be: a file of others is not replaced.
         holds: what stands in the first 4 KB of them.
     """
 
     flag: str
     path: str
-    begins: bytes
+    begins: bytes | tuple[bytes, ...]
     holds: bytes = b""
 
 

@@ -149,6 +149,25 @@ def accuracies(predicted: Tensor, labels: Tensor, class_counts: Sequence[int]) -
     }
 
 
+def shifted(per_class: Sequence[float | None], prior: Tensor, class_counts: Sequence[int]) -> dict[str, float | None]:
+    """top1, many, medium and few on a test set in which classes have other shares: {name: accuracy}.
+
+    Each is the mean of the classes' accuracies, weighted by their shares, which is what such a test set is expected to
+    give; nothing is drawn. Classes without images are left out, and None is the accuracy of none.
+
+    per_class (C,), prior (C,), class_counts (C,) training images.
+    """
+    members: dict[str, list[int]] = {"top1": list(range(len(class_counts)))}
+    members |= {group: [i for i, count in enumerate(class_counts) if group_of(count) == group] for group in GROUPS}
+    pairs = [(accuracy, float(share)) for accuracy, share in zip(per_class, prior)]
+    found: dict[str, float | None] = {}
+    for name, classes in members.items():
+        seen = [(accuracy, share) for accuracy, share in map(pairs.__getitem__, classes) if accuracy is not None]
+        total = sum(share for _, share in seen)
+        found[name] = sum(accuracy * share for accuracy, share in seen) / total if total else None
+    return found
+
+
 def calibration_error(logits: Logits, labels: Tensor, temperature: float = 1.0) -> float:
     """Expected calibration error of softmax(z / temperature) (Guo et al., ICML 2017); see :func:`binned_gap`.
 
@@ -293,6 +312,16 @@ def bootstrap_interval(hits: Tensor, groups: Tensor, draws: int = 2000, seed: in
     found = right[drawn].sum(dim=1) / images[drawn].sum(dim=1)
     low, high = found.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return low, high
+
+
+def shifted_table(rows: Sequence[Json]) -> str:
+    """Rows of distribution, ratio and the accuracies of :func:`shifted` as a table, in percent."""
+    names = ("top1", *GROUPS)
+    lines = [f"{'test set, its ratio':<20}" + "".join(f"{name:>9}" for name in ("top-1 %", *GROUPS))]
+    for row in rows:
+        label = row["distribution"] + ("" if row["ratio"] == 1 else f" {row['ratio']:g}")
+        lines.append(f"{label:<20}" + "".join(f"{percent(row[name]):>9}" for name in names))
+    return "\n".join(lines)
 
 
 def per_class_rows(rep: Report, class_names: Sequence[str], class_counts: Sequence[int]) -> list[ClassRow]:
