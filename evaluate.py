@@ -129,7 +129,7 @@ def main(argv: Sequence[str]) -> Json:
     on_main_process(lambda: require_targets(targets, read))
 
     device = pick_device(options.device, options.gpu, options.threads)
-    data = load_data(options, val_indices=file.data.get("val_indices"))
+    data = load_data(options, val_indices=file.data.get("val_indices"), test_files=file.data.get("test_files", ()))
     is_known = options.test_prior == "known"
     wanted = "balanced" if is_known else options.test_prior
     priors = priors_of(wanted, options.source_prior, file, data.class_names, data.class_counts)

@@ -169,7 +169,7 @@ def of_checkpoint(typed: Values) -> Extractor:
     known["imb_ratio"] = typed.get("imb_ratio", stored["imb_ratio"])
     options = resolve(Options, known, images_of(known)).options
     device = pick_device(options.device, options.gpu, options.threads)
-    data = load_data(options, val_indices=file.data.get("val_indices"))
+    data = load_data(options, val_indices=file.data.get("val_indices"), test_files=file.data.get("test_files", ()))
     network = restore(file, data)
     about: dict[str, object] = {"network": file.network, "checkpoint": str(file.path), "sha256": file.sha256}
     write(f"{file.path}: {file.network}")

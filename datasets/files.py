@@ -123,7 +123,7 @@ def to_rgb(pixels: Tensor, levels: tuple[int, int]) -> Tensor:
 
 def orientation(content: bytes) -> int:
     """How EXIF says that a JPEG is to be turned, 1 to 8; 1 where it does not say."""
-    if b"Exif\x00\x00" not in content[:65536]:
+    if b"Exif\x00\x00" not in content:
         return 1
     try:
         with Image.open(io.BytesIO(content), formats=formats()) as opened:
@@ -157,9 +157,24 @@ def is_deep(path: str | Path) -> bool:
     try:
         size_of(path, MOST_TEXT)
         with Image.open(path, formats=formats()) as opened:
-            return opened.mode.startswith("I;16")
+            return _has_deep_grey(opened)
     except Exception:  # Pillow's plug-ins raise nearly anything
         return False
+
+
+def has_16_bits(path: str | Path) -> bool:
+    """Whether an image has 16 bits a channel, grey or, of a PNG, in colours or with alpha."""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(26)
+    except OSError:
+        return False
+    return (head.startswith(b"\x89PNG") and head[24:25] == b"\x10") or is_deep(path)
+
+
+def _has_deep_grey(image: Image.Image) -> bool:
+    """Whether it has 16-bit grey values; those of a .pgm are in 32 bits."""
+    return image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM")
 
 
 class _InFlight:
@@ -194,8 +209,9 @@ def _bounded(path: str | Path, height: int, width: int) -> AbstractContextManage
 
 
 def _from_pil(image: Image.Image) -> Tensor:
+    is_deep_grey = _has_deep_grey(image)
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16"):
+    if is_deep_grey:
         return torch.from_numpy(np.asarray(image).astype(np.int32))[None]
     if image.mode in ("I", "F"):
         raise ValueError(f"pixels of 32 bits, mode {image.mode}, have no known range")

@@ -23,7 +23,7 @@ from torch import Tensor
 from datasets.batches import Augment
 from datasets.checked import check_all
 from datasets.features import identity_of_features
-from datasets.files import FULL_RANGE, Listing, Manifest, image_size, read_image
+from datasets.files import FULL_RANGE, Listing, Manifest, has_16_bits, image_size, read_image
 from datasets.found import LeftOut, images_below
 from datasets.geometry import square
 from datasets.listed import PHOTO_SIDE, photos_of
@@ -35,13 +35,15 @@ from datasets.spec import CACHE, SPLITS, ImageOptions, ImageSet, Recipe, Source
 from utils.console import counted, show
 from utils.errors import UsageError
 from utils.files import require_writable, write_text
-from utils.readers import Unreadable, array_shapes, read_arrays, read_sealed, read_table, sealed
+from utils.readers import Unreadable, array_names, array_shapes, read_arrays, read_sealed, read_table, sealed
 from utils.system import available_cpus
 
 T = TypeVar("T")
 SMALL_SIDE = 64
 #: Files whose size decides what kind of images these are, and of which mean and std of photos are computed.
 PEEKED, MEASURED = 100, 5000
+#: What an .npz has of a split.
+PARTS = ("images", "labels")
 #: What the folder of a split, or its rows in a CSV, may be called, in small or capital letters.
 FOLDERS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
 #: Lengths over widths beyond which a square in the centre leaves more than a third away, and how many are many.
@@ -126,7 +128,10 @@ def list_images(kind: str, data_dir: str, image_options: ImageOptions) -> Listed
     if image_options.test_split:
         if splits.get("test"):
             raise UsageError(f"--test_split {image_options.test_split}: {data_dir} has test images", "without it")
-        if "train" in splits:
+        if "train" in splits and image_options.test_files:
+            splits |= split_by_name(splits["train"], image_options.test_files, data_dir)
+            notes.append(f"{len(splits['test'][0]):,} of the images are the test set, as the checkpoint names them")
+        elif "train" in splits:
             splits |= split_off(splits["train"], image_options)
             notes.append(
                 f"--test_split {image_options.test_split}: {len(splits['test'][0]):,} of the images are the test set, "
@@ -172,6 +177,7 @@ def _list_folder(data_dir: str, image_options: ImageOptions) -> tuple[Path, Spli
             allowed = f"{LAYOUTS['folder']}; where it holds the class folders themselves, --test_split 0.2"
             raise UsageError(f"--data_dir {data_dir}: no folder {root / 'train'}", allowed)
         found["train"], folders = _by_class(root, class_level, left_out, prefix=""), []
+        refuse_inner_splits(data_dir, found["train"])
     for split, names in FOLDERS.items():
         mine = [folder for folder in folders if folder.name.lower() in names]
         if len(mine) > 1:
@@ -184,7 +190,8 @@ def _list_folder(data_dir: str, image_options: ImageOptions) -> tuple[Path, Spli
     if "train" not in found:
         raise UsageError(f"--data_dir {data_dir}: no folder {root / 'train'}", LAYOUTS["folder"])
     if class_level == 1:
-        deeper = [path for paths in found["train"].values() for path in paths if path.count("/") > 2]
+        above = 1 + is_split  # folders of an image that lies in its class folder
+        deeper = [path for paths in found["train"].values() for path in paths if path.count("/") > above]
         if deeper:
             every = sum(map(len, found["train"].values()))
             share = "all" if len(deeper) == every else f"{len(deeper):,} of {every:,}"
@@ -206,6 +213,14 @@ def _list_folder(data_dir: str, image_options: ImageOptions) -> tuple[Path, Spli
         if paths:
             splits[split] = paths, labels
     return root, splits, left_out, notes
+
+
+def refuse_inner_splits(data_dir: str, classes: Mapping[str, Sequence[str]]) -> None:
+    """Raises UsageError where the splits lie inside the class folders, which would make one of them."""
+    names = {name for names in FOLDERS.values() for name in names}
+    for path in (path for paths in classes.values() for path in paths):
+        if any(part.lower() in names for part in path.split("/")[1:-1]):
+            raise UsageError(f"--data_dir {data_dir}: splits lie inside the class folders ({path})", LAYOUTS["folder"])
 
 
 def _by_class(folder: Path, class_level: int, left_out: LeftOut, prefix: str | None = None) -> dict[str, list[str]]:
@@ -284,6 +299,22 @@ def split_off(train: tuple[list[str], list[str]], image_options: ImageOptions) -
     return parts
 
 
+def split_by_name(train: tuple[list[str], list[str]], test_files: Sequence[str], data_dir: str) -> Splits:
+    """The images in two, "train" and "test", which are those of these names; UsageError where one is not there."""
+    tested, (paths, labels) = set(test_files), train
+    gone = sorted(tested - set(paths))
+    if gone:
+        raise UsageError(
+            f"{data_dir} lacks {len(gone):,} of the test images that the checkpoint names, the first: {gone[0]}",
+            "the images that it was trained and tested on",
+        )
+    parts: Splits = {"train": ([], []), "test": ([], [])}
+    for path, label in zip(paths, labels):
+        for column, value in zip(parts["test" if path in tested else "train"], (path, label)):
+            column.append(value)
+    return parts
+
+
 def _below(root: Path, path: str) -> str:
     """A path of a CSV in its shortest form, relative to ``root`` where it lies below."""
     whole, top = os.path.normpath(root / path.strip()), os.path.normpath(root)
@@ -343,6 +374,8 @@ def read_files(kind: str, data_dir: str, image_options: ImageOptions) -> Source:
     """The data set of a folder or a CSV."""
     manifest, home = manifest_of(kind, data_dir, image_options)
     levels = image_options.levels or manifest.levels
+    if not levels:
+        say_depth([Path(manifest.root, path) for path in _some(manifest.splits["train"].paths)])
     if levels:
         said = "as --range says" if image_options.levels else "the training images' own; --range chooses"
         show(f"16-bit grey images: {levels[0]} becomes black and {levels[1]} white ({said})")
@@ -372,6 +405,16 @@ def read_files(kind: str, data_dir: str, image_options: ImageOptions) -> Source:
         source = _in_memory(sets, manifest.class_names, image_options)
     tested = tuple(manifest.splits["test"].paths) if image_options.test_split else ()
     return source._replace(levels=levels, listing=str(manifest.about.get("listing", "")), test_files=tested)
+
+
+def say_depth(paths: Sequence[Path]) -> None:
+    """Says where images of 16 bits a channel, of those in these files, lose the lower ones."""
+    deep = [path for path in paths if has_16_bits(path)]
+    if deep:
+        show(
+            f"note: {len(deep)} of {len(paths)} training images looked at have 16 bits a channel ({deep[0]}), of which "
+            "the upper 8 are kept: 0 becomes black, 65535 white; --range is for sets of 16-bit grey images alone"
+        )
 
 
 def say_shapes(sizes: Tensor, fit: str) -> None:
@@ -540,10 +583,14 @@ def read_npz(data_dir: str, image_options: ImageOptions) -> Source:
     if image_options.how != "files":
         raise UsageError(f"--input {image_options.how}: {path} is held in memory", "files")
     sets: dict[str, ImageSet] = {}
+    named = {f"{name}_{part}": f"{split}_{part}" for split in SPLITS for name in FOLDERS[split] for part in PARTS}
     try:
-        arrays = read_arrays(path, [f"{split}_{part}" for split in SPLITS for part in ("images", "labels")])
+        there = array_names(path)
+        arrays = {named[name]: array for name, array in read_arrays(path, named).items()}
     except Unreadable as error:
         raise UsageError(f"{path}: {error}", LAYOUTS["npz"]) from None
+    if len(arrays) < len(named.keys() & set(there)):
+        raise UsageError(f"{path} has more than one set of images of a split", "one of them")
     listing: Splits = {}
     pixels = {}
     for split in SPLITS:
@@ -567,6 +614,10 @@ def read_npz(data_dir: str, image_options: ImageOptions) -> Source:
             raise UsageError(f"{path}: {split}_labels has {labels.min()}", "whole numbers from 0")
         pixels[split] = images.reshape(*images.shape[:3], -1)
         listing[split] = [], [str(label) for label in labels]
+    others = [name for name in there if name not in named]
+    left_out = f"{counted(len(others), 'array')} ({others[0]})" if others else "nothing"
+    counts = {split: len(images) for split, images in pixels.items()}
+    show(f"found {path}: {counts_in_words(counts)}; left out: {left_out}")
     colours = {split: images.shape[3] for split, images in pixels.items()}
     if len(set(colours.values())) > 1:
         grey = [split for split, number in colours.items() if number == 1]

@@ -105,7 +105,8 @@ def draw(name: str, data_dir: str, image_options: ImageOptions, path: str) -> No
             names = [data.class_names[label] for label in labels.tolist()]
             pictures += [Pictured(image, f"{title}\n{called}") for image, called in zip(pixels, names)]
     with atomic(path) as temporary:
-        title = f"{data_dir}: {data.train.side} x {data.train.side} pixels, --fit {image_options.fit}"
+        size = f"{data.train.side} x {data.train.side} pixels"
+        title = f"{data_dir}: {size}, --fit {image_options.fit}; training images as augmented"
         contact_sheet(pictures, temporary, title)
     write(f"{path}: {counted(len(pictures), 'image')} as a network sees them, {data.train.side} pixels")
 

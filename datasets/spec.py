@@ -122,6 +122,7 @@ class ImageOptions:
         fit: one of :data:`datasets.geometry.FITS`.
         class_level: of a folder of one's own, how many folders below the split's the classes are.
         test_split, test_seed: share of every class that is tested where one's own data have no test set, and its seed.
+        test_files: the images of that test set, where an earlier run has drawn it.
         skip_damaged, drop_duplicates: go on without damaged files, or training images that are in other splits.
     """
 
@@ -139,6 +140,7 @@ class ImageOptions:
     test_seed: int = 0
     skip_damaged: bool = False
     drop_duplicates: bool = False
+    test_files: tuple[str, ...] = ()
 
 
 DEFAULT_IMAGE_OPTIONS = ImageOptions()  # nothing chosen

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import torch
 
 import datasets
@@ -17,9 +20,15 @@ EVAL_BATCH = {"cpu": 50, "cuda": 500}
 
 
 def load_data(
-    options: DataOptions, val_fraction: float = 0.0, val_seed: int = 0, val_indices: list[int] | None = None
+    options: DataOptions,
+    val_fraction: float = 0.0,
+    val_seed: int = 0,
+    val_indices: list[int] | None = None,
+    test_files: Sequence[str] = (),
 ) -> LongTailed:
     """The long-tailed data set of the options; the others go to :func:`datasets.load`.
+
+    ``test_files`` are those that a checkpoint's --test_split has drawn.
 
     Raises:
         UsageError: also where --num_class disagrees with the data.
@@ -28,7 +37,7 @@ def load_data(
         data = datasets.load(
             options.dataset,
             options.data_dir,
-            image_options=image_options_of(options),
+            image_options=replace(image_options_of(options), test_files=tuple(test_files)),
             imb_type=options.imb_type,
             imb_ratio=options.imb_ratio,
             subset=options.subset,

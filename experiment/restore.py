@@ -97,9 +97,23 @@ def open_latest(typed: Values, cls: type[DataOptions]) -> Checkpoint:
     if "cur_stage" in typed or "pretrained_pth" in typed:
         return open_checkpoint(typed, str(typed.get("cur_stage", "stage2")), cls)
     try:
-        return open_checkpoint(typed, "stage2", cls)
+        file = open_checkpoint(typed, "stage2", cls)
     except NoCheckpoint:
         return open_checkpoint(typed, "stage1", cls)
+    require_same_run(file, checkpoints.sibling(final_path_of(file)))
+    return file
+
+
+def require_same_run(stage2: Checkpoint, path: Path) -> None:
+    """Raises UsageError where a stage-1 file of the same name is of other data than stage 2's."""
+    if not path.is_file() or not stage2.data or not DATASETS[stage2.data["dataset"]].own:
+        return
+    stage1 = checkpoints.read(path)
+    for key in ("class_names", "train_images"):
+        if stage1.data.get(key) != stage2.data.get(key):
+            raise UsageError(
+                f"{stage2.path} was made from other data than {path} is of", f"--from {path}, --from {stage2.path}"
+            )
 
 
 def only_file() -> Path:
@@ -114,6 +128,9 @@ def only_file() -> Path:
     if len(runs) > 1:
         files = ", ".join(map(str, runs.values()))
         raise UsageError(f"which checkpoint? There are {files}", "--from with one of them, or a run folder")
+    for path in runs.values():
+        if path.stem.endswith("_stage2"):
+            require_same_run(checkpoints.read(path), checkpoints.sibling(path))
     if not runs:
         raise UsageError(f"there is no checkpoint in {checkpoints.FOLDER}", "--from with a file or a run folder")
     return next(iter(runs.values()))
@@ -133,14 +150,24 @@ def require_same_data(file: Checkpoint, data_dir: str) -> None:
     names, listing = identity_of(file.data["dataset"], data_dir, layout_of(file.options))
     if names != file.data["class_names"]:
         theirs, ours = next((a, b) for a, b in zip([*file.data["class_names"], "none"], [*names, "none"]) if a != b)
-        places = checkpoints.previous(file.path) if file.path else []
-        older = [f"--from {path}" for path in places if path.is_file()]
+        previous = [f"--from {path}" for path in places_before(file)]
         raise UsageError(
             f"{file.path} is of other data than {data_dir}: class {theirs} where {data_dir} has {ours}",
-            ", ".join([*older, "--from with another file or a run folder"]),
+            ", ".join([*previous, "--from with another file or a run folder"]),
         )
     if file.data.get("listing", "") not in ("", listing):
+        for older in places_before(file):
+            if checkpoints.read(older).data.get("listing") == listing:
+                raise UsageError(
+                    f"{file.path} is of other images than {data_dir}, of which {older} is",
+                    f"--from {older}, or --from {file.path} if it is meant",
+                )
         show(f"note: the images in {data_dir} are not those that {file.path} was trained on, though the classes are")
+
+
+def places_before(file: Checkpoint) -> list[Path]:
+    """The files that a file has replaced, the latest first."""
+    return [path for path in checkpoints.previous(file.path) if path.is_file()] if file.path else []
 
 
 def files_read(file: Checkpoint, options: DataOptions) -> list[Path]:
@@ -181,6 +208,8 @@ def restore(file: Checkpoint, data: LongTailed, head: str | None = None) -> Netw
             f"{file.path} has {file.num_classes} classes and {file.in_channels} input channels",
             f"{data.num_classes} and {data.channels}, as {data.spec.name} has",
         )
+    if data.spec.own:
+        refuse_replaced(file, data)
     stated, spec = file.data, data.spec
     known: dict[str, tuple[Sequence[object], Sequence[object]]] = {}
     if "class_names" in stated:
@@ -204,6 +233,19 @@ def restore(file: Checkpoint, data: LongTailed, head: str | None = None) -> Netw
         fitting = f"--head {file.head}, or another file" if file.head in ("linear", "cosine") else "another file"
         raise UsageError(f"{file.path} has a {file.head} head", fitting)
     return built(file)
+
+
+def refuse_replaced(file: Checkpoint, data: LongTailed) -> None:
+    """Raises UsageError where a file is of other training images, and one that it has replaced is of these."""
+    images = data.train.summary()
+    if file.data.get("train_images", images) == images:
+        return
+    for older in places_before(file):
+        if checkpoints.read(older).data.get("train_images") == images:
+            raise UsageError(
+                f"{file.path} was trained on other images, {older} on these",
+                f"--from {older}, or a --data_dir with the images that it was trained on",
+            )
 
 
 def starting_weights(file: Checkpoint, data: LongTailed, head: str) -> dict[str, Tensor]:

@@ -210,7 +210,8 @@ def prepare(cls: type[T], typed: Values, flag: str | None = None) -> Prepared[T]
         return prepare_rows(cls, typed, flag)
     parent, resolved = continue_stage1(cls, typed)
     device = pick_device(*resolved.options.place)
-    data = load_data(resolved.options, val_indices=parent.data.get("val_indices", []))
+    kept = parent.data
+    data = load_data(resolved.options, val_indices=kept.get("val_indices", []), test_files=kept.get("test_files", ()))
     require_held_out(parent, resolved, data, flag if flag and typed.get(flag) else None)
     return Prepared(parent, resolved, device, data)
 

@@ -764,7 +764,7 @@ def test_a_contact_sheet_shows_what_a_network_sees(fit: str, workdir, monkeypatc
     prepare.main(["folder", "--root", "wide", "--show", "sheet.png", "--fit", fit])
     said = capsys.readouterr().out
     assert "sheet.png: 6 images as a network sees them, 16 pixels" in said and said.count("found wide") == 1
-    assert Path("sheet.png").read_text() == f"wide: 16 x 16 pixels, --fit {fit}"
+    assert Path("sheet.png").read_text() == f"wide: 16 x 16 pixels, --fit {fit}; training images as augmented"
     names = [each.words for each in drawn]
     assert sorted(names) == sorted(f"{part}\n{name}" for part in ("train", "test") for name in COLOURS)
     for each in drawn:
@@ -855,3 +855,175 @@ def test_another_program_s_file_has_the_names_of_the_data_set(dataset, classes, 
         assert source.class_names == known_class_names(dataset, "nowhere", ImageOptions())
     with pytest.raises(SystemExit):
         predict.main(["a.png", "--from", "theirs.pth", "--dataset", "digits"])
+
+
+# What a reviewer found
+
+
+def quick(data_dir: str, *more: str) -> None:
+    flags = ["--network", "resnet8", "--epochs", "1", "--seed", "0", "--workers", "0", "--batch_size", "7"]
+    main_stage1.main(["--dataset", "folder", "--data_dir", data_dir, *flags, *more])
+
+
+def rename_classes(folder: str, names: dict[str, str]) -> None:
+    for split in ("train", "test"):
+        for old, new in names.items():
+            Path(folder, split, old).rename(Path(folder, split, new))
+
+
+@pytest.mark.parametrize("is_named", [False, True])
+def test_stage_2s_file_of_other_data_does_not_answer(is_named: bool, workdir, capsys) -> None:
+    """Another folder of the same name has been trained since."""
+    for parent in ("a", "c"):
+        make_folder(Path(parent, "data"))
+    rename_classes("c/data", {"red": "x"})
+    quick("a/data")
+    main_stage2.main(["--dataset", "folder", "--data_dir", "a/data", "--finetune_epoch", "1", "--views", "1"])
+    quick("c/data")
+    capsys.readouterr()
+    flags = ["--dataset", "folder", "--data_dir", "c/data"] if is_named else []
+    with pytest.raises(SystemExit) as ended:
+        predict.main(["c/data/test/x", *flags])
+    said = capsys.readouterr().err
+    stage1 = "checkpoints/folder-data_natural_resnet8_stage1.pt"
+    assert ended.value.code == 2 and f"--from {stage1}" in said
+    assert len(predict.main(["c/data/test/x", "--from", stage1])) == 3
+
+
+def test_images_of_another_folder_of_the_same_classes_get_their_own_file(workdir, capsys) -> None:
+    for parent in ("a", "b"):
+        make_folder(Path(parent, "data"))
+    next(Path("b/data/train/red").iterdir()).unlink()
+    quick("a/data")
+    quick("b/data")
+    capsys.readouterr()
+    for command in (
+        lambda: predict.main(["a/data/test/red", "--dataset", "folder", "--data_dir", "a/data"]),
+        lambda: evaluate.main(["--dataset", "folder", "--data_dir", "a/data"]),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            command()
+        assert ended.value.code == 2
+        assert "--from checkpoints/folder-data_natural_resnet8_stage1.pt.prev" in capsys.readouterr().err
+
+
+def test_a_drawn_test_set_is_that_of_its_names(workdir, capsys) -> None:
+    make_folder(Path("pets"))
+    shutil.rmtree("pets/test")
+    quick("pets", "--test_split", "0.4")
+    path = Path("checkpoints/folder-pets_natural_resnet8_stage1.pt")
+    tested = checkpoints.read(path).data["test_files"]
+    trained = sorted({str(p.relative_to("pets")) for p in Path("pets/train").rglob("*.png")} - set(tested))
+    first = next(name for name in trained if name.startswith("train/blue/"))
+    Path("pets", first).rename(Path("pets/train/blue/zz.png"))  # so that another draw would be another set
+    capsys.readouterr()
+    evaluate.main(["--from", str(path), "--mean", *map(str, checkpoints.read(path).data["mean"])])
+    assert f"{len(tested)} of the images are the test set, as the checkpoint names them" in capsys.readouterr().out
+    data = read("folder", "pets", test_split=0.4, test_files=tuple(tested))
+    assert data.spec.test_files == tuple(tested)
+    Path("pets", tested[0]).unlink()
+    with pytest.raises(SystemExit):
+        evaluate.main(["--from", str(path)])
+    assert f"lacks 1 of the test images that the checkpoint names, the first: {tested[0]}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["rgb16", "la16", "mixed"])
+def test_lower_bits_that_are_lost_are_said(kind: str, workdir, capsys) -> None:
+    make_folder(Path("d"))
+    spared = [next(Path("d/train/red").iterdir())] if kind == "mixed" else []
+    for path in set(Path("d").rglob("*.png")).difference(spared):
+        grey = np.full((12, 12), 700, np.uint16)
+        if kind == "mixed":
+            Image.fromarray(grey).save(path)
+        else:
+            write_png16(path, np.repeat(grey[..., None], 3 if kind == "rgb16" else 2, axis=2))
+    read("folder", "d")
+    words = capsys.readouterr().out
+    assert "have 16 bits a channel (" in words and "--range" in words
+
+
+def write_png16(path: Path, pixels: np.ndarray) -> None:
+    """A PNG of 16 bits a channel, (H, W, 2) with alpha or (H, W, 3) in colours, which Pillow cannot write."""
+    import struct
+    import zlib
+
+    def chunk(name: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    height, width, channels = pixels.shape
+    head = struct.pack(">IIBBBBB", width, height, 16, {2: 4, 3: 2}[channels], 0, 0, 0)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+    parts = chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + parts)
+
+
+@pytest.mark.parametrize("most", [4095, 65535])
+def test_a_deep_pgm_keeps_its_range(most: int, workdir, capsys) -> None:
+    make_folder(Path("d"))
+    values = np.linspace(0, most, 144).astype(">u2").reshape(12, 12)
+    for path in sorted(Path("d").rglob("*.png")):
+        path.unlink()
+        path.with_suffix(".pgm").write_bytes(f"P5 12 12 {most}\n".encode() + values.tobytes())
+    data = read("folder", "d")
+    assert "16-bit grey images: 0 becomes black and 65535 white" in capsys.readouterr().out
+    expected = np.round(np.linspace(0, 1, 144) * 255)
+    assert np.abs(data.train.images[0, 0].numpy().flatten() - expected).max() <= 1
+
+
+def test_where_all_are_damaged_a_reason_is_said(workdir) -> None:
+    make_folder(Path("d"))
+    for path in Path("d/train").rglob("*.png"):
+        path.write_bytes(b"\x89PNG nothing")
+    with pytest.raises(UsageError, match=r"14 images cannot be read, the first: image .*damaged.csv") as refused:
+        read("folder", "d", skip_damaged=True)
+    assert len(Path(str(refused.value.args[0]).rpartition("all are in ")[2]).read_text().splitlines()) == 15
+
+
+def test_levels_are_offered_without_split_folders_too(workdir, capsys) -> None:
+    make_folder(Path("d"))
+    for name in ("red", "blue"):
+        Path("bare", "group", name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copytree(Path("d/train", name), Path("bare", "group", name))
+    shutil.copytree("d/train/green", "bare/other")
+    read("folder", "bare", test_split=0.4)
+    assert "--class_level 2 takes those inside them" in capsys.readouterr().out
+
+
+def test_splits_inside_of_classes_are_no_class(workdir) -> None:
+    make_folder(Path("d"))
+    for split in ("train", "test"):
+        for name in ("red", "blue"):
+            shutil.copytree(Path("d", split, name), Path("inside", name, split))
+    with pytest.raises(UsageError, match="splits lie inside the class folders"):
+        read("folder", "inside", test_split=0.4)
+
+
+@pytest.mark.parametrize("name", ["valid", "validation", "val"])
+def test_an_npz_says_what_was_found(name: str, workdir, capsys) -> None:
+    images, labels = np.zeros((4, 8, 8), np.uint8), np.array([0, 1, 0, 1])
+    images[:] = np.arange(4)[:, None, None]
+    parts = {f"{split}_{part}": value for split in ("train", "test", name) for part, value in
+             (("images", images), ("labels", labels))}  # fmt: skip
+    np.savez("x.npz", extra=labels, **parts)
+    data = read("npz", "x.npz")
+    assert data.val is not None and len(data.val) == 4
+    assert "found x.npz: 4 train, 4 val, 4 test images; left out: 1 array (extra)" in capsys.readouterr().out
+
+
+def test_line_ends_of_old_macs(workdir) -> None:
+    make_folder(Path("d"))
+    rows = [f"{path},{path.parent.name},{path.parts[1]}" for path in sorted(Path("d").rglob("*.png"))]
+    Path("x.csv").write_bytes("\r".join(["path,label,split", *rows]).encode())
+    assert read("csv", "x.csv").class_counts == read("folder", "d").class_counts
+
+
+def test_a_turn_behind_long_segments_is_seen(workdir) -> None:
+    image = Image.fromarray(np.arange(600, dtype=np.uint8).reshape(20, 30))
+    exif = image.getexif()
+    exif[0x0112] = 6
+    file = io.BytesIO()
+    image.save(file, "JPEG", exif=exif)
+    content = file.getvalue()
+    segment = b"\xff\xed" + (60_002).to_bytes(2, "big") + bytes(60_000)
+    Path("x.jpg").write_bytes(content[:2] + segment * 2 + content[2:])
+    assert read_image("x.jpg").shape == (3, 30, 20)

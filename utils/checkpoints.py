@@ -431,6 +431,11 @@ def previous(path: Path) -> list[Path]:
     return [path.with_name(f"{path.name}.prev{number if number > 1 else ''}") for number in range(1, KEPT + 1)]
 
 
+def sibling(path: Path) -> Path:
+    """Where stage 1's file lies that a stage-2 file at a default path follows."""
+    return path.with_name(path.name.replace("_stage2.pt", "_stage1.pt"))
+
+
 def checksum(content: Mapping[str, object]) -> str:
     """The SHA-256 of what a checkpoint holds: every weight's name, type, shape and bytes, and the rest as JSON."""
     digest = hashlib.sha256()

@@ -157,6 +157,7 @@ def read_table(path: str | Path) -> pd.DataFrame:
     content = read_bytes(path)
     if b"\0" in content:
         raise Unreadable("no CSV (it holds a NUL)")
+    content = content if b"\n" in content else content.replace(b"\r", b"\n")  # line ends of old Macs
     head = content.split(b"\n", 1)[0]
     if len(head) > MOST_HEADER or head.count(b",") > MOST_COLUMNS:
         raise Unreadable(f"a first line of {len(head):,} bytes, {head.count(b',') + 1:,} columns")
@@ -348,6 +349,14 @@ def _members(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
     if whole > 2**26 and whole > MOST_PACKED * packed:
         raise Unreadable(f"{packed:,} bytes that become {whole:,}")
     return named
+
+
+def array_names(path: str | Path) -> list[str]:
+    """The names of the arrays of an .npz."""
+    with _refusing("a damaged .npz"):
+        size_of(path, MOST_NUMBERS)
+        with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
+            return list(_members(archive))
 
 
 def array_shapes(path: str | Path, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
