@@ -219,6 +219,13 @@ class TrainOptions(DataOptions):
     la_tau: float | None = option(
         None, Number(float, -10, 10), "logit adjustment: factor of the log prior", "recipe", sweep=True
     )
+    vs_gamma: float | None = option(
+        None,
+        Number(float, 0, 10),
+        "vector scaling, cdt: power of n_max / n_j in the temperatures",
+        "recipe",
+        sweep=True,
+    )
     focal_gamma: float | None = option(None, Number(float, 0, 20), "focal: power of 1 - p", "recipe", sweep=True)
     cb_beta: float | None = option(
         None, Number(float, 0, 1 - 1e-9), "class-balanced weights: beta", "recipe", sweep=True

@@ -15,6 +15,7 @@ from losses.softmax import (
     balanced_softmax,
     class_balanced,
     class_balanced_weights,
+    class_temperatures,
     cross_entropy,
     generalised_reweighting,
     label_aware_smoothing,
@@ -22,6 +23,7 @@ from losses.softmax import (
     logit_adjustment,
     reweighted,
     total_weight,
+    vector_scaling,
 )
 from losses.weighted import LADE, ClassBalancedBCE, focal
 
@@ -41,6 +43,8 @@ LOSSES: dict[str, tuple[Callable[..., nn.Module], Mapping[str, str]]] = {
     "ce": (cross_entropy, {"label_smooth": "smooth"}),
     "balanced-softmax": (balanced_softmax, {}),
     "logit-adjustment": (logit_adjustment, {"la_tau": "tau"}),
+    "vs": (vector_scaling, {"vs_gamma": "gamma", "la_tau": "tau"}),
+    "cdt": (class_temperatures, {"vs_gamma": "gamma"}),
     "ldam": (ldam, {"ldam_margin": "max_margin", "cosine_scale": "scale"}),
     "class-balanced": (class_balanced, {"cb_beta": "beta", "label_smooth": "smooth"}),
     "class-balanced-bce": (ClassBalancedBCE, {"cb_beta": "beta"}),

@@ -1,14 +1,14 @@
-"""The softmax family: cross-entropies that differ in four small numbers per class and share one analytic gradient.
+"""The softmax family: cross-entropies that differ in five small numbers per class and share one analytic gradient.
 
-With logits z (C,), label y and, per class, offset a, margin m, smoothing e and weight w:
+With logits z (C,), label y and, per class, scale s, offset a, margin m, smoothing e and weight w:
 
-    p = softmax(z + a - m_y 1_y)
+    p = softmax(s z + a - m_y 1_y)
     loss = w_y [-(1 - e_y) log p_y - (e_y / C) sum_j log p_j]          a batch: sum of losses / sum of weights
-    d loss / d z = w_y (p - (1 - e_y) 1_y - e_y / C)                   a batch: row by row, / sum of weights
+    d loss / d z = s w_y (p - (1 - e_y) 1_y - e_y / C)                 a batch: row by row, / sum of weights
 
 Label smoothing and Label Over-Smooth set e, label-aware smoothing e by class, balanced softmax and logit adjustment a,
-LDAM m, class-balanced and generalised re-weighting w. With that gradient the re-training solver trains many classifiers
-at once.
+vector scaling s and a, LDAM m, class-balanced and generalised re-weighting w. With that gradient the re-training solver
+trains many classifiers at once.
 """
 
 from __future__ import annotations
@@ -39,12 +39,13 @@ class SoftmaxLoss(nn.Module):
 
     Args:
         num_classes: C.
-        offset, margin, smooth, weight: a, m, e, w; one number or (C,).
+        scale, offset, margin, smooth, weight: s, a, m, e, w; one number or (C,).
 
     Raises:
-        ValueError: e outside [0, 1], w not positive.
+        ValueError: e outside [0, 1], s or w not positive.
     """
 
+    scale: Tensor
     offset: Tensor
     margin: Tensor
     smooth: Tensor
@@ -54,27 +55,31 @@ class SoftmaxLoss(nn.Module):
         self,
         num_classes: int,
         *,
+        scale: Tensor | float = 1.0,
         offset: Tensor | float = 0.0,
         margin: Tensor | float = 0.0,
         smooth: Tensor | float = 0.0,
         weight: Tensor | float = 1.0,
     ) -> None:
         super().__init__()
-        per_class = {"offset": offset, "margin": margin, "smooth": smooth, "weight": weight}
+        per_class = {"scale": scale, "offset": offset, "margin": margin, "smooth": smooth, "weight": weight}
         for name, value in per_class.items():
             self.register_buffer(name, torch.as_tensor(value, dtype=torch.float32).expand(num_classes).clone())
         if not bool(((self.smooth >= 0) & (self.smooth <= 1)).all()):
             raise ValueError(f"smoothing {smooth} is not in [0, 1]")
         if not bool((self.weight > 0).all()):
             raise ValueError("weights must be positive")
+        if not bool((self.scale > 0).all()):
+            raise ValueError("scales must be positive")
         # Plain (smoothed) cross-entropy is a single call of torch's, a fifth of the kernels on a GPU.
-        is_plain = not self.offset.any() and not self.margin.any() and bool((self.weight == 1).all())
+        ones, zeros = torch.stack([self.scale, self.weight]), torch.stack([self.offset, self.margin])
+        is_plain = bool((ones == 1).all()) and not zeros.any()
         self.plain_smooth = float(smooth) if is_plain and not isinstance(smooth, Tensor) else None
 
     def adjusted(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """z + a - m_y 1_y: logits (B, C), labels (B,) -> (B, C)."""
+        """s z + a - m_y 1_y: logits (B, C), labels (B,) -> (B, C)."""
         margins = torch.zeros_like(logits).scatter_(1, labels[:, None], self.margin.to(logits.dtype)[labels][:, None])
-        return logits + self.offset - margins
+        return self.scale * logits + self.offset - margins
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
         if self.plain_smooth is not None:
@@ -122,6 +127,20 @@ def logit_adjustment(class_counts: Sequence[int], tau: float = 1.0) -> SoftmaxLo
     return SoftmaxLoss(len(class_counts), offset=tau * log_prior)
 
 
+def vector_scaling(class_counts: Sequence[int], gamma: float = 0.3, tau: float = 1.2) -> SoftmaxLoss:
+    """CE(z / Delta + tau log pi), Delta_j = (n_max / n_j)^gamma (Kini et al., NeurIPS 2021); plain logits at test.
+
+    Published with gamma 0.3 and tau 1.2 on CIFAR-100-LT, gamma 0.2 on CIFAR-10-LT. class_counts (C,), all above 0.
+    """
+    prior = class_frequencies(class_counts)
+    return SoftmaxLoss(len(class_counts), scale=(prior / prior.max()) ** gamma, offset=tau * prior.log())
+
+
+def class_temperatures(class_counts: Sequence[int], gamma: float = 0.2) -> SoftmaxLoss:
+    """CE(z / Delta): class-dependent temperatures (Ye et al., 2020), :func:`vector_scaling` without a prior."""
+    return vector_scaling(class_counts, gamma, tau=0.0)
+
+
 def ldam(class_counts: Sequence[int], max_margin: float = 0.5, scale: float = 30.0) -> SoftmaxLoss:
     """CE(z - s m_y 1_y), m_j = max_margin n_j^(-1/4) / max_k n_k^(-1/4) (Cao et al., NeurIPS 2019; its code).
 
@@ -150,7 +169,8 @@ def class_balanced(class_counts: Sequence[int], beta: float = 0.9999, smooth: fl
 def reweighted(loss: nn.Module, weight: Tensor) -> SoftmaxLoss:
     """The same loss of the family with other class weights (C,): what deferred re-weighting (LDAM-DRW) changes to."""
     assert isinstance(loss, SoftmaxLoss)
-    return SoftmaxLoss(len(weight), offset=loss.offset, margin=loss.margin, smooth=loss.smooth, weight=weight)
+    kept = {name: getattr(loss, name) for name in ("scale", "offset", "margin", "smooth")}
+    return SoftmaxLoss(len(weight), **kept, weight=weight)
 
 
 def generalised_reweighting(class_counts: Sequence[int], rho: float = 1.2) -> SoftmaxLoss:

@@ -28,11 +28,13 @@ from losses.softmax import (
     class_balanced,
     class_balanced_weights,
     class_frequencies,
+    class_temperatures,
     generalised_reweighting,
     label_aware_smoothing,
     ldam,
     logit_adjustment,
     reweighted,
+    vector_scaling,
 )
 from losses.weighted import LADE, ClassBalancedBCE, Focal
 from models.heads import MARC, CosineHead, DisAlignHead, PrototypeHead, ScaledLinear, make_linear, project_rows
@@ -408,6 +410,41 @@ class LogitAdjustment(Trained):
 
 
 @dataclass(frozen=True, kw_only=True)
+class VectorScaling(Trained):
+    """Vector scaling (Kini et al., NeurIPS 2021): CE(z_j / Delta_j + tau log pi_j), Delta_j = (n_max / n_j)^gamma.
+
+    Plain logits at test. Published with gamma 0.3 and tau 1.2 on CIFAR-100-LT, gamma 0.2 on CIFAR-10-LT, there for
+    whole networks. gamma 0 is logit-adjusted training. Needs class counts.
+    """
+
+    name = "vs"
+    tuned = {"vs_gamma": (0.1, 0.2, 0.3)}
+
+    vs_gamma: float = 0.3
+    la_tau: float = 1.2
+
+    def loss(self, stage1: Stage1, progress: float) -> nn.Module:
+        return vector_scaling(stage1.class_counts, self.vs_gamma, self.la_tau)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassTemperatures(Trained):
+    """Class-dependent temperatures (CDT; Ye et al., 2020): CE(z_j / Delta_j), Delta_j = (n_max / n_j)^gamma.
+
+    Plain logits at test: vector scaling without a prior. Published with gamma from [0, 0.4] on CIFAR-LT, for whole
+    networks; 0.2 is this project's choice. Needs class counts.
+    """
+
+    name = "cdt"
+    tuned = {"vs_gamma": (0.1, 0.2, 0.4)}
+
+    vs_gamma: float = 0.2
+
+    def loss(self, stage1: Stage1, progress: float) -> nn.Module:
+        return class_temperatures(stage1.class_counts, self.vs_gamma)
+
+
+@dataclass(frozen=True, kw_only=True)
 class BalancedSoftmax(Trained):
     """Balanced softmax (Ren et al., NeurIPS 2020): CE(z + log n) in training, z at test; no parameter.
 
@@ -682,6 +719,8 @@ METHODS: dict[str, type[Method]] = {
         BalancedSoftmax,
         LogitAdjustment,
         LogitAdjustmentPostHoc,
+        VectorScaling,
+        ClassTemperatures,
         LabelAwareSmoothing,
         DisAlign,
         MarginCalibration,

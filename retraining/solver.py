@@ -41,7 +41,7 @@ ALIGNED_FROM = 1024
 SHARE = 0.8
 
 #: Parameters of the softmax family, a number for every head and class.
-TABLES = ("offset", "margin", "smooth", "weight")
+TABLES = ("scale", "offset", "margin", "smooth", "weight")
 
 Steps = Iterable[tuple[Tensor, ...]]
 
@@ -105,8 +105,8 @@ class _LinearChunk:
         self.rate = torch.zeros_like(self.lr)
         self.graph: Graphed | None = None
         self.tables = {name: self.weight.new_zeros(self.heads, self.classes) for name in TABLES}
-        self.offset, self.margin, self.smooth, self.class_weight = self.tables.values()
-        self.has_offsets, self.is_unweighted = True, False
+        self.scale, self.offset, self.margin, self.smooth, self.class_weight = self.tables.values()
+        self.has_scales, self.has_offsets, self.is_unweighted = True, True, False
 
     def begin(self, progress: float, rates: Sequence[float]) -> None:
         losses: list[SoftmaxLoss] = [t.loss(progress) for t in self.classifiers]  # type: ignore[misc]
@@ -114,10 +114,11 @@ class _LinearChunk:
         for name, table in tables.items():
             self.tables[name].copy_(table)  # in place, where a CUDA graph reads them
         # A step skips what no loss of the chunk has.
-        before = self.has_offsets, self.is_unweighted
+        before = self.has_scales, self.has_offsets, self.is_unweighted
+        self.has_scales = bool((tables["scale"] != 1).any())
         self.has_offsets = bool(tables["offset"].any() or tables["margin"].any())
         self.is_unweighted = bool((tables["weight"] == 1).all())
-        if self.graph and (self.has_offsets, self.is_unweighted) != before:
+        if self.graph and (self.has_scales, self.has_offsets, self.is_unweighted) != before:
             self.graph.forget()
         own = torch.tensor([rates[place] for place in self.places]).to(self.lr)
         self.rate.copy_(-own.repeat_interleave(self.classes)[:, None] * self.lr)
@@ -141,6 +142,8 @@ class _LinearChunk:
         wide = torch.mm(inputs, self.weight.T, out=aligned(len(inputs), len(self.weight), inputs))
         z = wide.view(len(inputs), self.heads, self.classes)
         hits = (z.gather(2, index)[:, :, 0] >= z.amax(dim=2)).sum(dim=0)
+        if self.has_scales:
+            z *= self.scale
         if self.has_offsets:
             z += self.offset
             z.scatter_add_(2, index, -self.margin.T[labels][:, :, None])
@@ -158,6 +161,8 @@ class _LinearChunk:
             weight = weight / weight.sum(dim=0)
             rows *= weight[:, :, None]
             loss = (losses * weight).sum(dim=0)
+        if self.has_scales:
+            rows *= self.scale
         flat = rows.view(len(labels), -1)
         if self.nesterov:
             gradient = flat.T @ inputs

@@ -38,6 +38,32 @@ def test_logit_adjustment_and_balanced_softmax(batch) -> None:
     )
 
 
+@pytest.mark.parametrize("gamma, tau", [(0.3, 1.2), (0.0, 1.7), (0.7, 0.0), (1.3, -0.5)])
+def test_vector_scaling_and_class_temperatures(batch, gamma: float, tau: float) -> None:
+    logits, labels = batch
+    log_p = log_softmax(logits.numpy() / (N.max() / N) ** gamma + tau * np.log(PI))
+    expected = -log_p[np.arange(9), labels].mean()
+    assert softmax.vector_scaling(COUNTS, gamma, tau)(logits, labels).item() == pytest.approx(expected, rel=1e-6)
+    if tau == 0:
+        assert softmax.class_temperatures(COUNTS, gamma)(logits, labels).item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_gradient_of_the_family(batch) -> None:
+    """All five numbers at once; a batch's weights are no part of a row's own gradient."""
+    logits, labels = batch[0].requires_grad_(), batch[1]
+    s, a, m, e, w = torch.rand(5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) + 0.2
+    e = e / 2
+    loss = SoftmaxLoss(6, scale=s, offset=a, margin=m, smooth=e, weight=w)
+    found = torch.autograd.grad(loss(logits, labels), logits)[0]
+    for row, y, of_row in zip(logits.detach(), labels.tolist(), found):
+        target = torch.full((6,), float(e[y]) / 6, dtype=torch.float64)
+        target[y] += 1 - e[y]
+        shifted = s * row + a
+        shifted[y] -= m[y]
+        expected = s * w[y] * (shifted.softmax(dim=0) - target) / w[labels].sum()
+        assert of_row.numpy() == pytest.approx(expected.numpy(), abs=1e-7)
+
+
 def test_ldam(batch) -> None:
     logits, labels = batch
     margins = N**-0.25
@@ -117,6 +143,8 @@ def test_mistakes_are_refused() -> None:
         SoftmaxLoss(3, smooth=1.2)
     with pytest.raises(ValueError, match="positive"):
         SoftmaxLoss(3, weight=0.0)
+    with pytest.raises(ValueError, match="scales must be positive"):
+        SoftmaxLoss(3, scale=0.0)
 
 
 @pytest.mark.parametrize("gamma", [0.5, 1.0, 2.0])

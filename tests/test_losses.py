@@ -74,7 +74,7 @@ def test_reweighted_changes_the_weights_alone() -> None:
     torch.manual_seed(0)
     counts, logits, labels = [50, 9, 4, 2], torch.randn(6, 4), torch.tensor([0, 1, 2, 3, 0, 0])
     weights = class_balanced_weights(counts, 0.99)
-    for name, values in ("ce", {"label_smooth": 0.3}), ("ldam", {}), ("logit-adjustment", {}):
+    for name, values in ("ce", {"label_smooth": 0.3}), ("ldam", {}), ("logit-adjustment", {}), ("vs", {}):
         loss = make_loss(name, counts, values)
         rows = torch.stack([loss(logits[i : i + 1], labels[i : i + 1]) for i in range(6)])
         expected = (rows * weights[labels]).sum() / weights[labels].sum()

@@ -291,6 +291,11 @@ LONGHAND = {
     "cosine": ({"label_smooth": 0.4}, lambda: weighted_ce(LOGITS, torch.ones(5), 0.4)),
     "balanced-softmax": ({}, lambda: weighted_ce(LOGITS + N.log(), torch.ones(5))),
     "logit-adjustment": ({"la_tau": 1.7}, lambda: weighted_ce(LOGITS + 1.7 * PRIOR.log(), torch.ones(5))),
+    "vs": (
+        {"vs_gamma": 0.45, "la_tau": 1.7},
+        lambda: weighted_ce(LOGITS / (40 / N) ** 0.45 + 1.7 * PRIOR.log(), torch.ones(5)),
+    ),
+    "cdt": ({"vs_gamma": 0.7}, lambda: weighted_ce(LOGITS / (40 / N) ** 0.7, torch.ones(5))),
     "class-balanced": ({"cb_beta": 0.9}, lambda: weighted_ce(LOGITS, effective(0.9))),
     "maxnorm": (
         {"cb_beta": 0.9, "label_smooth": 0.5, "cb_form": "ce"},
@@ -348,6 +353,8 @@ def test_published_defaults() -> None:
         "ldam": {"ldam_margin": 0.5, "cosine_scale": 30.0, "drw": 0.8, "cb_beta": 0.9999},
         "maxnorm": {"finetune_lr": 0.01, "finetune_wd": 0.1, "cb_form": "bce", "cb_beta": 0.9999},
         "lade": {"lade_alpha": 0.1, "lade_lambda": 0.01},
+        "vs": {"vs_gamma": 0.3, "la_tau": 1.2, "finetune_lr": 5e-4, "finetune_wd": 0.0},
+        "cdt": {"vs_gamma": 0.2},
     }
     for name, values in expected.items():
         for option, value in values.items():

@@ -24,9 +24,11 @@ LOSSES = [
     softmax.label_aware_smoothing(COUNTS),
     softmax.generalised_reweighting(COUNTS),
     SoftmaxLoss(5, offset=torch.arange(5.0), margin=torch.arange(5.0) / 9, smooth=0.3, weight=torch.arange(1.0, 6)),
+    softmax.vector_scaling(COUNTS, 0.6),
+    SoftmaxLoss(5, scale=torch.arange(5.0) + 0.5, smooth=0.3, weight=torch.arange(1.0, 6)),
 ]
-LR = [0.1, 0.02, 0.05, 0.1, 0.01, 0.1, 0.03, 0.02]
-WD = [0.0, 1e-3, 0.0, 1e-2, 5e-2, 0.0, 1e-4, 1e-3]
+LR = [0.1, 0.02, 0.05, 0.1, 0.01, 0.1, 0.03, 0.02, 0.1, 0.02]
+WD = [0.0, 1e-3, 0.0, 1e-2, 5e-2, 0.0, 1e-4, 1e-3, 0.0, 1e-3]
 
 
 def stream(epoch: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -81,19 +83,40 @@ def test_heads_equal_separate_runs(
 def test_a_loss_may_change_between_epochs(device: torch.device) -> None:
     torch.manual_seed(0)
     start = nn.Linear(12, 5)
-    phases = [SoftmaxLoss(5), SoftmaxLoss(5, smooth=0.5), softmax.class_balanced(COUNTS), softmax.ldam(COUNTS)]
-    trainee = TrainableHead(copy.deepcopy(start).to(device), lambda progress: phases[round(4 * progress)], 0.1, 1e-3)
+    phases = [SoftmaxLoss(5), SoftmaxLoss(5, smooth=0.5), softmax.class_temperatures(COUNTS, 0.5)]
+    phases += [softmax.class_balanced(COUNTS), softmax.ldam(COUNTS)]
+    trainee = TrainableHead(copy.deepcopy(start).to(device), lambda progress: phases[round(5 * progress)], 0.1, 1e-3)
     solver, alone = Solver([trainee]), copy.deepcopy(start)
     optimizer = torch.optim.SGD(alone.parameters(), 0.1, momentum=0.9, weight_decay=1e-3)
     for epoch, loss in enumerate(phases):
         steps = ((features.to(device), labels.to(device)) for features, labels in stream(epoch))
-        solver.train_epoch(steps, epoch / 4, rate=1.0)
+        solver.train_epoch(steps, epoch / 5, rate=1.0)
         for features, labels in stream(epoch):
             optimizer.zero_grad()
             loss(alone(features), labels).backward()
             optimizer.step()
         near = 1e-5 if device.type == "cpu" else 1e-3
         assert (trainee.head.weight.cpu() - alone.weight).abs().max() < near, epoch
+
+
+def test_a_graph_is_forgotten_when_scales_come_or_go_and_steps_without_them_skip_them() -> None:
+    class Graph:
+        forgotten = 0
+
+        def forget(self) -> None:
+            self.forgotten += 1
+
+    plain, scaled, graph = SoftmaxLoss(5), softmax.class_temperatures(COUNTS, 0.5), Graph()
+    phases = [plain, plain, scaled, scaled, plain]
+    part = solver_module._LinearChunk(
+        [0], [TrainableHead(nn.Linear(12, 5), lambda e: phases[int(e)], 0.1, 0)], 0.9, False
+    )
+    found = []
+    for epoch in range(5):
+        part.begin(epoch, [1.0])
+        found.append((part.has_scales, graph.forgotten))
+        part.graph = graph
+    assert found == [(False, 0), (False, 0), (True, 1), (True, 1), (False, 2)]
 
 
 def test_any_head_and_loss_and_projection_beside_them() -> None:

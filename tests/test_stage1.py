@@ -379,6 +379,12 @@ def test_files_made_from_a_chosen_one_say_so(workdir, capsys) -> None:
         evaluate.main(["--dataset", "digits", "--cur_stage", "stage2"])
 
 
+def test_an_option_that_two_losses_share_has_the_default_of_each() -> None:
+    found = {run.loss: (run.la_tau, run.vs_gamma) for run in runs(loss=("vs", "cdt", "logit-adjustment", "ce"))}
+    assert found == {"vs": (1.2, 0.3), "cdt": (None, 0.2), "logit-adjustment": (1.0, None), "ce": (None, None)}
+    assert {run.la_tau for run in runs(loss=("vs", "logit-adjustment"), la_tau=(0.7,))} == {0.7}
+
+
 def test_the_loss_knows_the_images_that_are_trained_on(workdir) -> None:
     data = main_stage1.load_data(Options(dataset="digits"), val_fraction=0.3, val_seed=1)
     counts = data.trained_counts

@@ -131,6 +131,7 @@ class Options(TrainOptions):
         return {
             "label_smooth": self.label_smooth,
             "la_tau": self.la_tau,
+            "vs_gamma": self.vs_gamma,
             "focal_gamma": self.focal_gamma,
             "cb_beta": self.cb_beta,
             "ldam_margin": self.ldam_margin,

@@ -23,12 +23,13 @@ from utils.options import Resolved, changed, shown
 from utils.resume import GLOBAL_GENERATORS
 from utils.system import AMP, pick_amp, pick_graph
 
-#: Options of the table of losses, with their defaults; a run has a value for those that :func:`taken_by` names.
-LOSS_OPTIONS = {
-    option: inspect.signature(make).parameters[parameter].default
-    for make, options in LOSSES.values()
-    for option, parameter in options.items()
+#: The options of each loss, with their defaults.
+OF_LOSS = {
+    name: {option: inspect.signature(make).parameters[parameter].default for option, parameter in options.items()}
+    for name, (make, options) in LOSSES.items()
 }
+#: Those of all losses together; a run has a value for those that :func:`taken_by` names.
+LOSS_OPTIONS = {option: default for options in OF_LOSS.values() for option, default in options.items()}
 #: Networks that torch.compile makes faster on a CPU (1.05 to 1.15 times the channels-last step), and the number of
 #: training images, epochs counted, from which on this is worth the minute that compiling takes.
 COMPILED_ON_CPU = ("resnet20", "resnet32", "resnet44", "resnet56")
@@ -67,8 +68,9 @@ def taken_by(run: Options) -> set[str]:
 def with_loss_options(run: Options) -> Options:
     """The run with a value for every option of its loss, and the default of those of other losses."""
     taken, defaults = taken_by(run), {field.name: field.default for field in dataclasses.fields(run)}
+    own = LOSS_OPTIONS | OF_LOSS[run.loss]
     others = {name: defaults[name] for name in LOSS_OPTIONS if name not in taken}
-    missing = {name: LOSS_OPTIONS[name] for name, value in run.loss_options.items() if value is None and name in taken}
+    missing = {name: own[name] for name, value in run.loss_options.items() if value is None and name in taken}
     return changed(run, others | missing)
 
 
