@@ -63,6 +63,9 @@ class Options(TrainOptions):
     tau: float | Literal["val"] | None = option(
         None, Number(float, 0, 10, words=("val",)), "tau-norm: power of the norm; val chooses it", "recipe", sweep=True
     )
+    mla_tau: float | Literal["val"] | None = option(
+        None, Number(float, 0, 10, words=("val",)), "mla: power of 1 / pi_j; val chooses it", "recipe", sweep=True
+    )
     ncm_metric: str | None = option(
         None, Choice(("centred", "cosine", "l2")), "ncm: how distances are measured", "recipe", sweep=True
     )
@@ -270,7 +273,8 @@ def require_held_out(parent: Checkpoint, resolved: Resolved[T], data: LongTailed
         UsageError: there are none.
     """
     options = resolved.options
-    needed = {"--select best_val": options.select == "best_val", "--tau val": "val" in resolved.values("tau")}
+    needed = {"--select best_val": options.select == "best_val"}
+    needed |= {f"--{name} val": "val" in resolved.values(name) for name in ("tau", "mla_tau")}
     flags = [name for name, is_on in needed.items() if is_on] + ([f"--{flag}"] if flag else [])
     if flags and data.val is None and data.spec.rows:
         raise UsageError(f"{flags[0]}: there are no held-out rows", "--val_split 0.1 beside it, or val_features")

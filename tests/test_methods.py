@@ -68,6 +68,29 @@ def test_tau_comes_from_the_held_out_images(start) -> None:
     assert torch.allclose(head_of(without, "tau-norm").weight, head_of(start, "tau-norm", tau=1.0).weight)
 
 
+@pytest.mark.parametrize("tau", [0.0, 0.65, 1.3])
+def test_multiplicative_logit_adjustment(start, tau: float) -> None:
+    head, (weight, bias) = head_of(start, "mla", mla_tau=tau), numpy_of(start)
+    features = start.held_out()[0][0]
+    z = features.numpy().astype(np.float64) @ weight.T + bias
+    expected = z * (np.array(COUNTS) / sum(COUNTS)) ** -tau
+    assert np.abs(head(features).detach().numpy() / expected - 1).max() < 1e-4
+
+
+def test_tau_of_mla_comes_from_the_held_out_images(start) -> None:
+    start = dataclasses.replace(start, head=make_linear(start.linear.weight, start.linear.bias + 1.5))
+    weight, bias = (part.detach().numpy() for part in (start.linear.weight, start.linear.bias))
+    [(features, labels)] = start.held_out()
+    scores = []
+    for tau in np.arange(21) / 20:
+        z = (features.numpy() @ weight.T + bias) * (np.array(COUNTS) / sum(COUNTS)) ** -tau
+        scores.append(np.mean([(z.argmax(axis=1) == j)[labels.numpy() == j].mean() for j in range(5)]))
+    assert len(set(scores)) > 2 and np.argmax(scores) > 0
+    assert only("mla").chosen(start).mla_tau == pytest.approx(np.argmax(scores) / 20)
+    assert only("mla", mla_tau=0.3).chosen(start).mla_tau == 0.3
+    assert only("mla").chosen(dataclasses.replace(start, held_out=None)).mla_tau == 0.65
+
+
 def test_l2_norm(start) -> None:
     head, (weight, bias) = head_of(start, "l2-norm"), numpy_of(start)
     expected = weight / np.linalg.norm(weight, axis=1, keepdims=True)
@@ -210,11 +233,11 @@ def test_every_option_of_a_method_is_a_flag_and_the_other_way_round() -> None:
 def test_grids_have_one_size(name: str) -> None:
     settings = make_methods([name], COMMON, [], 100, tune=True)
     default = make_methods([name], COMMON, [], 100)
-    if issubclass(METHODS[name], Trained) or name in ("tau-norm", "logit-adjustment-posthoc"):
+    if issubclass(METHODS[name], Trained) or name in ("tau-norm", "mla", "logit-adjustment-posthoc"):
         assert len(settings) == 9
     else:
         assert len(settings) == {"ncm": 3, "l2-norm": 1, "joint": 1}[name]
-    if name != "tau-norm":  # whose default looks at the held-out images itself
+    if name not in ("tau-norm", "mla"):  # whose default looks at the held-out images itself
         assert default[0] in settings
 
 

@@ -382,6 +382,7 @@ def test_a_setting_that_diverges_does_not_stop_the_others(chain, capsys) -> None
         (main_stage2, "--label_smooth 0.9 1.9", "--label_smooth [0, 1]"),
         (main_stage2, "--features replay --views 3", "--views --features replay"),
         (main_stage2, "--method tau-norm --tau val", "--tau val --val_split"),
+        (main_stage2, "--method mla --mla_tau val", "--mla_tau val --val_split"),
         (main_stage2, "--method ncm joint --momentum 0.1", "--momentum ncm joint"),
         (main_stage2, "--method joint --views 3", "--views joint"),
         (main_stage2, "--finetune_scope all --view_seed 3", "--view_seed --finetune_scope all"),
