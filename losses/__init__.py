@@ -25,7 +25,7 @@ from losses.softmax import (
     total_weight,
     vector_scaling,
 )
-from losses.weighted import LADE, ClassBalancedBCE, focal
+from losses.weighted import LADE, ClassBalancedBCE, ClassBalancedSigmoid, focal
 
 __all__ = [
     "LOSSES",
@@ -48,6 +48,7 @@ LOSSES: dict[str, tuple[Callable[..., nn.Module], Mapping[str, str]]] = {
     "ldam": (ldam, {"ldam_margin": "max_margin", "cosine_scale": "scale"}),
     "class-balanced": (class_balanced, {"cb_beta": "beta", "label_smooth": "smooth"}),
     "class-balanced-bce": (ClassBalancedBCE, {"cb_beta": "beta"}),
+    "class-balanced-sigmoid": (ClassBalancedSigmoid, {"cb_beta": "beta"}),
     "generalised-reweighting": (generalised_reweighting, {"grw_rho": "rho"}),
     "label-aware-smoothing": (label_aware_smoothing, {"las_head": "head", "las_tail": "tail"}),
     "focal": (focal, {"focal_gamma": "gamma"}),

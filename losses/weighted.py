@@ -1,4 +1,4 @@
-"""Losses outside the softmax family, for autograd: focal, class-balanced binary cross-entropy, LADE."""
+"""Losses outside the softmax family, for autograd: focal, class-balanced binary cross-entropies, LADE."""
 
 from __future__ import annotations
 
@@ -54,6 +54,24 @@ class ClassBalancedBCE(nn.Module):
         bad = probabilities.isnan()  # torch's loss ends the program at a NaN; here it comes out as a NaN
         losses = F.binary_cross_entropy(probabilities.masked_fill(bad, 0.5), targets, reduction="none").mean(dim=1)
         return (self.weight[labels] * losses.masked_fill(bad.any(dim=1), torch.nan)).mean()
+
+
+class ClassBalancedSigmoid(nn.Module):
+    """Class-balanced sigmoid loss (Cui et al., CVPR 2019): mean over B of w_y sum_j BCE(sigmoid(z_j), [j = y]).
+
+    The weights are those of :func:`losses.softmax.class_balanced_weights`. logits (B, C), labels (B,) -> scalar, nats.
+    """
+
+    weight: Tensor
+
+    def __init__(self, class_counts: Sequence[int], beta: float = 0.9999) -> None:
+        super().__init__()
+        self.register_buffer("weight", class_balanced_weights(class_counts, beta).float())
+
+    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+        targets = F.one_hot(labels, logits.shape[1]).to(logits.dtype)
+        losses = F.binary_cross_entropy_with_logits(logits, targets, reduction="none").sum(dim=1)
+        return (self.weight[labels] * losses).mean()
 
 
 class LADE(nn.Module):

@@ -1,13 +1,13 @@
 """Classifier heads on frozen features. ``HEADS`` maps the name in a checkpoint to a module: features (B, D) -> (B, C).
 
-Every head has ``weight`` (C, D), whose rows are what weight norms are measured on. :class:`ScaledLinear` and
-:class:`MARC` are linear in the features: they are trained in their own parameters and stored as a linear head.
+Every head has ``weight`` (C, D), whose rows are what weight norms are measured on. Those with ``to_linear`` are linear
+in the features: they are trained in their own parameters and stored as a linear head.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -117,6 +117,66 @@ class MARC(nn.Module):
         """The linear head of the same logits."""
         scale, shift = self.scale.detach(), self.shift.detach()
         return make_linear(scale[:, None] * self.linear.weight, scale * self.linear.bias + shift * self.norms)
+
+
+class SAMN(nn.Module):
+    """z_j = exp(1 / softplus(m_j)) w_j / |w_j| f + b_j + exp(1 / softplus(m'_j)) (SAMN, CVPR 2026).
+
+    m and m' are :func:`pool_adjacent_violators` of ``scale`` and ``shift`` in the order of the classes' sizes, so that
+    norms never fall from the largest class to the smallest; both start at n_j / n_max.
+    """
+
+    order: Tensor
+
+    def __init__(self, linear: nn.Linear, class_counts: Sequence[int]) -> None:
+        super().__init__()
+        self.linear = make_linear(F.normalize(linear.weight), linear.bias).requires_grad_(False)
+        counts = torch.tensor(class_counts).to(linear.weight)
+        self.scale, self.shift = (nn.Parameter(counts / counts.max()) for _ in range(2))
+        self.register_buffer("order", counts.argsort(descending=True, stable=True))
+
+    def _factors(self, values: Tensor) -> Tensor:
+        pooled = pool_adjacent_violators(values[self.order])
+        return (1 / F.softplus(torch.zeros_like(values).scatter(0, self.order, pooled))).exp()
+
+    def forward(self, features: Tensor) -> Tensor:
+        logits = F.linear(features, self._factors(self.scale)[:, None] * self.linear.weight, self.linear.bias)
+        return logits + self._factors(self.shift)
+
+    @torch.no_grad()
+    def to_linear(self) -> nn.Linear:
+        """The linear head of the same logits."""
+        weight = self._factors(self.scale)[:, None] * self.linear.weight
+        return make_linear(weight, self.linear.bias + self._factors(self.shift))
+
+
+class UnitLinear(nn.Module):
+    """z_j = s w_j / |w_j| f + b_j: rows of one norm s, which is fixed (BCE3S, AAAI 2026)."""
+
+    scale: Tensor
+
+    def __init__(self, linear: nn.Linear, scale: Tensor) -> None:
+        super().__init__()
+        self.weight, self.bias = linear.weight, linear.bias
+        self.register_buffer("scale", scale)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return F.linear(features, self.scale * F.normalize(self.weight), self.bias)
+
+    def to_linear(self) -> nn.Linear:
+        """The linear head of the same logits."""
+        return make_linear(self.scale * F.normalize(self.weight), self.bias)
+
+
+def pool_adjacent_violators(values: Tensor) -> Tensor:
+    """The nearest sequence that never rises (isotonic regression): values (C,) -> (C,), means of blocks of them."""
+    from scipy.optimize import isotonic_regression  # here, since it is slow to import and rarely needed
+
+    edges = isotonic_regression(values.detach().double().cpu().numpy(), increasing=False).blocks
+    sizes = torch.as_tensor(edges, device=values.device).diff()
+    block = torch.arange(len(sizes), device=values.device).repeat_interleave(sizes)
+    means = values.new_zeros(len(sizes)).index_add(0, block, values) / sizes
+    return means[block]
 
 
 @torch.no_grad()

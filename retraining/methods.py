@@ -12,6 +12,7 @@ to be tuned over.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import MISSING, dataclass, fields, replace
 from functools import partial
@@ -37,8 +38,18 @@ from losses.softmax import (
     reweighted,
     vector_scaling,
 )
-from losses.weighted import LADE, ClassBalancedBCE, Focal
-from models.heads import MARC, CosineHead, DisAlignHead, PrototypeHead, ScaledLinear, make_linear, project_rows
+from losses.weighted import LADE, ClassBalancedBCE, ClassBalancedSigmoid, Focal
+from models.heads import (
+    MARC,
+    SAMN,
+    CosineHead,
+    DisAlignHead,
+    PrototypeHead,
+    ScaledLinear,
+    UnitLinear,
+    make_linear,
+    project_rows,
+)
 from retraining.features import Stream
 from utils.errors import UsageError
 from utils.metrics import accuracies
@@ -133,7 +144,7 @@ class Method:
 
     def finished(self, head: nn.Module) -> nn.Module:
         """The head to evaluate and store: one of ``models.heads.HEADS``."""
-        return head.to_linear() if isinstance(head, ScaledLinear | MARC) else head
+        return head.to_linear() if isinstance(head, ScaledLinear | MARC | SAMN | UnitLinear) else head
 
     def checked(self, typed: Collection[str]) -> Self:
         """Itself, with defaults that suit what was typed; UsageError where options do not go together."""
@@ -739,6 +750,64 @@ class LadeLoss(Trained):
         return LADE(stage1.class_counts, self.lade_alpha, self.lade_lambda)
 
 
+@dataclass(frozen=True, kw_only=True)
+class MonotoneNorms(Trained):
+    """SAMN (CVPR 2026): rows w_j / |w_j| exp(1 / softplus(m_j)), biases b_j + exp(1 / softplus(m'_j)).
+
+    m and m' alone are trained, by cross-entropy, from n_j / n_max, each as its isotonic regression, so that norms never
+    fall from the largest class to the smallest. Published with lr 5e-4, no weight decay and 20 epochs on CIFAR-LT.
+    Needs class counts for the start and the order.
+    """
+
+    name = "samn"
+    takes_scope = False
+
+    def head(self, stage1: Stage1) -> nn.Module:
+        return SAMN(stage1.linear, stage1.class_counts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassBalancedSigmoidLoss(Trained):
+    """Stage 2 of BCE3S (AAAI 2026): w_y sum_j BCE(sigmoid(z_j), [j = y]) with z_j = s w_j / |w_j| f + b_j.
+
+    The weights w_y are :class:`ClassBalanced`'s (Cui et al., CVPR 2019). Published with lr 1e-4 at batch 64 and no
+    weight decay on CIFAR-100-LT; MaxNorm is left out, as rows have one norm. s is fixed, the mean norm of stage 1's
+    rows, and the bias starts shifted by one number, so that sum_j sigmoid(z_j) is 1 in the mean over training images:
+    both are this project's, to start near a softmax classifier too. Needs class counts.
+    """
+
+    name = "cb-sigmoid"
+    tuned = {"cb_beta": (0.99, 0.999, 0.9999)}
+    takes_scope = False
+
+    finetune_lr: float = 1e-4
+    cb_beta: float = 0.9999
+
+    def head(self, stage1: Stage1) -> nn.Module:
+        head = UnitLinear(make_linear(stage1.weight, stage1.linear.bias), stage1.weight.norm(dim=1).mean())
+        with torch.no_grad():
+            logits = head(spaced(stage1, 2048))
+            low, high = -logits.max() - math.log(stage1.num_classes), -logits.min()
+            for _ in range(60):
+                middle = (low + high) / 2
+                is_low = (logits + middle).sigmoid().sum(dim=1).mean() < 1
+                low, high = (middle, high) if is_low else (low, middle)
+            head.bias.add_(middle)
+        return head
+
+    def loss(self, stage1: Stage1, progress: float) -> nn.Module:
+        return ClassBalancedSigmoid(stage1.class_counts, self.cb_beta)
+
+
+def spaced(stage1: Stage1, number: int) -> Tensor:
+    """Features (at most ``number``, D) of training images, every k-th of them."""
+    step, seen, rows = -(-sum(stage1.class_counts) // number), 0, list[Tensor]()
+    for features, _ in stage1.clean():
+        rows.append(features[-seen % step :: step])
+        seen += len(features)
+    return torch.cat(rows)
+
+
 METHODS: dict[str, type[Method]] = {
     method.name: method
     for method in (
@@ -766,5 +835,7 @@ METHODS: dict[str, type[Method]] = {
         WeightDecay,
         MaxNorm,
         Cosine,
+        MonotoneNorms,
+        ClassBalancedSigmoidLoss,
     )
 }

@@ -98,6 +98,18 @@ def test_class_balanced_bce_of_weight_balancing(batch) -> None:
     assert weighted.ClassBalancedBCE(COUNTS)(logits, labels).item() == pytest.approx(total / (9 * 6), rel=1e-6)
 
 
+@pytest.mark.parametrize("beta", [0.0, 0.9, 0.9999])
+def test_class_balanced_sigmoid(batch, beta: float) -> None:
+    logits, labels = batch
+    weights = (1 - beta) / (1 - beta**N)
+    weights = weights / weights.sum() * 6
+    p, total = 1 / (1 + np.exp(-logits.numpy())), 0.0
+    for i, y in enumerate(labels.tolist()):
+        for j in range(6):
+            total -= weights[y] * (math.log(p[i, j]) if j == y else math.log(1 - p[i, j]))
+    assert weighted.ClassBalancedSigmoid(COUNTS, beta)(logits, labels).item() == pytest.approx(total / 9, rel=1e-6)
+
+
 def test_generalised_reweighting(batch) -> None:
     logits, labels = batch
     weights = PI**-1.2

@@ -11,8 +11,8 @@ from torch import nn
 
 from experiment.sweeps import varying
 from losses import SoftmaxLoss, weighted
-from models.heads import HEADS, head_name, make_linear
-from retraining.methods import METHODS, Method, Stage1, Trained
+from models.heads import HEADS, head_name, make_linear, pool_adjacent_violators
+from retraining.methods import METHODS, Method, Stage1, Trained, spaced
 from retraining.options import Options
 from retraining.settings import TUNABLE, by_stream, make_methods
 from retraining.solver import Solver, TrainableHead
@@ -78,7 +78,9 @@ def test_multiplicative_logit_adjustment(start, tau: float) -> None:
 
 
 def test_tau_of_mla_comes_from_the_held_out_images(start) -> None:
-    start = dataclasses.replace(start, head=make_linear(start.linear.weight, start.linear.bias + 1.5))
+    start = dataclasses.replace(
+        start, head=make_linear(start.linear.weight, start.linear.bias + torch.tensor([2, 1.5, 1, 0.5, 0]))
+    )
     weight, bias = (part.detach().numpy() for part in (start.linear.weight, start.linear.bias))
     [(features, labels)] = start.held_out()
     scores = []
@@ -186,6 +188,82 @@ def test_heads_longhand(start) -> None:
     cosine = head_of(start, "cosine", cosine_scale=7.0)
     expected = 7 * torch.cosine_similarity(features[:, None], weight[None], dim=2)
     assert torch.allclose(cosine(features), expected, atol=1e-5)
+
+
+def falling(values: np.ndarray) -> np.ndarray:
+    """The nearest sequence that never rises, by the max-min formula of isotonic regression."""
+    mean, number = (lambda first, last: values[first : last + 1].mean()), len(values)
+    return np.array([min(max(mean(a, b) for b in range(k, number)) for a in range(k + 1)) for k in range(number)])
+
+
+def test_samn_longhand(start) -> None:
+    weight, bias = numpy_of(start)
+    features, _ = start.clean()[0]
+    order = [1, 3, 0, 4, 2]  # classes need not come sorted
+    mixed = dataclasses.replace(start, class_counts=[COUNTS[k] for k in order])
+    head = head_of(mixed, "samn")
+    first = np.array(mixed.class_counts) / 40
+    assert np.abs(head.scale.detach().numpy() - first).max() < 1e-7 and torch.equal(head.scale, head.shift)
+    ranked = np.argsort(-np.array(mixed.class_counts), kind="stable")
+    generator = np.random.default_rng(0)
+    for scale, shift in ((first, first), (generator.normal(size=5), generator.normal(size=5)), (np.arange(5.0),) * 2):
+        head.scale.data, head.shift.data = (torch.tensor(part, dtype=torch.float32) for part in (scale, shift))
+        factors = []
+        for part in (scale, shift):
+            monotone = np.empty(5)
+            monotone[ranked] = falling(part[ranked])
+            factors.append(np.exp(1 / np.log1p(np.exp(monotone))))
+        unit = weight / np.linalg.norm(weight, axis=1, keepdims=True)
+        expected = features.numpy() @ (unit * factors[0][:, None]).T + bias + factors[1]
+        found = head(features).detach()
+        assert np.abs(found.numpy() / expected - 1).max() < 1e-4
+        assert torch.allclose(only("samn").finished(head)(features), found, atol=1e-4)
+        assert (head.to_linear().weight.norm(dim=1)[ranked.copy()].diff() >= -1e-5).all()
+    assert {name for name, part in head.named_parameters() if part.requires_grad} == {"scale", "shift"}
+
+
+def test_pooling_has_the_gradient_of_its_blocks() -> None:
+    values = torch.tensor([1.0, 3.0, 1.5, 0.5, 0.7, -1.0], dtype=torch.float64, requires_grad=True)
+    pooled = pool_adjacent_violators(values)
+    assert pooled.detach().numpy() == pytest.approx(falling(values.detach().numpy()))
+    assert torch.autograd.gradcheck(pool_adjacent_violators, [values])
+    for seed in range(20):
+        drawn = np.random.default_rng(seed).normal(size=9)
+        assert pool_adjacent_violators(torch.tensor(drawn)).numpy() == pytest.approx(falling(drawn))
+
+
+def test_norms_of_samn_are_monotone_after_training(start) -> None:
+    method, [(features, labels)] = only("samn"), start.clean()
+    head = method.head(start)
+    trainee = TrainableHead(head, lambda progress: method.loss(start, progress), 0.1, 0.0)
+    Solver([trainee]).train_epoch([(features, labels)] * 12, 0.0, 1.0)
+    norms = head.to_linear().weight.norm(dim=1)
+    assert (head.scale.diff() > 0).any() and (norms.diff() >= -1e-6).all()
+    assert torch.allclose(nn.functional.normalize(head.to_linear().weight), nn.functional.normalize(start.weight))
+
+
+def test_cb_sigmoid_starts_calibrated(start) -> None:
+    weight, bias = numpy_of(start)
+    method, [(features, _)] = only("cb-sigmoid"), start.clean()
+    norms = np.linalg.norm(weight, axis=1)
+    head = method.head(start)
+    own = features.numpy() @ (weight / norms[:, None]).T * norms.mean() + bias
+    shifts = head(features).detach().numpy() - own
+    assert np.ptp(shifts) < 1e-5 and abs(shifts.mean()) > 0.1
+    assert head(features).sigmoid().sum(dim=1).mean().item() == pytest.approx(1, abs=1e-4)
+    again = dataclasses.replace(start, head=method.finished(head).requires_grad_(False))
+    assert torch.allclose(method.head(again).bias, head.bias, atol=1e-4)  # nothing to be done
+    assert torch.allclose(method.finished(head)(features), head(features), atol=1e-5)
+
+
+def test_cb_sigmoid_looks_at_evenly_spaced_images_whatever_the_blocks(start) -> None:
+    [(features, labels)] = start.clean()
+    seen = []
+    for size in (74, 7, 1):
+        blocks = list(zip(features.split(size), labels.split(size)))
+        seen.append(spaced(dataclasses.replace(start, clean=lambda blocks=blocks: blocks), 30))
+    assert all(torch.equal(rows, features[::3]) for rows in seen)
+    assert torch.equal(spaced(start, 74), features)
 
 
 def test_ldam_defers_its_weights(start) -> None:
@@ -350,6 +428,11 @@ def test_the_other_losses_longhand_away_from_their_defaults(start) -> None:
     lade = weighted.LADE(COUNTS, alpha=0.3, lam=0.2)
     assert value("lade", lade_alpha=0.3, lade_lambda=0.2) == pytest.approx(float(lade(LOGITS, TARGETS)), rel=1e-6)
     assert value("lade", lade_alpha=0.2, lade_lambda=0.3) != pytest.approx(float(lade(LOGITS, TARGETS)), rel=1e-3)
+    weights = effective(0.9) / effective(0.9).sum() * 5
+    p = LOGITS.double().sigmoid()
+    rows = [-(z[y].log() + sum((1 - z[j]).log() for j in range(5) if j != y)) for z, y in zip(p, TARGETS)]
+    expected = float((weights[TARGETS] * torch.stack(rows)).mean())
+    assert value("cb-sigmoid", cb_beta=0.9) == pytest.approx(expected, rel=1e-5)
     bce = weighted.ClassBalancedBCE(COUNTS, 0.9)
     assert value("weight-decay", cb_beta=0.9) == pytest.approx(float(bce(LOGITS, TARGETS)), rel=1e-6)
     margins = 0.2 * N**-0.25 / (N**-0.25).max() * 10
@@ -378,6 +461,8 @@ def test_published_defaults() -> None:
         "lade": {"lade_alpha": 0.1, "lade_lambda": 0.01},
         "vs": {"vs_gamma": 0.3, "la_tau": 1.2, "finetune_lr": 5e-4, "finetune_wd": 0.0},
         "cdt": {"vs_gamma": 0.2},
+        "samn": {"finetune_lr": 5e-4, "finetune_wd": 0.0, "sampler": "instance"},
+        "cb-sigmoid": {"finetune_lr": 1e-4, "finetune_wd": 0.0, "cb_beta": 0.9999},
     }
     for name, values in expected.items():
         for option, value in values.items():
