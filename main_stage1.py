@@ -43,6 +43,7 @@ from experiment.record import (
     following,
     make_checkpoint,
     model_size,
+    note_balance,
     save_weights,
 )
 from experiment.restore import final_path, imagenet_start, open_checkpoint, starting_weights
@@ -60,7 +61,7 @@ from experiment.threads import settle_threads
 from models import trained_part
 from training.dry_run import dry_run
 from training.options import Options
-from training.recipe import deferred_loss, make_batches, make_network, make_runs, make_step, resolve_auto
+from training.recipe import deferred_loss, last_loss, make_batches, make_network, make_runs, make_step, resolve_auto
 from utils import checkpoints
 from utils.checkpoints import Checkpoint, Data
 from utils.command import command
@@ -136,6 +137,9 @@ def main(argv: Sequence[str]) -> Report:
             run.say(
                 f"from {start.path}, of {counted(start.num_classes, 'class', 'classes')}: the classifier begins anew"
             )
+        note_balance(
+            run, ((f"--loss {o.loss} with --sampler {o.sampler}", o.sampler, last_loss(o, data)) for o in runs)
+        )
         steps = options.epochs * -(-len(data.train) // options.batch_size)
         if options.ema and steps * (1 - options.ema) < 0.5:
             run.say(

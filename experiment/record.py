@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TypeVar, cast
 
@@ -18,6 +18,7 @@ from experiment.data import eval_batches
 from experiment.options import DataOptions, TrainOptions, data_name
 from experiment.restore import final_path, final_path_of
 from experiment.resuming import Resumed
+from losses import balances
 from models import pick_stem, sketch
 from utils import checkpoints
 from utils.checkpoints import Checkpoint, Chosen, Metrics, Sweep
@@ -38,6 +39,13 @@ T = TypeVar("T", bound=TrainOptions)
 COPIES = 2
 #: What a state takes beside a checkpoint: weights, momentum, averaged weights, and those selected so far.
 STATE = 4
+
+
+def note_balance(run: Run, trainings: Iterable[tuple[str, str, nn.Module]]) -> None:
+    """Says which trainings balance the classes twice, by sampler and by loss: (their name, sampler, loss) of each."""
+    twice = dict.fromkeys(name for name, sampler, loss in trainings if sampler != "instance" and balances(loss))
+    if twice:
+        run.say(f"note: classes are balanced twice, by the sampler and by the loss: {', '.join(twice)}")
 
 
 def begin(

@@ -31,6 +31,7 @@ __all__ = [
     "LOSSES",
     "SoftmaxLoss",
     "auto_label_smooth",
+    "balances",
     "class_balanced_weights",
     "make_loss",
     "total_weight",
@@ -61,6 +62,13 @@ def make_loss(name: str, class_counts: Sequence[int], values: Mapping[str, float
     make, options = LOSSES[name]
     given = {parameter: values[option] for option, parameter in options.items() if values.get(option) is not None}
     return make(class_counts, **given)
+
+
+def balances(loss: nn.Module) -> bool:
+    """Whether a loss makes up for the classes' sizes by weights, temperatures or a prior."""
+    parts = dict(loss.named_buffers())
+    used = [parts[name] for name in ("weight", "scale", "offset", "log_prior") if name in parts]
+    return any(bool((part != part[0]).any()) for part in used)
 
 
 def takes_weights(name: str) -> bool:

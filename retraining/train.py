@@ -16,7 +16,7 @@ import torch
 from datasets import LongTailed
 from engine import TrainStep, is_due, make_sgd, set_lr, train_epoch
 from experiment.data import EVAL_BATCH
-from experiment.record import STATE
+from experiment.record import STATE, note_balance
 from experiment.restore import restore
 from experiment.resuming import make_state
 from experiment.threads import settle_threads
@@ -96,6 +96,9 @@ def retrain(
     run.is_sweep = len(methods) > 1
     finished = Finished(frozen, options.select)
     state = make_state(run, options, resolved.stored(), frozen.data, frozen.source.device, finished=finished)
+    taught = [method for method in methods if isinstance(method, Trained)]
+    losses = ((f"{m.name} with --sampler {m.sampler}", m.sampler, m.loss(frozen.stage1, 1.0)) for m in taught)
+    note_balance(run, losses)
     arrays, lacking = frozen.source.arrays(cached_streams(methods))
     require_room({options.cache_dir: lacking * frozen.source.array_bytes}, f"--features {options.features}")
     if lacking:

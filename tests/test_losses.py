@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from losses import LOSSES, SoftmaxLoss, auto_label_smooth, class_balanced_weights, make_loss, reweighted
+from losses import LOSSES, SoftmaxLoss, auto_label_smooth, balances, class_balanced_weights, make_loss, reweighted
 
 
 def longhand(logits: torch.Tensor, labels: torch.Tensor, d: float) -> float:
@@ -69,6 +69,12 @@ def test_every_option_of_a_loss_makes_a_difference(name: str) -> None:
         changed = make_loss(name, counts, {option: 0.7})(logits, labels).item()
         assert abs(changed - plain) > 1e-4, option
     assert make_loss(name, counts, {"la_tau": None, "smooth": 0.5})(logits, labels).item() == plain
+
+
+def test_which_losses_balance_classes() -> None:
+    plain = {"ce", "ldam", "label-aware-smoothing", "focal"}
+    assert {name for name in LOSSES if not balances(make_loss(name, [50, 9, 4, 2], {}))} == plain
+    assert not any(balances(make_loss(name, [5, 5, 5, 5], {})) for name in LOSSES)
 
 
 def test_reweighted_changes_the_weights_alone() -> None:

@@ -210,6 +210,12 @@ def deferred_loss(run: Options, criterion: nn.Module, class_counts: list[int]) -
     return reweighted(criterion, class_balanced_weights(class_counts, run.cb_beta))
 
 
+def last_loss(run: Options, data: LongTailed) -> nn.Module:
+    """The loss of a run's last epoch."""
+    loss = make_loss(run.loss, data.trained_counts, run.loss_options)
+    return loss if run.drw_epoch is None else deferred_loss(run, loss, data.trained_counts)
+
+
 def constraint(head: nn.Module, kind: str, radius: float) -> Callable[[], None] | None:
     """Projects the classifier's rows w_j (Weight Balancing, CVPR 2022), its bias left free; None for ``none``.
 
