@@ -2,6 +2,7 @@
 
     python predict.py IMAGE_OR_FOLDER --from FILE_OR_RUN
     python predict.py photos/ --from FILE_OR_RUN --top_k 3 --csv top3.csv --json top3.json --plot sheet.png
+    python predict.py --export model.onnx --from FILE_OR_RUN
 
 The file says how images are scaled and normalised and what its classes are called. Where it has held-out images, its
 probabilities are those of temperature scaling (Guo et al., ICML 2017): softmax(z / T), with T fitted on them.
@@ -27,9 +28,11 @@ from datasets import DATASETS, known_class_names
 from datasets.features import as_floats
 from datasets.files import FULL_RANGE, read_image
 from datasets.found import LeftOut, images_below
-from datasets.geometry import centre, square
+from datasets.geometry import centre, resized, square
 from datasets.own import SMALL_SIDE, normal
 from engine import for_evaluation
+from experiment import export
+from experiment.export import Deployed
 from experiment.options import (
     LAYOUT,
     DataOptions,
@@ -102,6 +105,12 @@ class Options(DataOptions):
     plot: str | None = option(
         None, Text("a file to write"), f"draw up to {SHOWN} images with their predictions, a PNG", "files"
     )
+    export: str | None = option(
+        None,
+        Text("a file to write"),
+        "write network, normalisation, temperature and prior as ONNX; IMAGE_OR_FOLDER may be left out",
+        "files",
+    )
 
 
 @command
@@ -110,19 +119,23 @@ def main(argv: Sequence[str]) -> list[Predicted]:
     require_single("predict.py")
     place, flags = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else (None, argv)
     typed = parse_typed(Options, flags, "predict.py IMAGE_OR_FOLDER", __doc__)
-    if place is None:
-        raise UsageError("predict.py: IMAGE_OR_FOLDER, which comes first, is missing", "an image, or a folder of some")
     options = resolve(Options, typed, {}).options
+    is_of_images = not options.export or options.csv or options.json or options.plot or options.test_prior == "em"
+    if place is None and is_of_images:
+        raise UsageError("predict.py: IMAGE_OR_FOLDER, which comes first, is missing", "an image, or a folder of some")
     if options.plot and Path(options.plot).suffix.lower() != ".png":
         raise UsageError(f"--plot {options.plot}", "the path of a .png")
-    is_rows = Path(place).suffix in (".npy", ".npz")
-    paths = [Path(place)] if is_rows else images_in(Path(place))
+    exports = [] if options.export is None else [export.target(options.export)]
+    is_rows = place is not None and Path(place).suffix in (".npy", ".npz")
+    paths = [] if place is None else [Path(place)] if is_rows else images_in(Path(place))
     if not typed.keys() & CHOOSING:
         typed = {**typed, "pretrained_pth": str(only_file())}
     file = open_latest(typed, Options)
     number = counted(file.num_classes, "class", "classes")
     write(f"{file.path}: {file.stage or 'of another program'}, {file.network}, {number}")
     refuse_unused(typed, file)
+    if options.export and file.network == "features":
+        raise UsageError(f"--export {options.export}: {file.path} has no network of images", "a checkpoint of images")
     if is_rows != (file.network == "features"):
         wanted = "a .npy or .npz of features" if file.network == "features" else "images"
         raise UsageError(f"predict.py {place}: {file.path} is of the network {file.network}", wanted)
@@ -136,7 +149,7 @@ def main(argv: Sequence[str]) -> list[Predicted]:
         "plot": (b"\x89PNG", b"Matplotlib"),
     }
     asked = [(f"--{name}", getattr(options, name), marks) for name, marks in reports.items()]
-    targets = [Target(flag, path, *marks) for flag, path, marks in asked if path is not None]
+    targets = [Target(flag, path, *marks) for flag, path, marks in asked if path is not None] + exports
     read = [*files_read(file, options), *([Path(options.test_prior)] if options.test_prior else [])]
     require_targets(targets, [*paths, *read])
     device = pick_device(options.device, options.gpu, options.threads)
@@ -152,7 +165,7 @@ def main(argv: Sequence[str]) -> list[Predicted]:
         return probabilities(model, inputs.to(device), temperature, flip, shift)
 
     if is_rows:
-        images, predicted = row_predictions(Path(place), file, forward, options.batch_size)
+        images, predicted = row_predictions(paths[0], file, forward, options.batch_size)
     else:
         view = View(file, options, "dataset" in typed)
         images = len(paths)
@@ -163,6 +176,11 @@ def main(argv: Sequence[str]) -> list[Predicted]:
         shift = log_ratio(test, priors.source).to(device)
         write(priors.describe(test, names))
         prior = priors.report(test)
+    if options.export is not None:
+        deployed = Deployed(built(file), view.mean, view.std, temperature, flip, shift.cpu())
+        write_onnx(options.export, deployed, file, view, names, prior, paths)
+    if place is None:
+        return []
     found: list[Predicted] = []
     sheet: dict[str, list[Pictured]] = {}
     for path, image, row in bar(predicted(), images, "predicting"):
@@ -364,6 +382,41 @@ def class_names(file: Checkpoint, options: Options, is_typed: bool) -> list[str]
 
         return list(ResNet50_Weights.IMAGENET1K_V1.meta["categories"])
     return [str(number) for number in range(file.num_classes)]
+
+
+def write_onnx(
+    path: str,
+    deployed: Deployed,
+    file: Checkpoint,
+    view: View,
+    names: Sequence[str],
+    prior: Json | None,
+    paths: Sequence[Path],
+) -> None:
+    """Writes --export's file, with all that a program must know to use it; says how far it is from PyTorch."""
+    real = [image for image in map(view.of, paths[: export.COMPARED]) if isinstance(image, Tensor)]
+    images = torch.stack(real).float() / 255 if real else torch.empty(0)
+    shorter = resized(view.side) if view.is_photo else view.side
+    metadata = {
+        "class_names": json.dumps(names),
+        "side": str(view.side),
+        "channels": str(view.channels),
+        "mean": json.dumps(view.mean),
+        "std": json.dumps(view.std),
+        "fit": view.fit,
+        "resize": f"shorter side to {shorter}, centre cut out" if view.fit == "crop" else "all of the image",
+        "levels_of_16_bit": json.dumps(view.levels),
+        "temperature": repr(deployed.temperature),
+        "flip_averaging": "in the graph" if deployed.flip else "off",
+        "prior": json.dumps(prior),
+        "checkpoint_sha256": str(file.sha256),
+        "version": export.version(),
+    }
+    largest = export.export(path, deployed, view.side, images, metadata)
+    words = (
+        f"{path}: temperature {deployed.temperature:.3g}, flip averaging {metadata['flip_averaging']}; ONNX differs by "
+    )
+    write(f"{words}{largest:.1e} at most from PyTorch, on {export.COMPARED} random and {len(real)} real images")
 
 
 def write_reports(

@@ -49,7 +49,7 @@ class PrototypeHead(nn.Module):
     def transform(self, features: Tensor) -> Tensor:
         """Features f (B, D) -> f' (B, D)."""
         moved = features - self.center
-        return F.normalize(moved) if self.unit else moved
+        return torch.where(self.unit, F.normalize(moved), moved)  # no branch, which an exported graph could not have
 
     def forward(self, features: Tensor) -> Tensor:
         return 2 * F.linear(self.transform(features), self.weight) - self.weight.square().sum(dim=1)
