@@ -7,6 +7,7 @@ to folders. Hidden files and folders, whose names begin with a dot, are left out
 from __future__ import annotations
 
 import os
+from collections import Counter
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -21,13 +22,17 @@ class LeftOut:
     """Files and folders that were not read, {why: paths}."""
 
     paths: dict[str, list[str]] = field(default_factory=dict)
+    files: Counter[str] = field(default_factory=Counter)
 
     def add(self, why: str, path: str) -> None:
+        """Notes a file, or a folder with all files in it."""
         self.paths.setdefault(why, []).append(path)
+        is_folder = os.path.isdir(path) and not os.path.islink(path)
+        self.files[why] += sum(len(names) for _, _, names in os.walk(path)) if is_folder else 1
 
     def describe(self) -> str:
-        """How many of each kind, with the first of them; "" where there are none."""
-        return ", ".join(f"{len(paths):,} {why} ({paths[0]})" for why, paths in self.paths.items())
+        """How many files of each kind, with the first of them or its folder; "" where there are none."""
+        return ", ".join(f"{self.files[why]:,} {why} ({paths[0]})" for why, paths in self.paths.items())
 
 
 @cache
@@ -55,7 +60,7 @@ def images_below(folder: str | Path, left_out: LeftOut) -> list[str]:
             name = f"{inside}/{entry.name}" if inside else entry.name
             path = os.path.join(top, name)
             if entry.name.startswith("."):
-                left_out.add("hidden", path)
+                left_out.add("in hidden folders" if entry.is_dir() else "hidden", path)
             elif entry.is_dir():
                 here = identity(path)
                 if here in above:

@@ -49,7 +49,9 @@ FOLDERS = {"train": ("train", "training"), "val": ("val", "valid", "validation")
 #: Lengths over widths beyond which a square in the centre leaves more than a third away, and how many are many.
 CUT, MANY = 1.5, 0.1
 #: Labels of a CSV that stand for none, in small letters, as pandas reads and writes them.
-MISSING = {"", "nan", "none", "null", "n/a", "na", "<na>"}
+MISSING = {"", "nan", "-nan", "none", "null", "n/a", "na", "<na>", "#n/a", "#na", "#n/a n/a", "nat"}
+#: Letters without width, which nobody sees in a name.
+UNSEEN = dict.fromkeys(map(ord, "\u200b\u2060\ufeff"))
 #: Bytes of a class name, at most.
 MOST_NAME = 8000
 WHOLE = re.compile(r"-?\d{1,15}(\.0*)?")
@@ -143,7 +145,9 @@ def list_images(kind: str, data_dir: str, image_options: ImageOptions) -> Listed
     missing = [split for split in ("train", "test") if not splits.get(split, ([], []))[0]]
     if missing:
         others = ", or --test_split 0.2" if missing == ["test"] else ""
-        raise UsageError(f"--data_dir {data_dir} has no {missing[0]} images", f"{LAYOUTS[kind]}{others}")
+        words = left_out.describe()
+        problem = f"--data_dir {data_dir} has no {missing[0]} images{f'; left out: {words}' if words else ''}"
+        raise UsageError(problem, f"{LAYOUTS[kind]}{others}")
     seen: dict[str, tuple[str, str]] = {}
     for split, (paths, labels) in splits.items():
         for path, label in zip(paths, labels):
@@ -186,7 +190,7 @@ def _list_folder(data_dir: str, image_options: ImageOptions) -> tuple[Path, Spli
             found[split] = _by_class(folder, class_level, left_out)
             folders.remove(folder)
     for folder in folders:
-        left_out.add("folders that are no split", str(folder))
+        left_out.add("in folders that are no split", str(folder))
     if "train" not in found:
         raise UsageError(f"--data_dir {data_dir}: no folder {root / 'train'}", LAYOUTS["folder"])
     if class_level == 1:
@@ -283,7 +287,9 @@ def _list_csv(data_dir: str, image_options: ImageOptions) -> tuple[Path, Splits,
         paths, labels = splits.setdefault(part, ([], []))
         paths.append(image)
         labels.append(names.get(label, label))
-    return root, splits, left_out, []
+    whole = next((label for label, number in sorted(names.items()) if label != number), None)
+    notes = [] if whole is None else [f"labels are whole numbers: {whole} is read as {names[whole]}"]
+    return root, splits, left_out, notes
 
 
 def split_off(train: tuple[list[str], list[str]], image_options: ImageOptions) -> Splits:
@@ -324,8 +330,8 @@ def _below(root: Path, path: str) -> str:
 
 
 def normal(name: str) -> str:
-    """A class name as names are compared: without spaces around it, in Unicode's normal form C."""
-    return unicodedata.normalize("NFC", name.strip())
+    """A class name as names are compared: one space between words, nothing unseen, in Unicode's normal form C."""
+    return " ".join(unicodedata.normalize("NFC", name.translate(UNSEEN)).split())
 
 
 def whole_numbers(labels: Set[str]) -> dict[str, str]:
@@ -361,7 +367,8 @@ def class_names_of(listing: Named) -> list[str]:
     by_letters: dict[str, str] = {}
     for name in sorted(names):
         if by_letters.setdefault(name.casefold(), name) != name:
-            show(f"note: {by_letters[name.casefold()]} and {name} are two classes, which differ in small letters alone")
+            first = by_letters[name.casefold()]
+            show(f"note: {first} and {name} are two classes, whose names differ in the form of letters alone")
     return sorted(names, key=lambda name: (not is_number(name), int(name) if is_number(name) else 0, name))
 
 
@@ -381,6 +388,7 @@ def read_files(kind: str, data_dir: str, image_options: ImageOptions) -> Source:
         show(f"16-bit grey images: {levels[0]} becomes black and {levels[1]} white ({said})")
     shared = Duplicates({split: files.digests for split, files in manifest.splits.items()})
     shared.say(lambda split, position: manifest.splits[split].paths[position], image_options.drop_duplicates)
+    say_contradictions(manifest)
     say_shapes(manifest.splits["train"].sizes, image_options.fit)
     side = image_options.image_size or _usual(_some(manifest.splits["train"].sizes.amin(dim=1).tolist()))
     if side > SMALL_SIDE:
@@ -425,6 +433,19 @@ def say_shapes(sizes: Tensor, fit: str) -> None:
             f"note: {100 * share:.0f} % of the training images are more than {CUT} times as long as they are wide, and "
             f"tests see a square in their centre (--fit crop); --fit squash or --fit pad show all of them"
         )
+
+
+def say_contradictions(manifest: Manifest) -> None:
+    """Says where training images of the same content have different labels."""
+    train = manifest.splits["train"]
+    order = train.digests.argsort(stable=True)
+    digests, labels = train.digests[order], train.labels[order]
+    places = torch.nonzero((digests.diff() == 0) & (labels.diff() != 0)).flatten()
+    if len(places):
+        one, other = order[places[0]], order[places[0] + 1]
+        pair = " and ".join(f"{train.paths[i]} of {manifest.class_names[train.labels[i]]}" for i in (one, other))
+        number = counted(len(places), "training image")
+        show(f"note: {number} with the content of one of another class, the first: {pair}")
 
 
 class Duplicates:

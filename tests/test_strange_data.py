@@ -178,7 +178,8 @@ def test_hidden_files_and_folders_are_left_out(name: str, workdir, capsys) -> No
         shutil.copy("d/train/red/0.png", path)
     data = read("folder", "d")
     assert data.class_counts == [2, 4, 8] and len(data.test) == 9
-    assert f"left out: 2 hidden (d/train/red/{name.split('/')[0]})" in said(capsys)
+    what = "in hidden folders" if "/" in name else "hidden"
+    assert f"left out: 2 {what} (d/train/red/{name.split('/')[0]})" in said(capsys)
     path = Path("new", name)
     path.parent.mkdir(parents=True)
     shutil.copy("d/train/red/0.png", path)
@@ -223,7 +224,7 @@ def test_images_and_folders_beside_the_classes_are_counted(workdir, capsys) -> N
     Path("d/extra").mkdir()
     assert read("folder", "d").class_counts == [2, 4, 8]
     words = said(capsys)
-    assert "4 beside the class folders (d/train/loose0.png)" in words and "1 folders that are no split" in words
+    assert "4 beside the class folders (d/train/loose0.png)" in words and " in folders that are no split (" in words
 
 
 @pytest.mark.parametrize("is_shared", [False, True])
@@ -1027,3 +1028,55 @@ def test_a_turn_behind_long_segments_is_seen(workdir) -> None:
     segment = b"\xff\xed" + (60_002).to_bytes(2, "big") + bytes(60_000)
     Path("x.jpg").write_bytes(content[:2] + segment * 2 + content[2:])
     assert read_image("x.jpg").shape == (3, 30, 20)
+
+
+def test_folders_that_are_left_out_count_with_their_files(workdir, capsys) -> None:
+    make_folder(Path("d"))
+    for name, split in ((".red", "train"), ("eval", "")):
+        shutil.copytree("d/train/red", Path("d", split, name))
+    read("folder", "d")
+    words = said(capsys)
+    number = len(list(Path("d/train/red").iterdir()))
+    assert f"{number} in hidden folders (d/train/.red)" in words and f"{number} in folders that are no split" in words
+    shutil.rmtree("d/test")
+    with pytest.raises(UsageError, match=rf"no test images; left out: .*{number} in folders that are no split"):
+        read("folder", "d")
+
+
+@pytest.mark.parametrize("label", ["NaT", "#N/A", "-NaN"])
+def test_more_labels_that_are_none(label: str, workdir) -> None:
+    make_folder(Path("d"))
+    rows = [f"{path},{path.parent.name},{path.parts[1]}" for path in sorted(Path("d").rglob("*.png"))]
+    Path("x.csv").write_text("\n".join(["path,label,split", *rows, rows[0].replace(",blue,", f",{label},")]))
+    with pytest.raises(UsageError, match="has no label"):
+        read("csv", "x.csv")
+
+
+def test_names_that_look_alike_are_one(workdir) -> None:
+    make_folder(Path("d"))
+    forms = ["big cat", "big\u00a0cat", "big  cat", "\u200bbig cat "]
+    rows = [
+        f"{path},{forms[place % 4] if path.parent.name == 'red' else 'other'},{path.parts[1]}"
+        for place, path in enumerate(sorted(Path("d").rglob("*.png")))
+    ]
+    Path("x.csv").write_text("\n".join(["path,label,split", *rows]))
+    assert read("csv", "x.csv").class_names == ["big cat", "other"]
+
+
+def test_one_image_of_two_classes_is_said(workdir, capsys) -> None:
+    make_folder(Path("d"))
+    shutil.copy("d/train/red/0.png", "d/train/blue/other.png")
+    read("folder", "d")
+    words = capsys.readouterr().out
+    assert (
+        "1 training image with the content of one of another class" in words and "train/blue/other.png of blue" in words
+    )
+
+
+def test_numbers_that_are_read_as_others_are_said(workdir, capsys) -> None:
+    make_folder(Path("d"))
+    numbers = {"red": "0.0", "green": "1.0", "blue": "2.0"}
+    rows = [f"{path},{numbers[path.parent.name]},{path.parts[1]}" for path in sorted(Path("d").rglob("*.png"))]
+    Path("x.csv").write_text("\n".join(["path,label,split", *rows]))
+    assert read("csv", "x.csv").class_names == ["0", "1", "2"]
+    assert "labels are whole numbers: 0.0 is read as 0" in capsys.readouterr().out
