@@ -46,7 +46,7 @@ from experiment.options import (
 from experiment.restore import open_checkpoint, restore
 from models import TIMM, Network
 from models.pretrained import Preprocessing, pretrained_network
-from retraining.features import VIEWS_STREAM, features_of
+from retraining.features import DTYPES, VIEWS_STREAM, features_of
 from utils import checkpoints
 from utils.bar import bar
 from utils.command import command
@@ -58,8 +58,8 @@ from utils.options import Choice, Number, Text, Values, option, parse_typed, res
 from utils.system import pick_device, provenance
 from utils.types import Json
 
-#: --feature_dtype: torch's type, and what the file calls it (bfloat16 as ml_dtypes writes it).
-DTYPES = {"float32": (torch.float32, "<f4"), "float16": (torch.float16, "<f2"), "bfloat16": (torch.bfloat16, "|V2")}
+#: What NumPy calls the numbers of a file of bfloat16, as ml_dtypes writes it.
+BFLOAT16 = "|V2"
 
 
 @dataclass(frozen=True)
@@ -164,9 +164,8 @@ def of_checkpoint(typed: Values) -> Extractor:
     if file.stage is None or DATASETS[file.data["dataset"]].rows:
         raise UsageError(f"--from {file.path}: no checkpoint of images that this project made", "--network timm:NAME")
     stored = file_identity(file)
-    refuse_contradictions(typed, {name: stored[name] for name in stored if name != "imb_ratio"}, str(file.path))
+    refuse_contradictions(typed, stored, str(file.path))
     known = {**file_defaults(file), **stored, **typed}
-    known["imb_ratio"] = typed.get("imb_ratio", stored["imb_ratio"])
     options = resolve(Options, known, images_of(known)).options
     device = pick_device(options.device, options.gpu, options.threads)
     data = load_data(options, val_indices=file.data.get("val_indices"), test_files=file.data.get("test_files", ()))
@@ -187,13 +186,10 @@ def of_timm(typed: Values) -> Extractor:
     given = resolve(Options, known, images_of(known)).options
     if given.input != "files" or given.flip is not None or given.jitter is not None:
         raise UsageError("--input, --flip, --jitter with a network of timm's", "without, which reads files")
-    weights = None
-    if given.weights is not None:
-        file = checkpoints.read(Path(given.weights))
-        if file.stage is not None:
-            raise UsageError(f"--weights {given.weights}: a checkpoint of this project", f"--from {given.weights}")
-        weights = file.foreign
-    source = given.weights or "timm"
+    file = None if given.weights is None else checkpoints.read(Path(given.weights))
+    if file is not None and file.stage is not None:
+        raise UsageError(f"--weights {given.weights}: a checkpoint of this project", f"--from {given.weights}")
+    source, weights = given.weights or "timm", None if file is None else file.foreign
     network, how, licence = pretrained_network(name.removeprefix(TIMM), weights, source, given.image_size)
     is_own = DATASETS[given.dataset].own
     options = replace(given, image_size=how.size if DATASETS[given.dataset].photos else None)
@@ -212,8 +208,8 @@ def of_timm(typed: Values) -> Extractor:
         shown = Enlarged(network, how)
     write(f"{name}, weights of {source} (timm states for its own: {licence}); images: {shown_as(how)}")
     about: dict[str, object] = {"network": name, "weights": source, **asdict(how)}
-    if given.weights is not None:
-        about["sha256"] = checkpoints.read(Path(given.weights)).sha256
+    if file is not None:
+        about["sha256"] = file.sha256
     return Extractor(for_evaluation(shown.to(device)), data, options, device, about)
 
 
@@ -268,6 +264,7 @@ def write_rows(path: Path, part: ImageSet, steps: Iterator[Batch], work: Extract
         UsageError: a feature is not finite, or too large for its type.
     """
     kind, name = DTYPES[work.options.feature_dtype]
+    name = BFLOAT16 if kind == torch.bfloat16 else name
     width, size = work.network.num_features, EVAL_BATCH[work.device.type]
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(header, {"descr": name, "fortran_order": False, "shape": (len(part), width)})

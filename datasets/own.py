@@ -294,29 +294,29 @@ def _list_csv(data_dir: str, image_options: ImageOptions) -> tuple[Path, Splits,
 
 def split_off(train: tuple[list[str], list[str]], image_options: ImageOptions) -> Splits:
     """The images of every class in two, "train" and "test"; a class of one is not tested."""
-    paths, labels = train
+    labels = train[1]
     number = {label: place for place, label in enumerate(dict.fromkeys(sorted(labels)))}
     numbers = torch.tensor([number[label] for label in labels])
-    is_test = hold_out(numbers, image_options.test_split, image_options.test_seed).tolist()
-    parts: Splits = {"train": ([], []), "test": ([], [])}
-    for path, label, tested in zip(paths, labels, is_test):
-        for column, value in zip(parts["test" if tested else "train"], (path, label)):
-            column.append(value)
-    return parts
+    return parted(train, hold_out(numbers, image_options.test_split, image_options.test_seed).tolist())
 
 
 def split_by_name(train: tuple[list[str], list[str]], test_files: Sequence[str], data_dir: str) -> Splits:
     """The images in two, "train" and "test", which are those of these names; UsageError where one is not there."""
-    tested, (paths, labels) = set(test_files), train
-    gone = sorted(tested - set(paths))
+    tested = set(test_files)
+    gone = sorted(tested - set(train[0]))
     if gone:
         raise UsageError(
             f"{data_dir} lacks {len(gone):,} of the test images that the checkpoint names, the first: {gone[0]}",
             "the images that it was trained and tested on",
         )
+    return parted(train, [path in tested for path in train[0]])
+
+
+def parted(train: tuple[list[str], list[str]], is_test: Sequence[bool]) -> Splits:
+    """Paths and labels in two, "train" and "test"."""
     parts: Splits = {"train": ([], []), "test": ([], [])}
-    for path, label in zip(paths, labels):
-        for column, value in zip(parts["test" if path in tested else "train"], (path, label)):
+    for path, label, tested in zip(*train, is_test):
+        for column, value in zip(parts["test" if tested else "train"], (path, label)):
             column.append(value)
     return parts
 

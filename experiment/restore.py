@@ -128,12 +128,12 @@ def only_file() -> Path:
     if len(runs) > 1:
         files = ", ".join(map(str, runs.values()))
         raise UsageError(f"which checkpoint? There are {files}", "--from with one of them, or a run folder")
-    for path in runs.values():
-        if path.stem.endswith("_stage2"):
-            require_same_run(checkpoints.read(path), checkpoints.sibling(path))
     if not runs:
         raise UsageError(f"there is no checkpoint in {checkpoints.FOLDER}", "--from with a file or a run folder")
-    return next(iter(runs.values()))
+    path = next(iter(runs.values()))
+    if path.stem.endswith("_stage2"):
+        require_same_run(checkpoints.read(path), checkpoints.sibling(path))
+    return path
 
 
 def require_same_data(file: Checkpoint, data_dir: str) -> None:
@@ -208,8 +208,10 @@ def restore(file: Checkpoint, data: LongTailed, head: str | None = None) -> Netw
             f"{file.path} has {file.num_classes} classes and {file.in_channels} input channels",
             f"{data.num_classes} and {data.channels}, as {data.spec.name} has",
         )
-    if data.spec.own:
-        refuse_replaced(file, data)
+    images = data.train.summary()
+    is_same = file.data.get("train_images", images) == images
+    if data.spec.own and not is_same:
+        refuse_replaced(file, images)
     stated, spec = file.data, data.spec
     known: dict[str, tuple[Sequence[object], Sequence[object]]] = {}
     if "class_names" in stated:
@@ -227,7 +229,7 @@ def restore(file: Checkpoint, data: LongTailed, head: str | None = None) -> Netw
                 f"{file.path} was trained with other {key}: {theirs} where the data has {ours}",
                 f"the data that it was trained on{where}",
             )
-    if file.data.get("train_images", data.train.summary()) != data.train.summary():
+    if not is_same:
         show(f"note: the training images are not those that {file.path} was trained on")
     if file.head not in HEADS or head not in (None, file.head):
         fitting = f"--head {file.head}, or another file" if file.head in ("linear", "cosine") else "another file"
@@ -235,11 +237,8 @@ def restore(file: Checkpoint, data: LongTailed, head: str | None = None) -> Netw
     return built(file)
 
 
-def refuse_replaced(file: Checkpoint, data: LongTailed) -> None:
-    """Raises UsageError where a file is of other training images, and one that it has replaced is of these."""
-    images = data.train.summary()
-    if file.data.get("train_images", images) == images:
-        return
+def refuse_replaced(file: Checkpoint, images: str) -> None:
+    """Raises UsageError where a file has replaced one of these training images, see :meth:`ImageSet.summary`."""
     for older in places_before(file):
         if checkpoints.read(older).data.get("train_images") == images:
             raise UsageError(

@@ -33,7 +33,17 @@ def focal(class_counts: Sequence[int], gamma: float = 1.0) -> Focal:
     return Focal(gamma)
 
 
-class ClassBalancedBCE(nn.Module):
+class _ClassBalanced(nn.Module):
+    """Losses with the weights of :func:`losses.softmax.class_balanced_weights`."""
+
+    weight: Tensor
+
+    def __init__(self, class_counts: Sequence[int], beta: float = 0.9999) -> None:
+        super().__init__()
+        self.register_buffer("weight", class_balanced_weights(class_counts, beta).float())
+
+
+class ClassBalancedBCE(_ClassBalanced):
     """Class-balanced loss as Weight Balancing's code has it: binary cross-entropy between softmax and one-hot.
 
     mean over B and C of w_y BCE(p_j, [j = y]), with the weights of :func:`losses.softmax.class_balanced_weights`.
@@ -41,12 +51,6 @@ class ClassBalancedBCE(nn.Module):
 
     logits (B, C), labels (B,) -> scalar, nats.
     """
-
-    weight: Tensor
-
-    def __init__(self, class_counts: Sequence[int], beta: float = 0.9999) -> None:
-        super().__init__()
-        self.register_buffer("weight", class_balanced_weights(class_counts, beta).float())
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
         targets = F.one_hot(labels, logits.shape[1]).to(logits.dtype)
@@ -56,17 +60,11 @@ class ClassBalancedBCE(nn.Module):
         return (self.weight[labels] * losses.masked_fill(bad.any(dim=1), torch.nan)).mean()
 
 
-class ClassBalancedSigmoid(nn.Module):
+class ClassBalancedSigmoid(_ClassBalanced):
     """Class-balanced sigmoid loss (Cui et al., CVPR 2019): mean over B of w_y sum_j BCE(sigmoid(z_j), [j = y]).
 
     The weights are those of :func:`losses.softmax.class_balanced_weights`. logits (B, C), labels (B,) -> scalar, nats.
     """
-
-    weight: Tensor
-
-    def __init__(self, class_counts: Sequence[int], beta: float = 0.9999) -> None:
-        super().__init__()
-        self.register_buffer("weight", class_balanced_weights(class_counts, beta).float())
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
         targets = F.one_hot(labels, logits.shape[1]).to(logits.dtype)

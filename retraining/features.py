@@ -17,7 +17,7 @@ import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple, cast
 
@@ -524,14 +524,10 @@ class Given(FeatureSource):
         return 0
 
     def evaluated(self, part: str, stream: Stream | None = None, epoch: int = -1) -> list[Features]:
-        if part not in self._given:
+        if part not in self._latest:
             rows = getattr(self.data, part).images
-            self._given[part] = resident(rows.through(self.model.features), self.device)
-        return [self._given[part]]
-
-    @cached_property
-    def _given(self) -> dict[str, Features]:
-        return {}
+            self._latest[part] = "", [resident(rows.through(self.model.features), self.device)]
+        return self._latest[part][1]
 
 
 FEATURES: dict[str, type[FeatureSource]] = {"views": Views, "orbit": Orbit, "replay": Replay}
