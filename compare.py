@@ -20,7 +20,7 @@ from typing import cast
 
 import torch
 
-from datasets import DATASETS, LongTailed
+from datasets import LongTailed
 from experiment.record import begin, check_places, place_of, wrapped_line
 from experiment.resuming import find_run, say_complete
 from experiment.sweeps import MEASURES, Row, plus_minus, ranked_rows, score_of, varying, write_sweep
@@ -212,7 +212,7 @@ def choose_methods(resolved: Resolved[Options], typed: Values, num_classes: int)
     methods: list[Method] = []
     if "fc" in scopes:
         frozen = {**values, "finetune_scope": ("fc",)}
-        is_first = DATASETS[options.dataset].rows
+        is_first = not options.has_stage1
         methods += make_methods(names, frozen, typed, num_classes, published, options.tune, is_first)
     if beyond and SCOPE_METHOD in names:
         remaining: Values = {} if methods else typed

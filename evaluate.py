@@ -33,6 +33,7 @@ from experiment.options import (
     recipe_layers,
     refuse_contradictions,
 )
+from experiment.pretrained import shown_of
 from experiment.priors import priors_of, source_prior_option, test_prior_option
 from experiment.record import ancestors, selection_words
 from experiment.restore import files_read, open_latest, restore
@@ -129,7 +130,9 @@ def main(argv: Sequence[str]) -> Json:
     on_main_process(lambda: require_targets(targets, read))
 
     device = pick_device(options.device, options.gpu, options.threads)
-    data = load_data(options, val_indices=file.data.get("val_indices"), test_files=file.data.get("test_files", ()))
+    kept = file.data
+    tested = kept.get("test_files", ())
+    data = load_data(options, val_indices=kept.get("val_indices"), test_files=tested, shown=shown_of(file))
     is_known = options.test_prior == "known"
     wanted = "balanced" if is_known else options.test_prior
     priors = priors_of(wanted, options.source_prior, file, data.class_names, data.class_counts)

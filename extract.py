@@ -1,7 +1,7 @@
 """Writes the features that a network makes of images, for --dataset features: stage 2 without images or a GPU.
 
     python extract.py --network timm:vit_small_patch14_dinov2 --dataset folder --data_dir birds/ --out birds_dinov2
-    python extract.py --network timm:efficientnet_lite0 --weights FILE --views 5 --out cifar100_lite0
+    python extract.py --network timm:efficientnet_lite0 --pretrained FILE --views 5 --out cifar100_lite0
     python extract.py --from checkpoints/cifar100_exp100_resnet34_stage1.pt --views 20 --out cifar100_resnet34
 
 The network is one of timm's, with timm's own weights, which are downloaded, or a file's, or a checkpoint's of this
@@ -27,11 +27,10 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from datasets import DATASETS, NATURAL, Batches, ImageSet, LongTailed, ResizedCrop
 from datasets.batches import Batch, seeded
-from datasets.photos import Photos
 from engine import for_evaluation
 from experiment.data import EVAL_BATCH, load_data
 from experiment.options import (
@@ -43,11 +42,10 @@ from experiment.options import (
     recipe_layers,
     refuse_contradictions,
 )
+from experiment.pretrained import OWN_WEIGHTS, for_images_of, open_pretrained, shown_of, without_size
 from experiment.restore import open_checkpoint, restore
-from models import TIMM, Network
-from models.pretrained import Preprocessing, pretrained_network
+from models import TIMM, Network, PretrainedNetwork
 from retraining.features import DTYPES, VIEWS_STREAM, features_of
-from utils import checkpoints
 from utils.bar import bar
 from utils.command import command
 from utils.console import counted, duration, write
@@ -67,8 +65,13 @@ class Options(DataOptions):
     """extract.py's own options; those of every command are in experiment/options.py."""
 
     pretrained_pth: str | None = checkpoint_option("a checkpoint of this project, in place of a network of timm's")
-    weights: str | None = option(
-        None, Text("a file"), "weights of --network timm:NAME; None: timm's own, downloaded", "network"
+    pretrained: str | None = option(
+        None,
+        Text("timm, or a file"),
+        "weights of --network timm:NAME; None, or timm: its own, downloaded",
+        "network",
+        aliases=("weights",),
+        alone=OWN_WEIGHTS,
     )
     views: int = option(
         0, Number(int, 0, 1000), "augmented views of every training image, beside the image as it is", "data"
@@ -86,22 +89,6 @@ class Extractor(NamedTuple):
     options: Options
     device: torch.device
     about: dict[str, object]
-
-
-class Enlarged(Network):
-    """A network that sees images of another size than they have: resized by their shorter side, and their centre."""
-
-    def __init__(self, network: Network, how: Preprocessing) -> None:
-        super().__init__()
-        self.network, self.how, self.num_features = network, how, network.num_features
-        self.fc: nn.Module = nn.Identity()
-
-    def features(self, images: Tensor) -> Tensor:
-        from torchvision.transforms.v2 import functional as F  # here, since it is slow to import
-
-        mode = F.InterpolationMode(self.how.interpolation)
-        larger = F.resize(images, [self.how.resize], interpolation=mode, antialias=True)
-        return self.network.features(F.center_crop(larger, [self.how.size, self.how.size]))
 
 
 @command
@@ -157,7 +144,7 @@ def images_of(known: Values) -> dict[str, Values]:
 
 def of_checkpoint(typed: Values) -> Extractor:
     """The backbone of a checkpoint of this project, which sees images as in its training."""
-    for name in ("weights", "network", "image_size"):
+    for name in ("pretrained", "network", "image_size"):
         if name in typed:
             raise UsageError(f"--{name} with a checkpoint", "one of the two")
     file = open_checkpoint(typed, "stage1", Options)
@@ -168,7 +155,8 @@ def of_checkpoint(typed: Values) -> Extractor:
     known = {**file_defaults(file), **stored, **typed}
     options = resolve(Options, known, images_of(known)).options
     device = pick_device(options.device, options.gpu, options.threads)
-    data = load_data(options, val_indices=file.data.get("val_indices"), test_files=file.data.get("test_files", ()))
+    kept, tested = file.data.get("val_indices"), file.data.get("test_files", ())
+    data = load_data(options, val_indices=kept, test_files=tested, shown=shown_of(file))
     network = restore(file, data)
     about: dict[str, object] = {"network": file.network, "checkpoint": str(file.path), "sha256": file.sha256}
     write(f"{file.path}: {file.network}")
@@ -180,49 +168,20 @@ def of_timm(typed: Values) -> Extractor:
     name = str(typed.get("network", ""))
     if not name.startswith(TIMM):
         raise UsageError(f"--network {name or 'is missing'}", "timm:NAME, or --from with a checkpoint")
-    known: Values = {"imb_ratio": NATURAL, **typed}
     if DATASETS[str(typed.get("dataset", "cifar100"))].rows:
         raise UsageError("--dataset features: they are there already", "a data set of images")
+    known: Values = {"imb_ratio": NATURAL, **typed}
     given = resolve(Options, known, images_of(known)).options
-    if given.input != "files" or given.flip is not None or given.jitter is not None:
-        raise UsageError("--input, --flip, --jitter with a network of timm's", "without, which reads files")
-    file = None if given.weights is None else checkpoints.read(Path(given.weights))
-    if file is not None and file.stage is not None:
-        raise UsageError(f"--weights {given.weights}: a checkpoint of this project", f"--from {given.weights}")
-    source, weights = given.weights or "timm", None if file is None else file.foreign
-    network, how, licence = pretrained_network(name.removeprefix(TIMM), weights, source, given.image_size)
-    is_own = DATASETS[given.dataset].own
-    options = replace(given, image_size=how.size if DATASETS[given.dataset].photos else None)
-    options = replace(options, mean=how.mean, std=how.std) if is_own else options
-    check_data_flags(given, {name: value for name, value in typed.items() if name != "image_size"})
+    opened = open_pretrained(name, given.pretrained or OWN_WEIGHTS, given.image_size)
+    options = for_images_of(given, opened.shown)
+    check_data_flags(given, without_size(typed))
     device = pick_device(options.device, options.gpu, options.threads)
-    data = load_data(options)
-    data = replace(data, spec=replace(data.spec, mean=how.mean, std=how.std))
-    if data.channels != 3:
-        raise UsageError(f"--network {name}: {options.dataset} has {data.channels} channels", "colour images")
-    shown: Network = network
-    if data.train.is_photos:
-        val = None if data.val is None else seen(data.val, how)
-        data = replace(data, train=seen(data.train, how), val=val, test=seen(data.test, how))
-    else:
-        shown = Enlarged(network, how)
-    write(f"{name}, weights of {source} (timm states for its own: {licence}); images: {shown_as(how)}")
-    about: dict[str, object] = {"network": name, "weights": source, **asdict(how)}
-    if file is not None:
-        about["sha256"] = file.sha256
-    return Extractor(for_evaluation(shown.to(device)), data, options, device, about)
-
-
-def seen(part: ImageSet, how: Preprocessing) -> ImageSet:
-    """A split's photos as the network sees them."""
-    assert isinstance(part.images, Photos)
-    return replace(part, images=part.images.shown_as(how.size, how.resize, how.interpolation))
-
-
-def shown_as(how: Preprocessing) -> str:
-    """How images are shown, in words."""
-    mean, std = (" ".join(f"{value:g}" for value in values) for values in (how.mean, how.std))
-    return f"{how.size} pixels of {how.resize}, {how.interpolation}, mean {mean}, std {std}"
+    data = load_data(options, shown=opened.shown)
+    write(opened.about)
+    about: dict[str, object] = {"network": name, "weights": given.pretrained or OWN_WEIGHTS, **asdict(opened.shown)}
+    about["sha256"] = opened.sha256
+    network = PretrainedNetwork(opened.network, 1, opened.shown)
+    return Extractor(for_evaluation(network.to(device)), data, options, device, about)
 
 
 def make_room(out: Path, work: Extractor) -> None:

@@ -15,7 +15,6 @@ import sys
 from collections.abc import Sequence
 from typing import cast
 
-from datasets import DATASETS
 from experiment.record import begin, calibrated, check_places, finish, make_checkpoint, model_size, wrapped_line
 from experiment.resuming import find_run, say_complete
 from experiment.sweeps import choice_in_words, chosen_on, ranked_rows, show_sweep, varying
@@ -83,7 +82,7 @@ def choose_methods(resolved: Resolved[Options], typed: Values, num_classes: int)
     """Every method with every setting that the options ask for."""
     names = [str(name) for name in resolved.values("method")]
     is_published = resolved.options.protocol == "published"
-    is_first = DATASETS[resolved.options.dataset].rows
+    is_first = not resolved.options.has_stage1
     return make_methods(names, tunable_values(resolved), typed, num_classes, is_published, is_first=is_first)
 
 
@@ -115,6 +114,8 @@ def conclude(
     device, head = frozen.source.device, head_name(chosen.classifier)
     before = parent if parent.path else None
     file = make_checkpoint(run, "stage2", options, data, chosen.selection, argv, device, before, stored, head, sweep)
+    if "shown" in parent.data:
+        file.data["shown"] = parent.data["shown"]
     return finish(run, file, chosen.selection, beside=table)
 
 

@@ -42,6 +42,7 @@ from experiment.options import (
     image_options_of,
     refuse_contradictions,
 )
+from experiment.pretrained import shown_of
 from experiment.priors import priors_of, source_prior_option, test_prior_option
 from experiment.restore import built, files_read, only_file, open_latest, require_same_data
 from utils.bar import bar
@@ -134,9 +135,7 @@ def main(argv: Sequence[str]) -> list[Predicted]:
     number = counted(file.num_classes, "class", "classes")
     write(f"{file.path}: {file.stage or 'of another program'}, {file.network}, {number}")
     refuse_unused(typed, file)
-    if options.export and file.network == "features":
-        raise UsageError(f"--export {options.export}: {file.path} has no network of images", "a checkpoint of images")
-    if is_rows != (file.network == "features"):
+    if place is not None and is_rows != (file.network == "features"):
         wanted = "a .npy or .npz of features" if file.network == "features" else "images"
         raise UsageError(f"predict.py {place}: {file.path} is of the network {file.network}", wanted)
     if is_rows and options.plot:
@@ -164,12 +163,14 @@ def main(argv: Sequence[str]) -> list[Predicted]:
     def forward(inputs: Tensor) -> Tensor:
         return probabilities(model, inputs.to(device), temperature, flip, shift)
 
-    if is_rows:
-        images, predicted = row_predictions(paths[0], file, forward, options.batch_size)
+    view: View | RowView
+    if file.network == "features":
+        view = RowView(file, paths)
+        predicted = partial(view.predictions, forward, options.batch_size)
     else:
-        view = View(file, options, "dataset" in typed)
-        images = len(paths)
-        predicted = partial(predictions, paths, view, forward, options.batch_size, options.workers)
+        view = View(file, options, "dataset" in typed, paths)
+        predicted = partial(view.predictions, forward, options.batch_size, options.workers)
+    images = len(view)
     prior = None
     if priors is not None:
         test = priors.test(lambda: probabilities_of(predicted, images))
@@ -178,7 +179,7 @@ def main(argv: Sequence[str]) -> list[Predicted]:
         prior = priors.report(test)
     if options.export is not None:
         deployed = Deployed(built(file), view.mean, view.std, temperature, flip, shift.cpu())
-        write_onnx(options.export, deployed, file, view, names, prior, paths)
+        write_onnx(options.export, deployed, file, view, names, prior)
     if place is None:
         return []
     found: list[Predicted] = []
@@ -233,10 +234,14 @@ def refuse_unused(typed: Values, file: Checkpoint) -> None:
             raise UsageError(f"--{name} {shown(typed[name])}: predict.py trains nothing", "without it")
 
 
-class View:
-    """How the network of a checkpoint is shown an image: its size, its channels, its normalisation."""
+Prediction = tuple[Path, Tensor | UsageError, Tensor]
 
-    def __init__(self, file: Checkpoint, options: Options, is_typed: bool) -> None:
+
+class View:
+    """How the network of a checkpoint is shown images: their size, their channels, their normalisation."""
+
+    def __init__(self, file: Checkpoint, options: Options, is_typed: bool, paths: Sequence[Path]) -> None:
+        self.paths = paths
         spec = DATASETS[file.data.get("dataset", options.dataset)]
         own = constants_of(file) if file.data or not is_typed or spec.own else {}
         usual = 224 if file.stem == "imagenet" else 8 if spec.name == "digits" else 32
@@ -251,8 +256,13 @@ class View:
         self.levels = low, high
         self.is_photo = self.side > SMALL_SIDE or (spec.photos and not spec.own)
         self.fit = file.data.get("fit") or options.fit
+        how = shown_of(file)
+        self.resize, self.mode = (how.resize, how.interpolation) if how else (resized(self.side), "bilinear")
         fit = "" if self.fit == "crop" else f" ({self.fit})"
         write(f"input: {self.side} x {self.side} pixels{fit}, mean {shown(self.mean)}, std {shown(self.std)}")
+
+    def __len__(self) -> int:
+        return len(self.paths)
 
     def of(self, path: Path) -> Tensor | UsageError:
         """The pixels (c, side, side) uint8 of a file, or why there are none."""
@@ -264,7 +274,9 @@ class View:
 
         if self.channels != 3:  # the weights of the three do not add up to 1: grey would become darker
             image = image[:1] if bool((image == image[:1]).all()) else F.rgb_to_grayscale(image)
-        return (centre if self.is_photo else square)(image, self.side, self.fit)
+        if self.is_photo:
+            return centre(image, self.side, self.fit, self.resize, self.mode)
+        return square(image, self.side, self.fit)
 
     def normalised(self, images: Sequence[Tensor]) -> Tensor:
         """What the network takes: (B, c, side, side) float."""
@@ -273,28 +285,78 @@ class View:
         pixels: Tensor = F.normalize(torch.stack(list(images)).float() / 255, self.mean, self.std)
         return pixels.contiguous(memory_format=torch.channels_last)
 
+    def predictions(self, forward: Callable[[Tensor], Tensor], batch_size: int, workers: int) -> Iterator[Prediction]:
+        """(path, its pixels or why there are none, what ``forward`` makes of them) of every image, in order."""
+        with ThreadPoolExecutor(max(1, min(workers, available_cpus()))) as pool:
+            for start in range(0, len(self.paths), batch_size):
+                chunk = self.paths[start : start + batch_size]
+                images = list(pool.map(self.of, chunk))
+                good = [image for image in images if isinstance(image, Tensor)]
+                rows = iter(forward(self.normalised(good)) if good else ())
+                for path, image in zip(chunk, images):
+                    yield path, image, next(rows) if isinstance(image, Tensor) else torch.empty(0)
 
-Prediction = tuple[Path, Tensor | UsageError, Tensor]
+    def some(self, number: int) -> Tensor:
+        """At most so many of the images, (n, c, side, side) in [0, 1]."""
+        found = [image for image in map(self.of, self.paths[:number]) if isinstance(image, Tensor)]
+        return torch.stack(found).float() / 255 if found else torch.empty(0)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.channels, self.side, self.side
+
+    def metadata(self) -> dict[str, str]:
+        """What a program must know to show a network its images."""
+        shorter = self.resize if self.is_photo else self.side
+        return {
+            "side": str(self.side),
+            "channels": str(self.channels),
+            "mean": json.dumps(self.mean),
+            "std": json.dumps(self.std),
+            "fit": self.fit,
+            "resize": f"shorter side to {shorter}, centre cut out" if self.fit == "crop" else "all of the image",
+            "interpolation": self.mode,
+            "levels_of_16_bit": json.dumps(self.levels),
+        }
 
 
-def predictions(
-    paths: Sequence[Path], view: View, forward: Callable[[Tensor], Tensor], batch_size: int, workers: int
-) -> Iterator[Prediction]:
-    """(path, its pixels or why there are none, what ``forward`` makes of them) of every image, in order."""
-    with ThreadPoolExecutor(max(1, min(workers, available_cpus()))) as pool:
-        for start in range(0, len(paths), batch_size):
-            chunk = paths[start : start + batch_size]
-            images = list(pool.map(view.of, chunk))
-            good = [image for image in images if isinstance(image, Tensor)]
-            rows = iter(forward(view.normalised(good)) if good else ())
-            for path, image in zip(chunk, images):
-                yield path, image, next(rows) if isinstance(image, Tensor) else torch.empty(0)
+class RowView:
+    """The rows (N, D) of features of a .npy, or of an .npz as ``features`` or ``test_features``; there may be none."""
+
+    mean: Sequence[float] = ()
+    std: Sequence[float] = ()
+
+    def __init__(self, file: Checkpoint, paths: Sequence[Path]) -> None:
+        self.shape = (file.in_channels,)
+        self.place = paths[0] if paths else Path()
+        self.rows = rows_of(self.place, file) if paths else torch.empty(0, file.in_channels)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def predictions(self, forward: Callable[[Tensor], Tensor], batch_size: int) -> Iterator[Prediction]:
+        """(a row's name, no pixels or why it is none, what ``forward`` makes of it) of every row, in order."""
+        for start in range(0, len(self.rows), batch_size):
+            chunk = self.rows[start : start + batch_size].float()
+            is_good = chunk.isfinite().all(dim=1)
+            made = iter(forward(chunk[is_good]) if bool(is_good.any()) else ())
+            for number, good in enumerate(is_good.tolist(), start=start):
+                name = Path(f"{self.place}[{number}]")
+                problem = UsageError(f"{name}: not finite", "finite numbers")
+                yield name, chunk[:0] if good else problem, next(made) if good else torch.empty(0)
+
+    def some(self, number: int) -> Tensor:
+        """At most so many of the rows, (n, D)."""
+        found = self.rows[:number].float()
+        return found[found.isfinite().all(dim=1)]
+
+    def metadata(self) -> dict[str, str]:
+        """What a program must know to give a network its rows."""
+        return {"features": str(self.shape[0])}
 
 
-def row_predictions(
-    place: Path, file: Checkpoint, forward: Callable[[Tensor], Tensor], batch_size: int
-) -> tuple[int, Callable[[], Iterator[Prediction]]]:
-    """How many rows (N, D) of features a .npy has, or an .npz as ``features`` or ``test_features``; and the same."""
+def rows_of(place: Path, file: Checkpoint) -> Tensor:
+    """The rows (N, D) of a file; UsageError where there are none, or of another width than a checkpoint's."""
     names = ("features", "test_features")
     try:
         if place.suffix == ".npz":
@@ -310,18 +372,7 @@ def row_predictions(
     if rows.shape[1] != file.in_channels:
         raise UsageError(f"predict.py {place}: rows of {rows.shape[1]:,} numbers", f"{file.in_channels:,}")
     write(f"found {place}: {counted(len(rows), 'row')} of {rows.shape[1]:,}")
-
-    def predicted() -> Iterator[Prediction]:
-        for start in range(0, len(rows), batch_size):
-            chunk = rows[start : start + batch_size].float()
-            is_good = chunk.isfinite().all(dim=1)
-            made = iter(forward(chunk[is_good]) if bool(is_good.any()) else ())
-            for number, good in enumerate(is_good.tolist(), start=start):
-                name = Path(f"{place}[{number}]")
-                problem = UsageError(f"{name}: not finite", "finite numbers")
-                yield name, chunk[:0] if good else problem, next(made) if good else torch.empty(0)
-
-    return len(rows), predicted
+    return rows
 
 
 def probabilities_of(predicted: Callable[[], Iterator[Prediction]], images: int) -> Tensor:
@@ -388,35 +439,26 @@ def write_onnx(
     path: str,
     deployed: Deployed,
     file: Checkpoint,
-    view: View,
+    view: View | RowView,
     names: Sequence[str],
     prior: Json | None,
-    paths: Sequence[Path],
 ) -> None:
     """Writes --export's file, with all that a program must know to use it; says how far it is from PyTorch."""
-    real = [image for image in map(view.of, paths[: export.COMPARED]) if isinstance(image, Tensor)]
-    images = torch.stack(real).float() / 255 if real else torch.empty(0)
-    shorter = resized(view.side) if view.is_photo else view.side
+    real = view.some(export.COMPARED)
     metadata = {
         "class_names": json.dumps(names),
-        "side": str(view.side),
-        "channels": str(view.channels),
-        "mean": json.dumps(view.mean),
-        "std": json.dumps(view.std),
-        "fit": view.fit,
-        "resize": f"shorter side to {shorter}, centre cut out" if view.fit == "crop" else "all of the image",
-        "levels_of_16_bit": json.dumps(view.levels),
+        **view.metadata(),
         "temperature": repr(deployed.temperature),
         "flip_averaging": "in the graph" if deployed.flip else "off",
         "prior": json.dumps(prior),
         "checkpoint_sha256": str(file.sha256),
         "version": export.version(),
     }
-    largest = export.export(path, deployed, view.side, images, metadata)
+    largest = export.export(path, deployed, view.shape, real, metadata)
     words = (
         f"{path}: temperature {deployed.temperature:.3g}, flip averaging {metadata['flip_averaging']}; ONNX differs by "
     )
-    write(f"{words}{largest:.1e} at most from PyTorch, on {export.COMPARED} random and {len(real)} real images")
+    write(f"{words}{largest:.1e} at most from PyTorch, on {export.COMPARED} random and {len(real)} real inputs")
 
 
 def write_reports(

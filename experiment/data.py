@@ -11,6 +11,8 @@ import datasets
 from datasets import Batches, ImageSet, LongTailed
 from datasets.rows import RowBatches, Rows
 from experiment.options import DataOptions, image_options_of
+from experiment.pretrained import shown_as
+from models.given import Preprocessing
 from utils.console import counted, show
 from utils.distributed import main_process_first, rank, world_size
 from utils.errors import UsageError
@@ -25,10 +27,12 @@ def load_data(
     val_seed: int = 0,
     val_indices: list[int] | None = None,
     test_files: Sequence[str] = (),
+    shown: Preprocessing | None = None,
 ) -> LongTailed:
     """The long-tailed data set of the options; the others go to :func:`datasets.load`.
 
-    ``test_files`` are those that a checkpoint's --test_split has drawn.
+    ``test_files`` are those that a checkpoint's --test_split has drawn, ``shown`` says how a pretrained network is to
+    be shown the images.
 
     Raises:
         UsageError: also where --num_class disagrees with the data.
@@ -46,6 +50,7 @@ def load_data(
             val_seed=val_seed,
             val_indices=val_indices,
         )
+    data = shown_as(data, shown)
     untested = sorted(set(range(data.num_classes)) - set(data.test.labels.tolist()))
     if untested:
         some = ", ".join(data.class_names[i] for i in untested[:5]) + (" ..." if len(untested) > 5 else "")

@@ -1,7 +1,8 @@
 """A checkpoint as an ONNX file: normalisation, network, temperature and prior in one graph, checked against PyTorch.
 
-The graph takes ``images`` (N, c, side, side) float32 in [0, 1], of any N, and gives ``logits`` (N, C), divided by the
-temperature, and ``probabilities`` (N, C), their softmax. What it cannot hold stands in its metadata as text.
+The graph takes ``images`` (N, c, side, side) float32 in [0, 1], or of a network of rows ``features`` (N, D), of any N,
+and gives ``logits`` (N, C), divided by the temperature, and ``probabilities`` (N, C), their softmax. What it cannot
+hold stands in its metadata as text.
 
 onnx, onnxscript and onnxruntime are needed for this alone.
 """
@@ -32,11 +33,11 @@ MOST_BYTES = 2**31 - 2**24
 
 
 class Deployed(nn.Module):
-    """What is exported: images (N, c, H, W) in [0, 1] -> logits z / T + shift and their softmax, (N, C) each.
+    """What is exported: images (N, c, H, W) in [0, 1], or rows (N, D) -> logits z / T + shift, their softmax, (N, C).
 
     Args:
-        model: images, normalised -> z (N, C).
-        mean, std: of each channel, c numbers.
+        model: images, normalised, or rows -> z (N, C).
+        mean, std: of each channel, c numbers; none of rows.
         temperature: T.
         flip: z is the mean of an image's and its mirror image's.
         shift: (C,), re-weights classes, see :mod:`utils.priors`.
@@ -57,12 +58,13 @@ class Deployed(nn.Module):
     ) -> None:
         super().__init__()
         self.model, self.temperature, self.flip = model, temperature, flip
+        self.is_image = len(mean) > 0
         self.register_buffer("mean", torch.tensor(mean)[:, None, None])
         self.register_buffer("std", torch.tensor(std)[:, None, None])
         self.register_buffer("shift", shift)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        pixels = (images - self.mean) / self.std
+        pixels = (images - self.mean) / self.std if self.is_image else images
         logits = self.model(pixels)
         if self.flip:
             logits = (logits + self.model(pixels.flip(dims=(3,)))) / 2
@@ -92,14 +94,14 @@ def target(path: str) -> Target:
     return Target("--export", path, b"\x08", PRODUCER.encode())
 
 
-def export(path: str, deployed: Deployed, side: int, images: Tensor, metadata: Mapping[str, str]) -> float:
+def export(path: str, deployed: Deployed, shape: tuple[int, ...], images: Tensor, metadata: Mapping[str, str]) -> float:
     """Writes an ONNX file, whole or not at all; returns the largest difference to PyTorch, see :func:`difference`.
 
     Args:
         path: the file.
         deployed: what is exported, on the CPU.
-        side: height and width of its images.
-        images: (n, c, side, side) float in [0, 1], real ones to compare on beside random ones; there may be none.
+        shape: of one of its images (c, side, side), or rows (D,).
+        images: (n, *shape) float, images in [0, 1], real ones to compare on beside random ones; there may be none.
         metadata: {name: text} to be kept in the file.
 
     Raises:
@@ -109,8 +111,7 @@ def export(path: str, deployed: Deployed, side: int, images: Tensor, metadata: M
     size = sum(part.numel() * part.element_size() for part in deployed.state_dict().values())
     if size > MOST_BYTES:
         raise UsageError(f"--export {path}: {size / 1e6:,.0f} MB of weights", f"up to {MOST_BYTES / 1e6:,.0f} MB")
-    channels = deployed.mean.shape[0]
-    noise = torch.rand(COMPARED, channels, side, side, generator=torch.Generator().manual_seed(0))
+    noise = torch.rand(COMPARED, *shape, generator=torch.Generator().manual_seed(0))
     blob = graph(path, deployed, noise[:2], metadata)
     found = max(difference(blob, deployed, part) for part in (noise, images) if len(part))
     if not found <= CLOSE:
@@ -123,7 +124,7 @@ def export(path: str, deployed: Deployed, side: int, images: Tensor, metadata: M
 
 
 def graph(path: str, deployed: Deployed, example: Tensor, metadata: Mapping[str, str]) -> bytes:
-    """The content of an ONNX file; ``example`` (2, c, H, W) are images to trace the network with."""
+    """The content of an ONNX file; ``example`` (2, ...) are inputs to trace the network with."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter's, of its own parts
         import onnx
@@ -134,7 +135,7 @@ def graph(path: str, deployed: Deployed, example: Tensor, metadata: Mapping[str,
                 (example,),
                 dynamo=True,
                 verbose=False,
-                input_names=["images"],
+                input_names=["images" if deployed.is_image else "features"],
                 output_names=["logits", "probabilities"],
                 dynamic_shapes=({0: torch.export.Dim("N")},),
             )
@@ -149,7 +150,7 @@ def graph(path: str, deployed: Deployed, example: Tensor, metadata: Mapping[str,
 
 
 def difference(blob: bytes, deployed: Deployed, images: Tensor) -> float:
-    """The largest difference between ONNX's results for images (N, c, H, W) and PyTorch's, in batches of 1 and N.
+    """The largest difference between ONNX's results for inputs (N, ...) and PyTorch's, in batches of 1 and N.
 
     Of probabilities as they are, of logits as a share of the largest where that is above 1.
     """
@@ -160,7 +161,7 @@ def difference(blob: bytes, deployed: Deployed, images: Tensor) -> float:
     for batch in (images[:1], images):
         with torch.inference_mode():
             expected = deployed(batch)
-        for ours, theirs in zip(expected, session.run(None, {"images": batch.numpy()})):
+        for ours, theirs in zip(expected, session.run(None, {session.get_inputs()[0].name: batch.numpy()})):
             gap = torch.where(ours == torch.from_numpy(theirs), 0.0, (ours - torch.from_numpy(theirs)).abs())
             scale = ours[ours.isfinite()].abs().max().clamp(min=1.0)
             largest = max(largest, float(gap.max() / scale))

@@ -275,6 +275,8 @@ def fill_options(cls: type[T], typed: Values, stage: str, file: Checkpoint | Non
     """
     if typed.get("cur_stage", stage) != stage:
         raise UsageError(f"--cur_stage {typed['cur_stage']}: this command is {stage}'s", stage)
+    if typed.get("stem") == "pretrained":
+        raise UsageError("--stem pretrained", "--network timm:NAME --pretrained, which has it")
     seeds = typed.get("seed")
     if isinstance(seeds, tuple) and len(seeds) > 1 and "None" in seeds:
         raise UsageError(f"--seed {shown(seeds)}", "None alone, or numbers")

@@ -12,7 +12,8 @@ from datasets import DATASETS, FITS, LongTailed
 from datasets.own import identity_of
 from datasets.spec import SPLITS
 from experiment.options import DataOptions, data_name, flags_of, layout_of, recipe_layers
-from models import BACKBONES, HEADS, TIMM, Network, build_model, imagenet_weights, recognise, sketch
+from experiment.pretrained import shown_of
+from models import BACKBONES, HEADS, TIMM, Network, PretrainedNetwork, build_model, imagenet_weights, recognise, sketch
 from models.foreign import translate, translate_timm
 from utils import checkpoints
 from utils.checkpoints import Checkpoint, NoCheckpoint, require_weights, short
@@ -253,6 +254,8 @@ def starting_weights(file: Checkpoint, data: LongTailed, head: str) -> dict[str,
     Raises:
         UsageError: see :func:`restore`.
     """
+    if file.stem == "pretrained":
+        raise UsageError(f"{file.path}: a pretrained network, frozen", "main_stage2.py, or another file")
     if file.num_classes == data.num_classes:
         return restore(file, data, head).state_dict()
     if file.in_channels != data.channels:
@@ -282,5 +285,7 @@ def built(file: Checkpoint) -> Network:
                     raise UsageError(f"{file.path}: {name} is of {kinds[0]}", f"{kinds[1]}, as {file.network} has it")
             model = build_model(*what)
             model.load_state_dict(file.model)
+            if isinstance(model, PretrainedNetwork):
+                model.shown = shown_of(file)
             return model
     raise UsageError(f"{file.path}: its weights do not fit {file.network}", "an undamaged checkpoint")

@@ -12,7 +12,7 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from models.given import GivenFeatures
+from models.given import GivenFeatures, PretrainedNetwork
 from models.heads import HEADS
 from models.imagenet import IMAGENET, TIMM, TimmNetwork, imagenet_weights, timm_constants
 from models.network import Network, trained_part
@@ -25,6 +25,7 @@ __all__ = [
     "STEMS",
     "TIMM",
     "Network",
+    "PretrainedNetwork",
     "build_model",
     "imagenet_weights",
     "pick_stem",
@@ -35,10 +36,12 @@ __all__ = [
 ]
 
 #: --stem: 3x3 at stride 1, as for CIFAR; 7x7 at stride 2 with max-pool, as for ImageNet; rows of features have none.
+#: ``pretrained`` are timm's networks with weights that somebody trained, which stay as they are.
 STEMS: dict[str, dict[str, Callable[..., Network]]] = {
     "small": SMALL,
     "imagenet": IMAGENET,
     "rows": {"features": GivenFeatures},
+    "pretrained": {},
 }
 #: {--network name: {stem: constructor}}
 BACKBONES: dict[str, dict[str, Callable[..., Network]]] = {
@@ -57,7 +60,7 @@ def pick_stem(network: str, side: int, wanted: str = "auto") -> str:
     if network.startswith(TIMM):
         if wanted == "small":
             raise UsageError(f"--stem {wanted} with --network {network}, which has its own", "auto, imagenet")
-        return "imagenet"
+        return "pretrained" if wanted == "pretrained" else "imagenet"
     there = BACKBONES[network]
     if wanted not in ("auto", *there):
         raise UsageError(f"--stem {wanted} with --network {network}", f"auto, {', '.join(there)}")
@@ -72,6 +75,7 @@ def build_model(
     model: Network
     if network.startswith(TIMM):
         model = TimmNetwork(network.removeprefix(TIMM), num_classes, in_channels)
+        model = PretrainedNetwork(model, num_classes) if stem == "pretrained" else model
     else:
         makers = BACKBONES[network]
         model = makers[stem or next(iter(makers))](num_classes=num_classes, in_channels=in_channels)

@@ -19,6 +19,10 @@ class Network(nn.Module):
         """What the classifier sees: images (B, c, H, W) -> features (B, D)."""
         raise NotImplementedError
 
+    def raw_features(self, images: Tensor) -> Tensor:
+        """The same before anything that follows from the training set is done to them."""
+        return self.features(images)
+
     @property
     def last_block(self) -> nn.Module:
         """The last residual block."""

@@ -5,28 +5,14 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import cast
 
 from torch import Tensor
 
 from models.foreign import plain_weights
+from models.given import INTERPOLATIONS, Preprocessing
 from models.imagenet import TIMM, TimmNetwork
 from utils.errors import UsageError
-
-#: torchvision's names of the interpolations that timm's configs have.
-INTERPOLATIONS = ("bilinear", "bicubic", "nearest", "lanczos")
-
-
-@dataclass(frozen=True)
-class Preprocessing:
-    """How images become a network's: their shorter side ``resize`` pixels, of which the centre ``size``; constants."""
-
-    size: int
-    resize: int
-    interpolation: str
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
 
 
 def pretrained_network(

@@ -28,7 +28,7 @@ from datasets import SAMPLERS, Augment, Batches, ImageSet, LongTailed
 from datasets.batches import Batch, Draws, seeded
 from datasets.rows import Rows
 from engine import evaluations, for_evaluation, forward
-from models import Network
+from models import Network, PretrainedNetwork
 from utils.arrays import open_array, write_array
 from utils.console import show
 from utils.errors import UsageError
@@ -186,6 +186,7 @@ class FeatureSource:
         dtype: key of ``DTYPES``: what the training images' features are stored as. Those of test and held-out images
             are float32, so that figures are those of the network itself. Heads get float32 whatever is stored.
         check_cache: check all of an array of the cache when it is opened, of a large one too.
+        standardize: key of ``STANDARDIZE``, what a pretrained network's features become.
         images: how many images the backbone has looked at.
     """
 
@@ -201,6 +202,7 @@ class FeatureSource:
     view_seed: int = 0
     dtype: str = "float32"
     check_cache: bool = False
+    standardize: str = "none"
 
     def __post_init__(self) -> None:
         self.model = self.model.to(self.device).eval().requires_grad_(False)
@@ -338,9 +340,33 @@ class _EvalMode(FeatureSource):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.fast = for_evaluation(self.model)
+        self._is_fit = False
 
     def evaluated(self, part: str, stream: Stream | None = None, epoch: int = -1) -> list[Features]:
+        return [self.standardized(array) for array in self._raw(part)]
+
+    def _raw(self, part: str) -> list[Features]:
         return self.plain(part, self.cache("eval", part, eval_batch=self.eval_batch), "features", lambda: self.fast)
+
+    def standardized(self, raw: Features) -> Features:
+        """What is kept of a network's features (N, D), as its classifier sees it."""
+        if not isinstance(self.model, PretrainedNetwork):
+            return raw
+        self.fit()
+        assert isinstance(raw, Tensor)
+        return Rows(raw, torch.arange(len(raw)), "", self.model.standardized)
+
+    def fit(self) -> None:
+        """Gives a pretrained network the statistics of the training images' features."""
+        if isinstance(self.model, PretrainedNetwork) and not self._is_fit:
+            rows = max(1, BLOCK_BYTES // (4 * self.width))
+            blocks = self._raw("train")[0].split(rows)
+            self.model.fit((block.to(self.device).float() for block in blocks), self.standardize)
+            self._is_fit = True
+
+    def backbone(self, stream: Stream | None, epoch: int) -> dict[str, Tensor]:
+        self.fit()
+        return super().backbone(stream, epoch)
 
     def planned_evaluations(self, stream: Stream, part: str, every: int) -> tuple[FeatureCache, int]:
         return self.cache("eval", part, eval_batch=self.eval_batch), 1 + self.flip
@@ -373,7 +399,7 @@ class Views(_EvalMode):
     def numbered(self, view: int) -> Features:
         """The features (N, D) of one view of all training images, in file order."""
         windows = self.data.spec.augment.draw(len(self.labels), seeded(self.view_seed, VIEWS_STREAM, view))
-        return resident(self.view(self._cache(), f"view_{view}", *windows), self.device)
+        return self.standardized(resident(self.view(self._cache(), f"view_{view}", *windows), self.device))
 
     def _cache(self) -> FeatureCache:
         more = {"view_seed": self.view_seed, **asdict(self.data.spec.augment), "eval_batch": self.eval_batch}
@@ -544,8 +570,8 @@ def lacking(planned: Iterable[tuple[FeatureCache, int]]) -> tuple[int, int]:
 
 
 def features_of(model: Network, images: Tensor) -> Tensor:
-    """Images (B, c, H, W) -> features (B, D), without gradient."""
-    return forward(model.features, images)
+    """Images (B, c, H, W) -> raw features (B, D), without gradient."""
+    return forward(model.raw_features, images)
 
 
 def is_like(value: object, other: Tensor) -> bool:

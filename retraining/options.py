@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Generic, Literal, NamedTuple, TypeVar
 
 import torch
@@ -11,11 +11,14 @@ import torch
 from datasets import DATASETS, SAMPLERS, LongTailed
 from experiment.data import load_data
 from experiment.options import HUGE, TrainOptions, checkpoint_option, fill_options, flags_of, stage_option
+from experiment.pretrained import OWN_WEIGHTS, for_images_of, open_pretrained, stored_as, without_size
 from experiment.restore import open_checkpoint
+from models import PretrainedNetwork
+from models.given import STANDARDIZE
 from retraining.features import DTYPES, FEATURES
 from retraining.methods import METHODS, Auto, Method
 from retraining.settings import TUNABLE, WITHOUT_STAGE1
-from retraining.start import STANDARDIZE, STARTS, without_stage1
+from retraining.start import STARTS, without_stage1
 from utils.checkpoints import IDENTITY, Checkpoint
 from utils.console import show
 from utils.errors import UsageError
@@ -109,12 +112,12 @@ class Options(TrainOptions):
     standardize: str = option(
         "none",
         Choice(STANDARDIZE),
-        "features: rows as they are, of length 1, or each number less its mean and over its standard deviation; all "
-        "are then scaled alike to a norm of 12",
+        "features, or --pretrained: rows as they are, of length 1, or each number less its mean and over its standard "
+        "deviation; all are then scaled alike to a norm of 12",
         "data",
     )
     val_split: float = option(
-        0.0, Number(float, 0, 0.9), "features: share of every class's training rows to hold out", "data"
+        0.0, Number(float, 0, 0.9), "features, or --pretrained: share of every class's training set to hold out", "data"
     )
     view_seed: int = option(
         0, Number(int, 0, 2**31 - 1), "seed of the views' crops and flips, shared by all --seed", "data"
@@ -132,6 +135,18 @@ class Options(TrainOptions):
         False, Flag(), "check all of what is kept there when it is opened; else of large files a sample", "files"
     )
     pretrained_pth: str | None = checkpoint_option("stage 1's checkpoint", "its run")
+    pretrained: str | None = option(
+        None,
+        Text("timm, or a file"),
+        "no stage 1: --network timm:NAME with its own weights, downloaded, or a file's, frozen as it is",
+        "network",
+        alone=OWN_WEIGHTS,
+    )
+
+    @property
+    def has_stage1(self) -> bool:
+        """Whether a classifier has been trained before, which methods may continue."""
+        return self.pretrained is None and not DATASETS[self.dataset].rows
 
 
 class Prepared(NamedTuple, Generic[T]):
@@ -152,11 +167,14 @@ def continue_stage1(cls: type[T], typed: Values) -> tuple[Checkpoint, Resolved[T
         UsageError: see :func:`experiment.restore.open_checkpoint` and :func:`experiment.options.fill_options`; a
             stage-2 file, or a method that cannot follow stage 1's classifier.
     """
-    if on_rows(typed):
+    if not follows_stage1(typed):
         return prepare(cls, typed)[:2]
     for name in ("standardize", "val_split"):
         if name in typed:
-            raise UsageError(f"--{name} {shown(typed[name])} after stage 1", "--dataset features beside it, or without")
+            raise UsageError(
+                f"--{name} {shown(typed[name])} after stage 1",
+                "--dataset features or --pretrained beside it, or without",
+            )
     parent = open_checkpoint(typed, "stage1", cls)
     if parent.stage == "stage2":
         raise UsageError(f"--pretrained_pth {parent.path} is a stage-2 file", "a stage-1 file")
@@ -169,8 +187,59 @@ def continue_stage1(cls: type[T], typed: Values) -> tuple[Checkpoint, Resolved[T
 
 
 def on_rows(typed: Values) -> bool:
-    """Whether features are given, so that there is no stage 1."""
+    """Whether features are given."""
     return "pretrained_pth" not in typed and DATASETS[str(typed.get("dataset", "cifar100"))].rows
+
+
+def follows_stage1(typed: Values) -> bool:
+    """Whether there is a stage 1 to go on from: neither features are given nor a network that somebody trained."""
+    return "pretrained" not in typed and not on_rows(typed)
+
+
+def prepare_pretrained(cls: type[T], typed: Values, flag: str | None) -> Prepared[T]:
+    """The same as :func:`prepare` of a network of timm's that somebody trained, which stands for stage 1's.
+
+    Raises:
+        UsageError: an option that has to do with stage 1, or with another network.
+    """
+    if "pretrained_pth" in typed:
+        raise UsageError("--pretrained with --from", "one of the two")
+    if "network" not in typed:
+        raise UsageError("--pretrained without --network", "--network timm:NAME")
+    if on_rows(typed):
+        raise UsageError("--pretrained with --dataset features, which are given", "one of the two")
+    if typed.get("features", "views") != "views":
+        raise UsageError(f"--features {typed['features']} with --pretrained", "views")
+    resolved = fill_options(cls, without_size(typed), "stage2")
+    refuse_continuing(resolved, "--pretrained")
+    if "finetune_scope" not in typed:
+        resolved = resolved.swept("finetune_scope", ("fc",))
+    options, size = resolved.options, typed.get("image_size", resolved.options.image_size)
+    opened = open_pretrained(options.network, str(options.pretrained), size if isinstance(size, int) else None)
+    resolved = resolved.settled(replace(for_images_of(options, opened.shown), stem="pretrained"))
+    options = resolved.options
+    device = pick_device(*options.place)
+    data = load_data(options, val_fraction=options.val_split, val_seed=options.drawn_seed, shown=opened.shown)
+    show(opened.about)
+    state = PretrainedNetwork(opened.network, data.num_classes).state_dict()
+    parent = Checkpoint(None, options.network, data.num_classes, 3, state, stem="pretrained", path=opened.path)
+    parent.sha256, parent.data = opened.sha256, stored_as(opened.shown)
+    return begun_without_stage1(Prepared(parent, resolved, device, data), typed, flag)
+
+
+def refuse_continuing(resolved: Resolved[T], what: str) -> None:
+    """Raises UsageError where heads are to continue a classifier of stage 1, which there is none of."""
+    if "stage1" in resolved.values("start"):
+        others = ", ".join(start for start in STARTS if start != "stage1")
+        raise UsageError(f"--start stage1: {what} has no stage 1", f"{others}, or a file of rows")
+
+
+def begun_without_stage1(prepared: Prepared[T], typed: Values, flag: str | None) -> Prepared[T]:
+    """Itself, checked; says what methods start from."""
+    require_held_out(prepared.parent, prepared.resolved, prepared.data, flag if flag and typed.get(flag) else None)
+    if "start" not in typed:
+        show(f"no stage 1: methods that would continue its classifier have --start {WITHOUT_STAGE1}")
+    return prepared
 
 
 def prepare_rows(cls: type[T], typed: Values, flag: str | None) -> Prepared[T]:
@@ -185,9 +254,7 @@ def prepare_rows(cls: type[T], typed: Values, flag: str | None) -> Prepared[T]:
     scopes = [scope for scope in resolved.values("finetune_scope") if scope != "fc"]
     if scopes:
         raise UsageError(f"--finetune_scope {shown(scopes)}: --dataset features has no backbone", "fc")
-    if "stage1" in resolved.values("start"):
-        others = ", ".join(start for start in STARTS if start != "stage1")
-        raise UsageError("--start stage1: --dataset features has no stage 1", f"{others}, or a file of rows")
+    refuse_continuing(resolved, "--dataset features")
     for name in ("features", "views", "view_seed", "feature_dtype", "cache_dir", "check_cache", "cur_stage"):
         if name in typed:
             raise UsageError(f"--{name} {shown(typed[name])} with --dataset features, which are given", "without it")
@@ -195,10 +262,7 @@ def prepare_rows(cls: type[T], typed: Values, flag: str | None) -> Prepared[T]:
     device = pick_device(*options.place)
     data = load_data(options, val_fraction=options.val_split, val_seed=options.drawn_seed)
     parent = without_stage1(data, options.standardize)
-    require_held_out(parent, resolved, data, flag if flag and typed.get(flag) else None)
-    if "start" not in typed:
-        show(f"no stage 1: methods that would continue its classifier have --start {WITHOUT_STAGE1}")
-    return Prepared(parent, resolved, device, data)
+    return begun_without_stage1(Prepared(parent, resolved, device, data), typed, flag)
 
 
 def prepare(cls: type[T], typed: Values, flag: str | None = None) -> Prepared[T]:
@@ -209,6 +273,8 @@ def prepare(cls: type[T], typed: Values, flag: str | None = None) -> Prepared[T]
     Raises:
         UsageError: see there; or no held-out images where they are needed.
     """
+    if "pretrained" in typed:
+        return prepare_pretrained(cls, typed, flag)
     if on_rows(typed):
         return prepare_rows(cls, typed, flag)
     parent, resolved = continue_stage1(cls, typed)
@@ -221,12 +287,18 @@ def prepare(cls: type[T], typed: Values, flag: str | None = None) -> Prepared[T]
 
 def origin(parent: Checkpoint) -> str:
     """What stage 2 begins from, in words."""
+    if parent.stem == "pretrained":
+        return f"{parent.network}, pretrained"
     return "features" if parent.path is None else str(parent.path)
 
 
 def hash_of_stage1(typed: Values) -> str | None:
     """The hash of stage 1's file that the typed flags choose."""
-    return None if on_rows(typed) else open_checkpoint(typed, "stage1", Options).sha256
+    if on_rows(typed):
+        return None
+    if "pretrained" in typed:
+        return open_pretrained(str(typed.get("network")), str(typed["pretrained"]), None).sha256
+    return open_checkpoint(typed, "stage1", Options).sha256
 
 
 def tunable_values(resolved: Resolved[T]) -> dict[str, tuple[Value, ...]]:
@@ -276,8 +348,8 @@ def require_held_out(parent: Checkpoint, resolved: Resolved[T], data: LongTailed
     needed = {"--select best_val": options.select == "best_val"}
     needed |= {f"--{name} val": "val" in resolved.values(name) for name in ("tau", "mla_tau")}
     flags = [name for name, is_on in needed.items() if is_on] + ([f"--{flag}"] if flag else [])
-    if flags and data.val is None and data.spec.rows:
-        raise UsageError(f"{flags[0]}: there are no held-out rows", "--val_split 0.1 beside it, or val_features")
+    if flags and data.val is None and not options.has_stage1:
+        raise UsageError(f"{flags[0]}: nothing is held out", "--val_split 0.1 beside it, or data with a part for it")
     if flags and data.val is None:
         head = "" if parent.head == "linear" else f" --head {parent.head}"
         names = [name for name in IDENTITY if name not in ("image_size", "stem") or data.train.is_photos]

@@ -11,14 +11,13 @@ from torch import Tensor, nn
 
 from datasets import LongTailed
 from datasets.rows import Rows
-from models.given import REFERENCE_NORM, GivenFeatures
+from models.given import GivenFeatures
 from models.heads import make_linear
 from retraining.methods import Stage1
 from utils.checkpoints import Checkpoint
 from utils.errors import UsageError
 from utils.readers import Array, Unreadable, map_array
 
-STANDARDIZE = ("none", "l2", "zscore")
 #: The factor of the cosine where rows are directions: LDAM-DRW's, and LIFT's (Shi et al., ICML 2024).
 COSINE_SCALE = 30.0
 #: L-BFGS: iterations at most, and scikit-learn's C: the inverse weight of the penalty beside the sum of the losses.
@@ -122,34 +121,9 @@ def read_rows(path: str, like: Tensor) -> Tensor:
 
 def without_stage1(data: LongTailed, standardize: str) -> Checkpoint:
     """What stands for stage 1 where features are given: their network, with the statistics of the training rows."""
-    network = given_network(data.train.images, standardize, data.num_classes)
-    network.requires_grad_(False)
-    return Checkpoint(None, "features", data.num_classes, data.channels, network.state_dict(), stem="rows")
-
-
-def given_network(rows: object, standardize: str, num_classes: int) -> GivenFeatures:
-    """The network of training rows (N, D), whose root mean square norm becomes :data:`REFERENCE_NORM`."""
+    rows = data.train.images
     assert isinstance(rows, Rows)
-    width = rows.shape[1]
-    network = GivenFeatures(num_classes, width)
-    sums, squares = torch.zeros(2, width, dtype=torch.float64)
-    for block in rows.split(max(1, BLOCK_BYTES // (4 * width))):
-        values = block.to(rows.device).double()
-        sums += values.sum(dim=0)
-        squares += values.square().sum(dim=0)
-    mean, second = sums / len(rows), squares / len(rows)
-    if float(second.sum()) == 0:
-        raise UsageError("all training rows are zero", "features of some network")
-    if standardize == "zscore":
-        spread = (second - mean.square()).clamp(min=0).sqrt()
-        varies = spread > 1e-6 * second.sqrt()
-        network.center.copy_(mean)
-        network.spread.copy_(spread.where(varies, torch.ones_like(spread)))
-        scale = REFERENCE_NORM / max(1, int(varies.sum())) ** 0.5
-    elif standardize == "l2":
-        network.unit.fill_(True)
-        scale = REFERENCE_NORM
-    else:
-        scale = REFERENCE_NORM / float(second.sum()) ** 0.5
-    network.scale.fill_(scale)
-    return network
+    network = GivenFeatures(data.num_classes, data.channels).requires_grad_(False)
+    blocks = rows.split(max(1, BLOCK_BYTES // (4 * data.channels)))
+    network.fit((block.to(rows.device) for block in blocks), standardize)
+    return Checkpoint(None, "features", data.num_classes, data.channels, network.state_dict(), stem="rows")

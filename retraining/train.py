@@ -67,6 +67,7 @@ def freeze(parent: Checkpoint, data: LongTailed, device: torch.device, options: 
         options.view_seed,
         options.feature_dtype,
         options.check_cache,
+        options.standardize,
     )
     return FrozenBackbone(source)
 

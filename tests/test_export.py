@@ -110,7 +110,7 @@ def test_the_file_says_how_it_is_used(onnx, finished, monkeypatch, capsys) -> No
     monkeypatch.chdir(finished)
     found = predict.main(["images", "--export", "m.onnx", "--from", STAGE2, "--top_k", "10", "--test_prior", "train"])
     out = capsys.readouterr().out
-    assert "on 7 random and 7 real images" in out and "ONNX differs by" in out
+    assert "on 7 random and 7 real inputs" in out and "ONNX differs by" in out
     model, file = onnx.load("m.onnx"), checkpoints.read(STAGE2)
     onnx.checker.check_model(model)
     said = {each.key: each.value for each in model.metadata_props}
@@ -134,7 +134,7 @@ def test_without_images_and_again(onnx, finished, monkeypatch, capsys) -> None:
     assert predict.main(["--export", "again.onnx", "--from", STAGE1]) == []
     first = Path("again.onnx").read_bytes()
     assert predict.main(["--export", "again.onnx", "--from", STAGE1, "--temperature", "3"]) == []  # an earlier export
-    assert Path("again.onnx").read_bytes() != first and "0 real images" in capsys.readouterr().out
+    assert Path("again.onnx").read_bytes() != first and "0 real inputs" in capsys.readouterr().out
     assert not [path for path in Path().iterdir() if path.name.endswith((".tmp", ".data"))]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import subprocess
@@ -20,6 +21,7 @@ import extract
 import main_stage1
 import predict
 from datasets.files import read_image
+from experiment.export import PACKAGES
 from experiment.restore import restore
 from models.pretrained import from_efficientnet_pytorch, load_body, pretrained_network
 from retraining.features import Views, unseen
@@ -82,6 +84,17 @@ def test_the_chain_from_images_to_predictions(workdir) -> None:
     found = predict.main(["f/test_features.npy", "--from", final])
     hits = [each["top"][0]["class"] == label for each, label in zip(found, np.load("f/test_labels.npy"))]
     assert np.mean(hits) == pytest.approx(report["top1"])
+    if not all(importlib.util.find_spec(name) for name in PACKAGES):
+        pytest.skip("without onnx, onnxscript and onnxruntime there is no --export")
+    import onnxruntime
+
+    again = predict.main(["f/test_features.npy", "--from", final, "--export", "head.onnx"])
+    assert again == found
+    rows = np.load("f/test_features.npy").view("V2")
+    rows = torch.from_numpy(rows.view("<i2")).view(torch.bfloat16).float().numpy()
+    _, chances = onnxruntime.InferenceSession("head.onnx").run(None, {"features": rows})
+    assert chances.argmax(axis=1).tolist() == [each["top"][0]["class"] for each in found]
+    predict.main(["--from", final, "--export", "again.onnx"])  # without rows to compare on
 
 
 def test_photos_are_shown_as_timm_says(weights, workdir) -> None:
@@ -170,7 +183,7 @@ def test_weights_of_another_network_are_refused() -> None:
         ("--out f", "timm:NAME"),
         ("--network timm:resnet10t", "--out is missing"),
         ("--network timm:nonsense --out f", "nonsense"),
-        ("--network timm:resnet10t --weights WEIGHTS --dataset digits --out f", "1 channels"),
+        ("--network timm:resnet10t --weights WEIGHTS --dataset digits --out f", "1 channel\n"),
         ("--network timm:resnet10t --weights nowhere.pth --out f", "nowhere.pth"),
         ("--network timm:resnet10t --weights WEIGHTS --out d", "is there already"),
         ("--network timm:resnet10t --weights WEIGHTS --out f --input cache", "which reads files"),

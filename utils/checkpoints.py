@@ -47,6 +47,14 @@ HOW_IT_RUNS = (
 INCIDENTAL = (*HOW_IT_RUNS, "cur_stage", "data_dir", "cache_dir", "pretrained_pth")
 
 
+class Shown(TypedDict):
+    """How images are shown to a pretrained network, see :class:`models.given.Preprocessing`."""
+
+    size: int
+    resize: int
+    interpolation: str
+
+
 class Data(TypedDict, total=False):
     """What a checkpoint says of the data it was trained on."""
 
@@ -67,6 +75,7 @@ class Data(TypedDict, total=False):
     std: list[float]
     levels: list[int]
     fit: str
+    shown: Shown
     listing: str
     test_files: list[str]
     val_indices: list[int]
@@ -225,6 +234,8 @@ def contradictions(content: Mapping[str, Any]) -> Iterator[str]:
         yield f"data.levels {short(levels)}"
     if not isinstance(data.get("fit", ""), str):
         yield f"data.fit {short(data['fit'])}"
+    if ("shown" in data) != (content["stem"] == "pretrained") or not _is_shown(data.get("shown", {})):
+        yield f"data.shown {short(data.get('shown'))}, stem {short(content['stem'])}"
     if not (_is_number(metrics["top1"]) and 0 <= metrics["top1"] <= 1):
         yield f"metrics.top1 {short(metrics['top1'])}"
     if len(metrics["per_class"]) != classes or not all(
@@ -266,6 +277,16 @@ def _is_text(text: str) -> bool:
         return len(text.encode(errors="surrogateescape")) < 10_000
     except UnicodeEncodeError:
         return False
+
+
+def _is_shown(shown: object) -> bool:
+    """Whether this says how images are shown, see :class:`Shown`, or nothing."""
+    if shown == {}:
+        return True
+    if not isinstance(shown, dict) or not isinstance(shown.get("interpolation"), str):
+        return False
+    sizes = [shown.get("size"), shown.get("resize")]
+    return all(type(size) is int and 1 <= size <= 2 * _MOST_SIDE for size in sizes)
 
 
 def _is_choice(chosen: object) -> bool:

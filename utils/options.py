@@ -160,6 +160,7 @@ class Spec:
         several: those that are run where none is given; () for the default alone.
         published: {"": the papers' value}, used by ``--protocol published``; {} where that is the default.
         aliases: other names of its flag.
+        alone: the value of the flag where none follows it; None: one must.
     """
 
     kind: Kind
@@ -169,6 +170,7 @@ class Spec:
     several: tuple[Value, ...] = ()
     published: Mapping[str, Value] = dataclasses.field(default_factory=dict)
     aliases: tuple[str, ...] = ()
+    alone: Value = None
 
     @property
     def allowed(self) -> str:
@@ -186,10 +188,11 @@ def option(
     several: tuple[Value, ...] = (),
     published: Value | _Unset = _UNSET,
     aliases: tuple[str, ...] = (),
+    alone: Value = None,
 ) -> D:
     """A field of an options class; see :class:`Spec`."""
     papers: dict[str, Value] = {} if isinstance(published, _Unset) else {"": published}
-    spec = Spec(kind, help, group, sweep or bool(several), several, papers, aliases)
+    spec = Spec(kind, help, group, sweep or bool(several), several, papers, aliases, alone)
     return dataclasses.field(default=default, metadata={"spec": spec})
 
 
@@ -288,9 +291,9 @@ class _Help(argparse.RawDescriptionHelpFormatter):
             return f"--{action.dest}, --no_{action.dest}"
         if action.dest == "help":
             return "--help"
-        values = " ..." if action.nargs == "+" else ""
+        metavar = {"+": f"{action.metavar} ...", "?": f"[{action.metavar}]"}.get(str(action.nargs), action.metavar)
         names = [name for name in action.option_strings if "-" not in name[2:]]
-        return f"{', '.join(names)} {action.metavar}{values}"
+        return f"{', '.join(names)} {metavar}"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -332,10 +335,10 @@ def make_parser(cls: type[DataclassInstance], prog: str, description: str | None
         if isinstance(each, Choice) or (isinstance(each, Number) and (each.low is not None or each.words)):
             text += f" [{spec.allowed.replace('%', '%%')}]"
         metavar = name.split("_")[-1].upper()
-        if spec.sweep or isinstance(kind, Vector):
-            group.add_argument(*flags, dest=name, metavar=metavar, help=text, nargs="+", action=_Values)
-        else:
-            group.add_argument(*flags, dest=name, metavar=metavar, help=text, action=_Values)
+        number = "+" if spec.sweep or isinstance(kind, Vector) else None if spec.alone is None else "?"
+        group.add_argument(
+            *flags, dest=name, metavar=metavar, help=text, nargs=number, const=spec.alone, action=_Values
+        )
     return parser
 
 
