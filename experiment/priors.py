@@ -17,7 +17,7 @@ from utils.types import Json
 
 #: Losses of stage 1 and methods of stage 2 that look at no class counts: their classifier has the prior of what is
 #: drawn for it.
-PLAIN = ("ce", "focal", "cosine", "crt", "lws")
+PLAIN = ("ce", "focal", "cosine", "crt", "lws", "tail-sampling", "h2t")
 #: The prior of what samplers draw, at the end of training; what the square-root sampler draws is neither.
 DRAWN = {"instance": "train", "class": "balanced", "progressive": "balanced"}
 #: Classes of an estimate that are named, of the largest and of the smallest.

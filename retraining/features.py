@@ -11,6 +11,7 @@ differ in BatchNorm and augmentation:
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import io
 import json
@@ -62,16 +63,28 @@ def unseen(steps: Iterable[Batch], number: int, what: str) -> Iterator[Batch]:
 
 
 class Stream(NamedTuple):
-    """What decides the batches of an epoch."""
+    """What decides the batches of an epoch.
+
+    The first four fields decide which images they show, and so their features; ``change`` says what a method then makes
+    of these, and ``second`` is the sampler of further batches that it takes for it, one beside each.
+    """
 
     seed: int
     sampler: str
     batch_size: int
     epochs: int
+    change: str = ""
+    second: str = ""
+
+    @property
+    def read(self) -> list[Stream]:
+        """The streams whose features it takes."""
+        return [self, self._replace(sampler=self.second)] if self.second else [self]
 
     def describe(self) -> str:
         """One phrase for the log."""
-        return f"seed {self.seed}, {self.sampler} sampler, batch {self.batch_size}"
+        words = f"seed {self.seed}, {self.sampler} sampler, batch {self.batch_size}"
+        return f"{words}, {self.change}" if self.change else words
 
 
 class FeatureCache:
@@ -210,7 +223,7 @@ class FeatureSource:
         self.caches: dict[str, FeatureCache] = {}
         self.images = 0
         self._latest: dict[str, tuple[str, list[Features]]] = {}
-        self._batches: tuple[Stream, Batches] | None = None
+        self._batches: Batches | None = None
         self._fingerprints = {
             part: None if images is None else images.fingerprint()
             for part, images in (("train", self.data.train), ("val", self.data.val), ("test", self.data.test))
@@ -230,7 +243,7 @@ class FeatureSource:
 
     def arrays(self, streams: Iterable[Stream]) -> tuple[int, int]:
         """How many arrays of training images these streams need, a pass over the backbone each, and how many lack."""
-        return lacking(map(self.planned, streams))
+        return lacking(self.planned(each) for stream in streams for each in stream.read)
 
     def images_left(self, streams: Sequence[Stream], every: int) -> int:
         """How many images the backbone must still look at for these streams, evaluations included."""
@@ -322,13 +335,13 @@ class FeatureSource:
 
     def train_batches(self, stream: Stream) -> Batches:
         """The published batches of a stream: the sampler's order, each image newly cropped and flipped."""
-        if self._batches is None or self._batches[0] != stream:  # kept for the stream's next epoch
-            train, sampler = self.data.train, SAMPLERS[stream.sampler]
-            pixels = (*self._pixels(), self.device, self.data.spec.augment)
-            seed = (stream.seed, 2)
-            batches = Batches(train.images, train.labels, stream.batch_size, *pixels, seed, sampler, stream.epochs)
-            self._batches = stream, batches
-        return self._batches[1]
+        if self._batches is None:  # whose images serve every stream
+            train, augment = self.data.train, self.data.spec.augment
+            self._batches = Batches(train.images, train.labels, 1, *self._pixels(), self.device, augment)
+        batches = copy.copy(self._batches)
+        batches.batch_size, batches.epochs = stream.batch_size, stream.epochs
+        batches.sampler, batches.seed = SAMPLERS[stream.sampler], (stream.seed, 2)
+        return batches
 
     def _pixels(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         return self.data.spec.mean, self.data.spec.std
@@ -494,9 +507,9 @@ class Replay(FeatureSource):
 
     def _cache(self, stream: Stream, part: str) -> FeatureCache:
         augment = self.data.spec.augment
-        more = stream._asdict() | asdict(augment)
-        if stream.sampler != "progressive":
-            del more["epochs"]  # the order of an epoch does not depend on how many follow
+        more = {"seed": stream.seed, "sampler": stream.sampler, "batch_size": stream.batch_size, **asdict(augment)}
+        if stream.sampler == "progressive":
+            more["epochs"] = stream.epochs  # else the order of an epoch does not depend on how many follow
         more |= {"trained_on": self._fingerprints["train"], "eval_batch": self.eval_batch}
         return self.cache("train", part, **more)
 

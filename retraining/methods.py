@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, fields, replace
 from functools import partial
 from typing import ClassVar, Literal, Self, TypeVar
@@ -21,6 +21,7 @@ from typing import ClassVar, Literal, Self, TypeVar
 import torch
 from torch import Tensor, nn
 
+from datasets.batches import Batch, seeded
 from engine import cosine
 from experiment.sweeps import Setting
 from losses.softmax import (
@@ -50,7 +51,8 @@ from models.heads import (
     make_linear,
     project_rows,
 )
-from retraining.features import Stream
+from retraining.features import FeatureSource, Stream
+from retraining.generated import CHANGES_STREAM, TailSampler, fused
 from utils.errors import UsageError
 from utils.metrics import accuracies
 from utils.options import Axes, Value
@@ -210,6 +212,10 @@ class Trained(Method):
     @property
     def scope(self) -> str:
         return self.finetune_scope
+
+    def batches(self, source: FeatureSource, stage1: Stage1) -> Callable[[int], Iterator[Batch]]:
+        """Epoch (from 0) -> what heads are trained on: features (B, D) and labels (B,); the stream says all of it."""
+        return partial(source.epoch, self.stream)
 
     def rate(self, epoch: int) -> float:
         """The learning rate's factor in an epoch (from 0)."""
@@ -799,6 +805,76 @@ class ClassBalancedSigmoidLoss(Trained):
         return ClassBalancedSigmoid(stage1.class_counts, self.cb_beta)
 
 
+@dataclass(frozen=True, kw_only=True)
+class TailSampling(Trained):
+    """TailCalibX (Vigneswaran et al., ICVGIP 2021): CE on real features and on samples that fill the smaller classes.
+
+    A sample is of N(mu, Sigma + alpha v I), drawn anew in every epoch, around a feature of its class: mu is the mean of
+    that feature and of the k nearest class means, Sigma the mean of these classes' covariances. Published with k 3,
+    alpha 0, lr 0.01 at batch 128, momentum 0.7, weight decay 5e-4 on CIFAR-100-LT at ratio 100, where features had
+    length 1 and the classifier was a cosine one; the lr is scaled to batch 64. v, the mean variance within classes,
+    makes alpha free of the features' scale, and is this project's: the code adds alpha to every element of Sigma. Its
+    powers of features (1 at ratio 100, so none) are left out. Class means and covariances are those of images that are
+    not augmented. Needs class counts for the number of samples, and through its sampler.
+    """
+
+    name = "tail-sampling"
+    tuned = {"tail_neighbours": (1, 3, 10)}
+    takes_scope = False
+
+    finetune_lr: float = 0.005
+    finetune_wd: float = 5e-4
+    sampler: str = "class"
+    tail_neighbours: int = 3
+    tail_alpha: float = 0.0
+
+    @property
+    def stream(self) -> Stream:
+        words = f"samples of {self.tail_neighbours} nearest classes, alpha {self.tail_alpha:g}"
+        return super().stream._replace(change=words)
+
+    def batches(self, source: FeatureSource, stage1: Stage1) -> Callable[[int], Iterator[Batch]]:
+        sampler = TailSampler(stage1.class_counts, stage1.clean(), self.tail_neighbours, self.tail_alpha)
+        return lambda epoch: sampler(source.epoch(self.stream, epoch), seeded(self.seed, CHANGES_STREAM, epoch))
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadToTail(Trained):
+    """H2T (Li et al., AAAI 2024): CE; a share rho of the channels is that of another, instance-balanced batch.
+
+    f' = m f + (1 - m) g for the i-th feature f of a class-balanced batch and the i-th, g, of an instance-balanced one,
+    with f's label; m drops the floor of rho D channels, others in each step. Published with rho 0.3, in its code 0.25
+    on CIFAR-100-LT at ratio 100, with lr 0.1 at batch 128, weight decay 5e-4 and 10 epochs; the lr is scaled to batch
+    64. There on maps before pooling, here on pooled features, which is the same. Needs class counts through its sampler
+    alone.
+    """
+
+    name = "h2t"
+    tuned = {"h2t_rho": (0.15, 0.3, 0.5)}
+    takes_scope = False
+
+    finetune_lr: float = 0.05
+    finetune_wd: float = 5e-4
+    sampler: str = "class"
+    h2t_rho: float = 0.3
+
+    @property
+    def stream(self) -> Stream:
+        return super().stream._replace(change=f"fused by {self.h2t_rho:g}", second="instance")
+
+    def checked(self, typed: Collection[str]) -> Self:
+        if self.sampler == self.stream.second:
+            raise UsageError(f"--sampler {self.sampler} with --method h2t, whose other batch has it", "class, sqrt")
+        return self
+
+    def batches(self, source: FeatureSource, stage1: Stage1) -> Callable[[int], Iterator[Batch]]:
+        def epoch(number: int) -> Iterator[Batch]:
+            own, second = (source.epoch(stream, number) for stream in self.stream.read)
+            return fused(own, second, self.h2t_rho, seeded(self.seed, CHANGES_STREAM, number))
+
+        return epoch
+
+
 def spaced(stage1: Stage1, number: int) -> Tensor:
     """Features (at most ``number``, D) of training images, every k-th of them."""
     step, seen, rows = -(-sum(stage1.class_counts) // number), 0, list[Tensor]()
@@ -837,5 +913,7 @@ METHODS: dict[str, type[Method]] = {
         Cosine,
         MonotoneNorms,
         ClassBalancedSigmoidLoss,
+        TailSampling,
+        HeadToTail,
     )
 }

@@ -95,6 +95,23 @@ class Options(TrainOptions):
     maxnorm_every: str | None = option(
         None, Choice(("epoch", "step")), "maxnorm: when to project", "recipe", sweep=True
     )
+    tail_neighbours: int | None = option(
+        None,
+        Number(int, 1, 1_000_000),
+        "tail-sampling: nearest classes whose means and covariances are averaged",
+        "recipe",
+        sweep=True,
+    )
+    tail_alpha: float | None = option(
+        None,
+        Number(float, 0, HUGE),
+        "tail-sampling: variance added in all directions, in mean variances within classes",
+        "recipe",
+        sweep=True,
+    )
+    h2t_rho: float | None = option(
+        None, Number(float, 0, 1), "h2t: share of the channels taken from the other batch", "recipe", sweep=True
+    )
     features: str = option(
         "views",
         Choice(FEATURES),

@@ -168,6 +168,7 @@ def train_heads(methods: Sequence[Trained], stream: Stream, work: Work) -> list[
     results = [ClassifierResult(method, options.select) for method in methods]
     heads = [frozen.trainable_head(method) for method in methods]
     solver = Solver(heads, options.momentum, options.nesterov, graph=options.graph, say=run.say)
+    batches = methods[0].batches(frozen.source, frozen.stage1)
 
     steps = -(-len(frozen.data.train) // stream.batch_size)
     with state.training(name_of(methods[0]), stream.epochs, steps, solver=solver, results=Results(results, frozen)):
@@ -175,7 +176,7 @@ def train_heads(methods: Sequence[Trained], stream: Stream, work: Work) -> list[
         run.begin_training(stream.epochs - state.epoch, 0, options.eval_every, forecast.left)
         for epoch in range(state.epoch, stream.epochs):
             rates = [method.rate(epoch) for method in methods]
-            train = solver.train_epoch(frozen.source.epoch(stream, epoch), epoch / stream.epochs, rates, state)
+            train = solver.train_epoch(batches(epoch), epoch / stream.epochs, rates, state)
             seconds, due = state.seconds, is_due(epoch, stream.epochs, options.eval_every)
             if due:
                 frozen.make_features(stream, epoch)

@@ -129,6 +129,8 @@ CLASSIFIERS = {
     "orbit": "--method crt cosine ldam --features orbit --sampler sqrt",
     "published": "--protocol published --method maxnorm lade --maxnorm_every epoch step",
     "held out": "--method los crt --select best_val --eval_every 1 --batch_size 16 32",
+    "changed": "--method tail-sampling crt h2t --tail_neighbours 1 3 --tail_alpha 0.5 --h2t_rho 0.3 0.6 --views 2",
+    "changed, replay": "--method tail-sampling h2t --features replay --sampler class progressive",
     "scope": "--method crt --finetune_scope fc last_block all --eval_every 1 --select best_val",
     "scope, projected": "--method maxnorm --finetune_scope all --eval_every 1",
     "scope, replay": "--method crt --finetune_scope all fc --features replay",
