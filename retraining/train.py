@@ -168,10 +168,10 @@ def train_heads(methods: Sequence[Trained], stream: Stream, work: Work) -> list[
     results = [ClassifierResult(method, options.select) for method in methods]
     heads = [frozen.trainable_head(method) for method in methods]
     solver = Solver(heads, options.momentum, options.nesterov, graph=options.graph, say=run.say)
-    batches = methods[0].batches(frozen.source, frozen.stage1)
 
     steps = -(-len(frozen.data.train) // stream.batch_size)
     with state.training(name_of(methods[0]), stream.epochs, steps, solver=solver, results=Results(results, frozen)):
+        batches = methods[0].batches(frozen.source, frozen.stage1)
         forecast.begin(methods, stream.epochs - state.epoch)
         run.begin_training(stream.epochs - state.epoch, 0, options.eval_every, forecast.left)
         for epoch in range(state.epoch, stream.epochs):
