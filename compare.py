@@ -22,7 +22,7 @@ import torch
 
 from datasets import LongTailed
 from experiment.record import begin, check_places, place_of, wrapped_line
-from experiment.resuming import find_run, say_complete
+from experiment.resuming import Resumed, find_run, say_complete
 from experiment.sweeps import MEASURES, Row, plus_minus, ranked_rows, score_of, varying, write_sweep
 from retraining.dry_run import dry_run
 from retraining.measures import Measures, measure
@@ -44,7 +44,7 @@ from retraining.settings import TUNABLE, make_methods, settings_table
 from retraining.train import HINT, freeze, retrain, state_bytes, with_threads
 from utils.command import command
 from utils.console import counted, duration, show
-from utils.distributed import require_single
+from utils.distributed import go_on_alone, on_main_process, process_group
 from utils.errors import UsageError
 from utils.metrics import csv_text, spread
 from utils.options import Choice, Flag, Resolved, Value, Values, flags, option, parse_typed, shown
@@ -88,11 +88,12 @@ class Options(Stage2Options):
 
 
 @command
+@process_group()
 def main(argv: Sequence[str]) -> list[dict[str, Value]]:
     """Runs the command; returns the table's rows, sorted as they are printed, accuracies as fractions."""
-    require_single("compare.py")
     typed = parse_typed(Options, argv, "compare.py", __doc__)
-    typed, resumed = find_run(Options, typed, "compare.py", hash_of_stage1)
+    typed, found = on_main_process(lambda: find_run(Options, typed, "compare.py", hash_of_stage1))
+    resumed = found and Resumed(*found)
     if resumed and resumed.is_complete:
         return cast(list[dict[str, Value]], say_complete(resumed))
     if typed.get("print_options"):
@@ -108,6 +109,7 @@ def main(argv: Sequence[str]) -> list[dict[str, Value]]:
     state, frozen = state_bytes(methods, parent), freeze(parent, data, device, options)
     resolved = with_threads(resolved, methods, frozen)
     if options.dry_run:
+        go_on_alone()
         check_places(options, device, 0, state, resumed, 1)
         show(dry_run(methods, frozen, options.eval_every))
         return []

@@ -15,12 +15,10 @@ Several processes compute a share each, and write the same files as one does:
 
 from __future__ import annotations
 
-import io
 import json
-import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -29,8 +27,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from datasets import DATASETS, NATURAL, Batches, ImageSet, LongTailed, ResizedCrop
-from datasets.batches import Batch, seeded
+from datasets import DATASETS, NATURAL, ImageSet, LongTailed, ResizedCrop
+from datasets.batches import seeded
 from engine import for_evaluation
 from experiment.data import EVAL_BATCH, load_data
 from experiment.options import (
@@ -45,13 +43,13 @@ from experiment.options import (
 from experiment.pretrained import OWN_WEIGHTS, for_images_of, open_pretrained, shown_of, without_size
 from experiment.restore import open_checkpoint, restore
 from models import TIMM, Network, PretrainedNetwork
-from retraining.features import DTYPES, VIEWS_STREAM, features_of
+from retraining.features import DTYPES, VIEWS_STREAM, features_of, own_steps
 from utils.bar import bar
 from utils.command import command
 from utils.console import counted, duration, write
-from utils.distributed import barrier, on_main_process, process_group, rank, world_size
+from utils.distributed import barrier, in_turn, on_main_process, process_group, rank, world_size
 from utils.errors import UsageError
-from utils.files import require_room, require_writable, write_text
+from utils.files import atomic, require_room, require_writable, write_text
 from utils.options import Choice, Number, Text, Values, option, parse_typed, resolve
 from utils.system import pick_device, provenance
 from utils.types import Json
@@ -108,10 +106,10 @@ def main(argv: Sequence[str]) -> Json:
     on_main_process(lambda: make_room(out, work))
     splits = {name: part for name, part in (("train", data.train), ("val", data.val), ("test", data.test)) if part}
     for name, part in splits.items():
-        write_rows(out / f"{name}_features.npy", part, whole(part, work), work)
-        if name == "train":
-            for view in range(options.views):
-                write_rows(out / f"train_views_{view}.npy", part, augmented(part, view, work), work)
+        write_rows(out / f"{name}_features.npy", part, work)
+    for view in range(options.views):
+        windows = data.spec.augment.draw(len(data.train), seeded(options.view_seed, VIEWS_STREAM, view))
+        write_rows(out / f"train_views_{view}.npy", data.train, work, windows)
     about: Json = {
         **work.about,
         "dataset": options.dataset,
@@ -192,60 +190,33 @@ def make_room(out: Path, work: Extractor) -> None:
     require_room({out: rows * number}, f"features of {rows:,} images")
 
 
-def my_steps(rows: int, batch: int) -> list[Tensor]:
-    """The rows of each of this process's batches: batches are dealt out whole, so that none depends on how many."""
-    return [*torch.arange(rows).split(batch)][rank() :: world_size()]
-
-
-def whole(part: ImageSet, work: Extractor) -> Iterator[Batch]:
-    """The batches of the images as they are, of which each process has its own."""
-    size, spec, share = EVAL_BATCH[work.device.type], work.data.spec, (rank(), world_size())
-    return Batches(part.images, part.labels, size, spec.mean, spec.std, work.device, share=share).epoch()
-
-
-def augmented(part: ImageSet, view: int, work: Extractor) -> Iterator[Batch]:
-    """The same of a view: the crops and flips that stage 2 draws for it."""
-    size, spec = EVAL_BATCH[work.device.type], work.data.spec
-    augment = replace(spec.augment, jitter=0.0) if isinstance(spec.augment, ResizedCrop) else spec.augment
-    windows = augment.draw(len(part), seeded(work.options.view_seed, VIEWS_STREAM, view))
-    mine = my_steps(len(part), size)
-    if not mine:
-        return iter(())
-    index = torch.cat(mine)
-    batches = Batches(part.images, part.labels, size, spec.mean, spec.std, work.device, augment)
-    return batches.cut(augment.draws(index, *(draw[index] for draw in windows)))
-
-
-def write_rows(path: Path, part: ImageSet, steps: Iterator[Batch], work: Extractor) -> None:
-    """Writes the features of a split as a .npy file, each process the rows of its own batches.
+def write_rows(path: Path, part: ImageSet, work: Extractor, windows: Sequence[Tensor] = ()) -> None:
+    """Writes the features of a split as a .npy file, of images as they are or with ``windows`` cropped.
 
     Raises:
         UsageError: a feature is not finite, or too large for its type.
     """
+    spec, size = work.data.spec, EVAL_BATCH[work.device.type]
+    augment = replace(spec.augment, jitter=0.0) if isinstance(spec.augment, ResizedCrop) else spec.augment
+    number, width = -(-len(part) // size), work.network.num_features
+    steps = own_steps(part, replace(spec, augment=augment), size, work.device, windows)
+    shown = bar(steps, len(range(rank(), number, world_size())), path.stem.replace("_", " "))
+    pieces = in_turn((features_of(work.network, pixels) for pixels, _ in shown), number, width)
+    if rank() > 0:
+        list(pieces)  # all of it goes to the first
+        return
     kind, name = DTYPES[work.options.feature_dtype]
     name = BFLOAT16 if kind == torch.bfloat16 else name
-    width, size = work.network.num_features, EVAL_BATCH[work.device.type]
-    header = io.BytesIO()
-    np.lib.format.write_array_header_1_0(header, {"descr": name, "fortran_order": False, "shape": (len(part), width)})
-    partial = path.with_name(f"{path.name}.partial")
-    if rank() == 0:
-        partial.write_bytes(header.getvalue())
-    barrier()
-    mine = my_steps(len(part), size)
-    with open(partial, "r+b") as file:
-        for rows, (pixels, _) in zip(mine, bar(steps, len(mine), path.stem.replace("_", " "))):
-            found = features_of(work.network, pixels).cpu().to(kind)
+    with atomic(path) as partial, open(partial, "wb") as file:
+        about = {"descr": name, "fortran_order": False, "shape": (len(part), width)}
+        np.lib.format.write_array_header_1_0(file, about)
+        for piece in pieces:
+            found = piece.cpu().to(kind)
             if not bool(found.isfinite().all()):
                 raise UsageError(
                     f"{path}: a feature is not finite in {work.options.feature_dtype}", "another type or network"
                 )
-            file.seek(len(header.getvalue()) + int(rows[0]) * width * kind.itemsize)
             file.write(found.contiguous().view(torch.uint8).numpy().tobytes())
-        file.flush()
-        os.fsync(file.fileno())
-    barrier()
-    if rank() == 0:
-        os.replace(partial, path)
 
 
 if __name__ == "__main__":

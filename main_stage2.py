@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from typing import cast
 
 from experiment.record import begin, calibrated, check_places, finish, make_checkpoint, model_size, wrapped_line
-from experiment.resuming import find_run, say_complete
+from experiment.resuming import Resumed, find_run, say_complete
 from experiment.sweeps import choice_in_words, chosen_on, ranked_rows, show_sweep, varying
 from models.heads import head_name
 from retraining.dry_run import dry_run
@@ -36,7 +36,7 @@ from retraining.train import HINT, freeze, retrain, state_bytes, with_threads
 from utils.checkpoints import Checkpoint
 from utils.command import command
 from utils.console import show
-from utils.distributed import require_single
+from utils.distributed import go_on_alone, on_main_process, process_group
 from utils.metrics import Report, report
 from utils.options import Resolved, Values, parse_typed
 from utils.resume import complete
@@ -44,11 +44,12 @@ from utils.run import Run
 
 
 @command
+@process_group()
 def main(argv: Sequence[str]) -> Report:
     """Runs the command; returns the chosen classifier's report on the test set."""
-    require_single("main_stage2.py")
     typed = parse_typed(Options, argv, "main_stage2.py", __doc__)
-    typed, resumed = find_run(Options, typed, "main_stage2.py", hash_of_stage1)
+    typed, found = on_main_process(lambda: find_run(Options, typed, "main_stage2.py", hash_of_stage1))
+    resumed = found and Resumed(*found)
     if resumed and resumed.is_complete:
         return cast(Report, say_complete(resumed))
     if typed.get("print_options"):
@@ -62,6 +63,7 @@ def main(argv: Sequence[str]) -> Report:
     state, frozen = state_bytes(methods, parent), freeze(parent, data, device, options)
     resolved = with_threads(resolved, methods, frozen)
     if options.dry_run:
+        go_on_alone()
         check_places(options, device, model_size(options, data)[1], state, resumed, 1)
         show(dry_run(methods, frozen, options.eval_every))
         return Report()

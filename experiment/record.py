@@ -17,7 +17,7 @@ from engine import TRAINING, Selection, TrainStats, evaluate, evaluations, is_du
 from experiment.data import eval_batches
 from experiment.options import DataOptions, TrainOptions, data_name
 from experiment.restore import final_path, final_path_of
-from experiment.resuming import Resumed
+from experiment.resuming import Resumed, processes_of
 from losses import balances
 from models import pick_stem, sketch
 from utils import checkpoints
@@ -95,7 +95,7 @@ def begin(
             "typed": {name: value for name, value in typed.items() if name != "resume"},
             "seed": seeds,
             "start": None if start is None else start.sha256,
-            "processes": world_size(),
+            "processes": processes_of(script),
             "options": resolved.stored(),
             "sources": dict(resolved.sources),
         }  # without which nothing that the run saves could be taken up again

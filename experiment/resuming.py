@@ -58,7 +58,7 @@ def find_run(
         for path in sorted(out.glob("*/*/options.json"), key=lambda path: path.parent.name, reverse=True):
             begun = read_begun(path)
             is_same = begun and begun["script"] == script and comparable(begun["typed"]) == as_json(comparable(typed))
-            is_same = is_same and begun is not None and begun.get("processes", 1) == launched()
+            is_same = is_same and begun is not None and begun.get("processes", 1) == processes_of(script)
             if begun and is_same and begun["start"] == start_of(typed):
                 if can_go_on(path.parent):
                     return find_run(cls, {**typed, "resume": str(path.parent)}, script, start_of)
@@ -88,6 +88,11 @@ def find_run(
     if done is None and begun["start"] != start_of(found):
         raise UsageError(f"--resume {wanted} was begun from another checkpoint", "the same file, or a new run")
     return found, Resumed(folder, [*(kept.keys() - stored)], done and done["result"], done is not None)
+
+
+def processes_of(script: str) -> int:
+    """How many processes make a run of a command what it is: stage 2's classifiers are trained by one of them."""
+    return launched() if script == "main_stage1.py" else 1
 
 
 def comparable(typed: Values) -> dict[str, object]:

@@ -16,6 +16,7 @@ from retraining.results import FrozenBackbone
 from retraining.settings import by_stream, cached_streams
 from retraining.solver import Solver
 from utils.console import about, counted, duration, step_time
+from utils.distributed import launched
 from utils.system import peak_memory, step_seconds
 
 
@@ -28,7 +29,7 @@ def dry_run(methods: Sequence[Method], frozen: FrozenBackbone, every: int) -> st
     """How long the classifiers would take and how much memory, from ten steps of the backbone and of each group.
 
     A network that is trained too counts as three passes over the training images an epoch. There are ``every`` epochs
-    between evaluations.
+    between evaluations. Processes share the passes that features take.
     """
     source, data, device = frozen.source, frozen.data, frozen.source.device
     of_image, steps, epochs = image_seconds(frozen), 0.0, 0
@@ -45,7 +46,7 @@ def dry_run(methods: Sequence[Method], frozen: FrozenBackbone, every: int) -> st
             steps += of_step * stream.epochs * -(-len(data.train) // stream.batch_size)
     streams = cached_streams(methods)
     arrays, lacking = source.arrays(streams)
-    looked_at = source.images_left(streams, every) + TRAINING * epochs * len(data.train)
+    looked_at = source.images_left(streams, every) / launched() + TRAINING * epochs * len(data.train)
     passes = of_image * looked_at
     disk = f"{lacking * source.array_bytes / 1e6:,.0f} MB in {source.cache_dir}"
     return (

@@ -25,13 +25,14 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from datasets import SAMPLERS, Augment, Batches, ImageSet, LongTailed
+from datasets import SAMPLERS, Augment, Batches, DatasetSpec, ImageSet, LongTailed
 from datasets.batches import Batch, Draws, seeded
 from datasets.rows import Rows
 from engine import evaluations, for_evaluation, forward
 from models import Network, PretrainedNetwork
 from utils.arrays import open_array, write_array
 from utils.console import show
+from utils.distributed import in_turn, on_main_process, rank, world_size
 from utils.errors import UsageError
 from utils.files import atomic, require_writable, sweep, write_text
 from utils.metrics import LOGIT_BYTES, Logits
@@ -94,7 +95,7 @@ class FeatureCache:
     mistaken for it, and two runs that want the same file at once each write the same bytes. Arrays are .npy files of
     ``dtype``, a key of ``DTYPES``, with checksums (:mod:`utils.arrays`), and come back memory-mapped; one that is
     damaged is made anew. They may be larger than memory, and are only read: a page that is written to would be copied
-    into it.
+    into it. Of several processes the first alone reads and writes.
 
     Args:
         root: the folder of all caches.
@@ -118,7 +119,7 @@ class FeatureCache:
         text = json.dumps(about, sort_keys=True, indent=1)
         sweep(root, deep=True)
         self.folder = Path(root, hashlib.sha256(text.encode()).hexdigest()[:16])
-        if not (self.folder / "about.json").is_file():
+        if rank() == 0 and not (self.folder / "about.json").is_file():
             require_writable("--cache_dir", self.folder)
             write_text(self.folder / "about.json", text + "\n")
         self.computed = self.reused = 0
@@ -128,11 +129,26 @@ class FeatureCache:
     def array(
         self, name: str, shape: tuple[int, int], compute: Callable[[], Iterator[Tensor]], anew: bool = False
     ) -> Tensor:
-        """The array (rows, D); where it is missing or ``anew``, made of the pieces (B, D) that ``compute`` yields."""
+        """The array (rows, D); where it is missing or ``anew``, made of the pieces (B, D) that ``compute`` yields.
+
+        Several processes make it together, see :func:`utils.distributed.in_turn`; the others than the first return
+        nothing (0, D).
+
+        Raises:
+            UsageError: their arrays are not the same.
+        """
         path = self.folder / f"{name}.npy"
-        array = None if anew else self._mapped(path, shape)
-        is_new = array is None
-        if array is None:
+        array = None if anew or rank() > 0 else self._mapped(path, shape)
+        firsts, is_new = on_main_process(lambda: (self._name(path), array is None))
+        if firsts != self._name(path):
+            raise UsageError(
+                f"process {rank()} has another checkpoint, images or PyTorch than the first", "the same for all"
+            )
+        if rank() > 0:
+            if is_new:
+                list(compute())  # all of it goes to the first
+            return torch.empty(0, *shape[1:], dtype=self.dtype)
+        if is_new:
             began = time.perf_counter()
             self._write(path, shape, compute())
             self.seconds += time.perf_counter() - began
@@ -241,6 +257,12 @@ class FeatureSource:
         """The same of "test" or "val" images, evaluated after the epochs that are due, see :func:`engine.is_due`."""
         raise NotImplementedError
 
+    def fill(self, streams: Sequence[Stream], is_clean: bool) -> None:
+        """Has all processes make what the first will need: the arrays of these streams and of test and held-out images.
+
+        ``is_clean``: those of training images as they are too. What has no such arrays makes none.
+        """
+
     def arrays(self, streams: Iterable[Stream]) -> tuple[int, int]:
         """How many arrays of training images these streams need, a pass over the backbone each, and how many lack."""
         return lacking(self.planned(each) for stream in streams for each in stream.read)
@@ -314,9 +336,10 @@ class FeatureSource:
         images: ImageSet = getattr(self.data, part)
 
         def compute(mirrored: bool = False) -> Iterator[Tensor]:
-            batches = Batches(images.images, images.labels, self.eval_batch, *self._pixels(), self.device)
-            steps = ((pixels.flip(dims=(3,)) if mirrored else pixels, labels) for pixels, labels in batches.epoch())
-            yield from self.passes(network(), steps, len(batches), f"features of {part} images")
+            steps = own_steps(images, self.data.spec, self.eval_batch, self.device)
+            steps = ((pixels.flip(dims=(3,)) if mirrored else pixels, labels) for pixels, labels in steps)
+            number = -(-len(images) // self.eval_batch)
+            return self.passes(network(), steps, number, f"features of {part} images")
 
         key = f"{cache.folder}/{name}"
         if self._latest.get(part, ("", []))[0] != key:  # kept for the next classifier that asks
@@ -328,10 +351,14 @@ class FeatureSource:
         return self._latest[part][1]
 
     def passes(self, model: Network, steps: Iterable[Batch], number: int, what: str) -> Iterator[Tensor]:
-        """The features (B, D) of each step's images."""
-        for images, _ in self.progress(steps, number, what):
-            yield features_of(model, images)
-            self.images += len(images)
+        """The features (B, D) of the images of ``number`` steps, of which several processes have some each."""
+
+        def mine() -> Iterator[Tensor]:
+            for images, _ in self.progress(steps, len(range(rank(), number, world_size())), what):
+                yield features_of(model, images)
+                self.images += len(images)
+
+        return in_turn(mine(), number, self.width)
 
     def train_batches(self, stream: Stream) -> Batches:
         """The published batches of a stream: the sampler's order, each image newly cropped and flipped."""
@@ -354,6 +381,17 @@ class _EvalMode(FeatureSource):
         super().__post_init__()
         self.fast = for_evaluation(self.model)
         self._is_fit = False
+
+    def fill(self, streams: Sequence[Stream], is_clean: bool) -> None:
+        parts = {"train": is_clean, "test": True, "val": self.data.val is not None}
+        for part in filter(parts.get, parts):
+            self.evaluated(part)
+        for stream in streams:
+            self.make(stream)
+
+    def make(self, stream: Stream) -> object:
+        """Makes the arrays of a stream's training images that lack."""
+        raise NotImplementedError
 
     def evaluated(self, part: str, stream: Stream | None = None, epoch: int = -1) -> list[Features]:
         return [self.standardized(array) for array in self._raw(part)]
@@ -386,12 +424,11 @@ class _EvalMode(FeatureSource):
 
     def view(self, cache: FeatureCache, name: str, *windows: Tensor) -> Tensor:
         """The features (N, D) of all training images under one crop each, in file order."""
-        train, augment = self.data.train, self.data.spec.augment
+        train = self.data.train
 
         def compute() -> Iterator[Tensor]:
-            batches = Batches(train.images, train.labels, self.eval_batch, *self._pixels(), self.device, augment)
-            steps = batches.cut(augment.draws(torch.arange(len(train)), *windows))
-            yield from self.passes(self.fast, steps, len(batches), name.replace("_", " "))
+            steps = own_steps(train, self.data.spec, self.eval_batch, self.device, windows)
+            return self.passes(self.fast, steps, -(-len(train) // self.eval_batch), name.replace("_", " "))
 
         return cache.array(name, (len(train), self.width), compute)
 
@@ -400,9 +437,16 @@ class Views(_EvalMode):
     """V augmented views of every image, shared by all seeds and samplers; epoch e shows view e mod V."""
 
     def epoch(self, stream: Stream, epoch: int) -> Iterator[Batch]:
-        features: Features = self.numbered(epoch % self.num_views) if self.num_views else self.evaluated("train")[0]
         order = self.train_batches(stream).draws(epoch).order
-        yield from gathered(features, self.labels, order, stream.batch_size)
+        yield from gathered(self.seen(epoch), self.labels, order, stream.batch_size)
+
+    def seen(self, epoch: int) -> Features:
+        """The features (N, D) of all training images as an epoch shows them, in file order."""
+        return self.numbered(epoch % self.num_views) if self.num_views else self.evaluated("train")[0]
+
+    def make(self, stream: Stream) -> None:
+        for epoch in range(self.planned(stream)[1]):
+            self.seen(epoch)
 
     def planned(self, stream: Stream) -> tuple[FeatureCache, int]:
         if not self.num_views:
@@ -434,6 +478,17 @@ class Orbit(_EvalMode):
         cache = self.cache("eval", "train", orbit=True, pad=augment.pad, eval_batch=self.eval_batch)
         return cache, (2 * augment.pad + 1) ** 2 * (1 + augment.flip)
 
+    def make(self, stream: Stream) -> list[Tensor]:
+        augment = self.data.spec.augment
+        assert isinstance(augment, Augment)
+        offsets, sides = 2 * augment.pad + 1, 1 + augment.flip
+        cache, number = self.planned(stream)
+        ones, views = torch.ones(len(self.labels), dtype=torch.int64), []
+        for view in range(number):
+            top, left, flip = view // sides // offsets, view // sides % offsets, view % sides
+            views.append(self.view(cache, f"orbit_{top}_{left}_{flip}", top * ones, left * ones, flip * ones > 0))
+        return views
+
     def epoch(self, stream: Stream, epoch: int) -> Iterator[Batch]:
         augment = self.data.spec.augment
         assert isinstance(augment, Augment)
@@ -441,12 +496,7 @@ class Orbit(_EvalMode):
         draws = self.train_batches(stream).draws(epoch)
         assert isinstance(draws, Draws)
         wanted = (draws.top * offsets + draws.left) * sides + draws.flip
-        cache, views_in_all = self.planned(stream)
-        views = []
-        for number in range(views_in_all):
-            top, left, flip = number // sides // offsets, number // sides % offsets, number % sides
-            ones = torch.ones(len(self.labels), dtype=torch.int64)
-            views.append(self.view(cache, f"orbit_{top}_{left}_{flip}", top * ones, left * ones, flip * ones > 0))
+        views = self.make(stream)
         batches = max(1, BLOCK_BYTES // (4 * views[0].shape[1] * stream.batch_size))
         for order, chosen in zip(*(part.split(batches * stream.batch_size) for part in (draws.order, wanted))):
             features = views[0].new_empty(len(order), views[0].shape[1])
@@ -572,7 +622,6 @@ class Given(FeatureSource):
 FEATURES: dict[str, type[FeatureSource]] = {"views": Views, "orbit": Orbit, "replay": Replay}
 
 
-@torch.no_grad()
 def lacking(planned: Iterable[tuple[FeatureCache, int]]) -> tuple[int, int]:
     """How many arrays caches are to have, {folder: the most that one plan says}, and how many of them lack."""
     wanted: dict[Path, int] = {}
@@ -582,6 +631,25 @@ def lacking(planned: Iterable[tuple[FeatureCache, int]]) -> tuple[int, int]:
     return sum(wanted.values()), sum(missing)
 
 
+def own_steps(
+    part: ImageSet, spec: DatasetSpec, size: int, device: torch.device, windows: Sequence[Tensor] = ()
+) -> Iterator[Batch]:
+    """The batches of images in their order, ``size`` at a time: as they are, or cropped by ``windows``, draws (N, ...).
+
+    Of several processes each has whole ones in turn, so that no number depends on how many there are.
+    """
+    pixels = (part.images, part.labels, size, spec.mean, spec.std, device)
+    share = rank(), world_size()
+    if not windows:
+        return Batches(*pixels, share=share).epoch()
+    mine = torch.arange(len(part)).split(size)[share[0] :: share[1]]
+    if not mine:
+        return iter(())
+    index = torch.cat(mine)
+    return Batches(*pixels, spec.augment).cut(spec.augment.draws(index, *(draw[index] for draw in windows)))
+
+
+@torch.no_grad()
 def features_of(model: Network, images: Tensor) -> Tensor:
     """Images (B, c, H, W) -> raw features (B, D), without gradient."""
     return forward(model.raw_features, images)

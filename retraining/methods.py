@@ -108,6 +108,7 @@ class Method:
         projects: whether :meth:`project` does anything.
         takes_scope: whether its head can also be trained together with the backbone.
         needs_linear: whether it continues from stage 1's classifier as a linear one; others take a cosine head too.
+        takes_features: whether its head is made from the features of training images.
         start: the head that it starts from, see :data:`retraining.start.STARTS`.
     """
 
@@ -117,6 +118,7 @@ class Method:
     projects: ClassVar[bool] = False
     takes_scope: ClassVar[bool] = False
     needs_linear: ClassVar[bool] = True
+    takes_features: ClassVar[bool] = False
 
     start: str = "stage1"
 
@@ -384,6 +386,7 @@ class NCM(Method):
     name = "ncm"
     tuned = {"ncm_metric": ("centred", "cosine", "l2")}
     needs_linear = False
+    takes_features = True
 
     ncm_metric: str = "centred"
 
@@ -785,6 +788,7 @@ class ClassBalancedSigmoidLoss(Trained):
     name = "cb-sigmoid"
     tuned = {"cb_beta": (0.99, 0.999, 0.9999)}
     takes_scope = False
+    takes_features = True
 
     finetune_lr: float = 1e-4
     cb_beta: float = 0.9999

@@ -21,6 +21,7 @@ from retraining.settings import TUNABLE, WITHOUT_STAGE1
 from retraining.start import STARTS, without_stage1
 from utils.checkpoints import IDENTITY, Checkpoint
 from utils.console import show
+from utils.distributed import world_size
 from utils.errors import UsageError
 from utils.options import Choice, Flag, Number, Resolved, Text, Value, Values, option, shown
 from utils.system import pick_device
@@ -295,6 +296,9 @@ def prepare(cls: type[T], typed: Values, flag: str | None = None) -> Prepared[T]
     if on_rows(typed):
         return prepare_rows(cls, typed, flag)
     parent, resolved = continue_stage1(cls, typed)
+    if world_size() > 1 and resolved.options.features == "replay":
+        problem = f"--features replay with {world_size()} processes: its batches follow from each other"
+        raise UsageError(problem, "views, orbit, or one process: without torchrun")
     device = pick_device(*resolved.options.place)
     kept = parent.data
     data = load_data(resolved.options, val_indices=kept.get("val_indices", []), test_files=kept.get("test_files", ()))

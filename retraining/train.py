@@ -30,6 +30,7 @@ from retraining.settings import by_stream, cached_streams
 from retraining.solver import Solver, heads_that_fit
 from utils.checkpoints import Checkpoint
 from utils.console import counted
+from utils.distributed import go_on_alone, on_main_process, world_size
 from utils.errors import Diverged
 from utils.files import require_room
 from utils.options import Resolved
@@ -95,17 +96,12 @@ def retrain(
     """Makes every classifier: those that see the same batches side by side, on one pass over the backbone."""
     options, results = resolved.options, list[ClassifierResult]()
     run.is_sweep = len(methods) > 1
+    fill_cache(methods, frozen, options, run)
     finished = Finished(frozen, options.select)
     state = make_state(run, options, resolved.stored(), frozen.data, frozen.source.device, finished=finished)
     taught = [method for method in methods if isinstance(method, Trained)]
     losses = ((f"{m.name} with --sampler {m.sampler}", m.sampler, m.loss(frozen.stage1, 1.0)) for m in taught)
     note_balance(run, losses)
-    arrays, lacking = frozen.source.arrays(cached_streams(methods))
-    require_room({options.cache_dir: lacking * frozen.source.array_bytes}, f"--features {options.features}")
-    if lacking:
-        others = "" if lacking == arrays else f", {arrays - lacking} are in the cache"
-        passes = counted(lacking, "pass", "passes")
-        run.say(f"features of {len(frozen.data.train):,} training images: {passes} over the backbone{others}")
     waiting = [method for method in methods if method not in finished]
     work = Work(frozen, options, run, state, Forecast(waiting, frozen, options.eval_every))
     for stream, group in by_stream(methods).items():
@@ -123,6 +119,31 @@ def retrain(
                 finished.add(found)
             results += found
     return results
+
+
+def fill_cache(methods: Sequence[Method], frozen: FrozenBackbone, options: Options, run: Run) -> None:
+    """Says which features lack; several processes make them now, and the first goes on alone.
+
+    Raises:
+        UsageError: no room for them.
+    """
+    source, streams = frozen.source, cached_streams(methods)
+
+    def planned() -> tuple[int, int]:
+        arrays, lacking = source.arrays(streams)
+        require_room({options.cache_dir: lacking * source.array_bytes}, f"--features {options.features}")
+        return arrays, lacking
+
+    arrays, lacking = on_main_process(planned)
+    if lacking:
+        others = "" if lacking == arrays else f", {arrays - lacking} are in the cache"
+        passes = counted(lacking, "pass", "passes")
+        run.say(f"features of {len(frozen.data.train):,} training images: {passes} over the backbone{others}")
+    if world_size() > 1:
+        is_clean = any(m.takes_features or m.start not in ("stage1", "random") for m in methods)
+        source.fill(streams, is_clean)
+        run.say(f"the first of {world_size()} processes goes on alone")
+        go_on_alone()
 
 
 def post_hoc(methods: Sequence[Method], frozen: FrozenBackbone, select: str) -> list[ClassifierResult]:

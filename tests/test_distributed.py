@@ -37,6 +37,7 @@ from datasets.batches import Augment, own_rows
 from engine import TrainStep, make_sgd, set_lr, train_epoch
 from losses import LOSSES, make_loss, total_weight
 from models import build_model
+from retraining import features
 from training.recipe import constraint
 from utils import checkpoints, distributed
 from utils.distributed import process_group, rank, world_size
@@ -147,7 +148,9 @@ def commands(home: Path) -> Any:
     stored = home / STAGE1
     Path("mine.pt").symlink_to(stored if me == 0 else "nowhere")
     found = {flags: run(main_stage1.main, f"{DIGITS} {flags}") for flags in REFUSED}
-    found |= {"main_stage2.py": run(main_stage2.main, DIGITS), "compare.py": run(compare.main, DIGITS)}
+    found["replay"] = run(main_stage2.main, f"{DIGITS} --features replay --pretrained_pth {stored}")
+    flags = f"--pretrained_pth {stored} --device cpu --views 1 --finetune_epoch 1 --finetune_lr 1e30 --seed 0"
+    found["diverges alone"] = run(main_stage2.main, flags)
     found["diverges"] = run(main_stage1.main, f"{QUICK} --lr 1e20")
     found["everything"] = run(main_stage1.main, f"{QUICK} {EVERYTHING}")
     found["sweep"] = run(main_stage1.main, f"{DIGITS} --epochs 1 --lr 0.05 1e20")
@@ -173,6 +176,46 @@ def one_fails_amid_a_step(home: Path) -> Any:
     return run(main_stage1.main, QUICK)
 
 
+def stage2(home: Path) -> Any:
+    """What the commands of stage 2 end with, and every file that they leave."""
+    found = {name: run(command, arguments.format(home / STAGE1)) for name, (command, arguments) in STAGE2.items()}
+    found["again"] = run(main_stage2.main, STAGE2["orbit"][1].format(home / STAGE1))
+    files = [path for path in sorted(Path().rglob("*")) if path.is_file() and path.suffix != ".pkl"]
+    found["cache"] = {str(path): path.read_bytes() for path in files if path.parts[0] == "cache"}
+    found["heads"] = {str(path): checkpoints.read(path).model for path in files if path.parts[0] == "checkpoints"}
+    lines = [line for path in files if path.name == "results.jsonl" for line in path.read_text().splitlines()[1:]]
+    found["lines"] = [{name: v for name, v in json.loads(line).items() if name != "seconds"} for line in lines]
+    return found
+
+
+def one_fails_amid_a_view(home: Path) -> Any:
+    distributed.PATIENCE = timedelta(seconds=0.2)
+    features_of = features.features_of
+
+    def failing(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
+        if rank() == 1 and len(calls) == 4:
+            raise UsageError("an image that cannot be read", "a whole one")
+        calls.append(1)
+        return features_of(model, images)
+
+    calls: list[int] = []
+    features.features_of = failing
+    found = run(compare.main, f"--pretrained_pth {home / STAGE1} --device cpu --views 3 --cache_dir other --method crt")
+    features.features_of = features_of
+    return found | {"files": [path.name for path in Path("other").rglob("*")]}
+
+
+STAGE2 = {
+    "views": (
+        compare.main,
+        "--pretrained_pth {} --device cpu --views 3 --finetune_epoch 4 --feature_dtype bfloat16 "
+        "--method ncm tau-norm crt los --finetune_scope fc last_block --seed 0",
+    ),
+    "orbit": (
+        main_stage2.main,
+        "--pretrained_pth {} --device cpu --features orbit --finetune_epoch 2 --seed 0 1 --select best_val",
+    ),
+}
 REFUSED = {  # flags: words of the two lines
     "--sync_bn": "--sync_bn CPU --nproc-per-node",
     "--loss ce lade": "--loss lade 2 processes --accum 1",
@@ -253,12 +296,12 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def two(home: Path) -> dict[str, list[Any]]:
-    return crew(2, home, steps_and_weights, commands, evaluations, one_fails_amid_a_step)
+    return crew(2, home, steps_and_weights, commands, evaluations, stage2, one_fails_amid_a_view, one_fails_amid_a_step)
 
 
 @pytest.fixture(scope="module")
 def three(home: Path) -> dict[str, list[Any]]:
-    return crew(3, home, steps_and_weights, evaluations)
+    return crew(3, home, steps_and_weights, evaluations, stage2)
 
 
 # What is expected of them.
@@ -383,8 +426,7 @@ def test_every_number_of_processes_evaluates_alike(home: Path, two, three, monke
 
 def test_what_several_processes_cannot_do_is_refused_once(two) -> None:
     first, second = two["commands"]
-    scripts = {script: f"{script} 2 processes python {script}" for script in ("main_stage2.py", "compare.py")}
-    for name, words in (REFUSED | scripts).items():
+    for name, words in {**REFUSED, "replay": "--features replay 2 processes views, orbit"}.items():
         error = first[name]["error"]
         assert (first[name]["status"], second[name]["status"]) == (2, 2), (name, first[name], second[name])
         assert error.startswith("error: ") and len(error.splitlines()) == 2
@@ -407,6 +449,9 @@ def test_a_divergence_ends_all(two) -> None:
     first, second = (found["diverges"] for found in two["commands"])
     assert (first["status"], second["status"]) == (1, 1)
     assert "stopped: the loss is" in first["error"] and "lr 1e+20" in first["error"] and not second["error"]
+    first, second = (found["diverges alone"] for found in two["commands"])
+    assert (first["status"], second["status"]) == (1, 1), first
+    assert first["error"].startswith("stopped: ") and not second["error"]
 
 
 def test_recipes_and_sweeps_run_and_the_first_process_alone_writes(two) -> None:
@@ -425,6 +470,35 @@ def test_an_error_amid_a_step_is_told_by_its_process_and_ends_the_others(two) ->
     first, second = two["one_fails_amid_a_step"]
     assert second["status"] == 2 and second["error"].startswith("error: an image that cannot be read")
     assert first["status"] == 1 and not first["error"]
+
+
+def test_every_number_of_processes_makes_the_same_classifiers(home: Path, two, three, workdir) -> None:
+    """Caches to the byte, weights and figures to the bit; the first process alone has files."""
+    one = stage2(home)
+    assert one["lines"] and len(one["cache"]) == 20 and one["heads"]
+    for crew in (two, three):
+        first, *others = crew["stage2"]
+        assert all(first[name]["status"] == 0 for name in (*STAGE2, "again")), first
+        assert first["cache"] == one["cache"] and first["lines"] == one["lines"]
+        assert first["heads"].keys() == one["heads"].keys()
+        for name, weights in one["heads"].items():
+            assert all(torch.equal(value, first["heads"][name][key]) for key, value in weights.items()), name
+        for other in others:
+            assert all(other[name]["status"] == 0 and not other[name]["out"] for name in (*STAGE2, "again")), other
+            assert not other["cache"] and not other["heads"] and not other["lines"]
+        number = len(crew["stage2"])
+        assert f"the first of {number} processes goes on alone" in first["views"]["out"]
+        assert f"torchrun --nproc-per-node={number} compare.py" in first["views"]["out"]
+        assert "9 passes over the backbone" in first["orbit"]["out"]
+        assert "9 passes over the backbone" not in first["again"]["out"]
+
+
+def test_an_error_amid_a_view_ends_all(two) -> None:
+    first, second = two["one_fails_amid_a_view"]
+    assert second["status"] == 2 and second["error"].startswith("error: an image that cannot be read")
+    assert len(second["error"].splitlines()) == 2
+    assert first["status"] == 1 and not first["error"]
+    assert "about.json" in first["files"] and not [name for name in first["files"] if name.endswith((".npy", ".tmp"))]
 
 
 def test_accum_in_the_command_is_the_sum_of_its_parts(workdir) -> None:

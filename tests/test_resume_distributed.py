@@ -17,6 +17,7 @@ from test_distributed import crew, imported_once, run  # noqa: F401
 from test_resume import run_folder
 
 import main_stage1
+import main_stage2
 from benchmarks.torture import equal, outcome
 from utils.resume import state_files
 
@@ -69,6 +70,18 @@ def test_two_processes_end_in_the_same_bits(two, number: int, options: str) -> N
         assert f"to continue: torchrun --nproc-per-node=2 {ROOT}/{again}" in ended["error"]
     assert last["out"].count("resumed after step") == 1, last
     assert equal(outcome(home / f"cut{number}"), outcome(home / f"whole{number}"))
+
+
+def test_one_process_goes_on_with_stage_2_of_two(workdir) -> None:
+    main_stage1.main(["--dataset", "digits", "--epochs", "1", "--seed", "0"])
+    flags = "--dataset digits --views 2 --finetune_epoch 3 --seed 0 --device cpu --threads 1 --out"
+    main_stage2.main([*flags.split(), "whole"])
+    cut = torchrun(f"main_stage2.py {flags} cut --cache_dir other", "0 7 SIGTERM")
+    assert "ended by SIGTERM" in cut.stderr and cut.returncode == 1, cut.stderr
+    assert f"to continue: torchrun --nproc-per-node=2 {ROOT}/main_stage2.py --resume=cut/" in cut.stderr
+    main_stage2.main([*flags.split(), "cut", "--cache_dir", "other", "--resume", "auto"])
+    assert "resumed after step" in (run_folder("cut") / "log.txt").read_text()
+    assert equal(outcome(Path("cut")), outcome(Path("whole")))
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])

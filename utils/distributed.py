@@ -34,12 +34,14 @@ TIMEOUT = timedelta(minutes=30)
 PATIENCE = timedelta(seconds=5)
 #: Seconds that the others wait at the end for the first one's message: torchrun ends all as soon as one has ended.
 GRACE = 0.5
+#: Seconds between looks whether the first process has ended its work.
+PAUSE = 0.2
 #: What ends a command with a message; other exceptions are defects, told by their traceback.
 EXPECTED = (UsageError, Diverged, Unsaved, OSError)
 
 
 def launched() -> int:
-    """How many processes were started, joined or not."""
+    """How many processes were started: not joined yet, joined, or waiting for the first."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
@@ -60,10 +62,10 @@ def local_rank_and_size() -> tuple[int, int]:
 
 def launcher() -> list[str]:
     """The words before the script that start as many processes."""
-    if world_size() == 1:
+    if launched() == 1:
         return ["python"]
-    here = local_rank_and_size()[1]
-    nodes = [f"--nnodes={world_size() // here}"] if world_size() > here else []
+    here = int(os.environ["LOCAL_WORLD_SIZE"])
+    nodes = [f"--nnodes={launched() // here}"] if launched() > here else []
     return ["torchrun", *nodes, f"--nproc-per-node={here}"]
 
 
@@ -97,6 +99,22 @@ class _Board:
         found = [self._read(key) for key in keys]
         self.is_over = any(each is not None for _, each in found)
         return cast(list[tuple[T, Exception | None]], found)
+
+    def meet(self, value: T) -> list[T]:
+        """What every process brings, in their order; where one has an error, all raise it."""
+        found = self.exchange(value, None, TIMEOUT)
+        for _, error in found:
+            if error is not None:
+                raise error
+        return [each for each, _ in found]
+
+    def wait_for_first(self) -> None:
+        """Waits, however long it takes, until the first process comes to the next meeting; ends where it cannot."""
+        try:
+            while not self.store.check([f"{self.meetings + 1}/0"]):
+                time.sleep(PAUSE)
+        except dist.DistError:  # it kept the store, and has ended
+            raise SystemExit(1) from None
 
     def _read(self, key: str) -> tuple[object, Exception | None]:
         found = unpack(self.store.get(key))
@@ -141,7 +159,7 @@ def process_group() -> Iterator[None]:
             opened.enter_context(redirect_stdout(opened.enter_context(open(os.devnull, "w"))))
         try:
             yield
-            barrier()
+            board.meet(None)
         except EXPECTED as error:
             if not board.tell(error):
                 raise
@@ -180,7 +198,25 @@ def _join() -> _Board:
 def _leave() -> None:
     global _board
     _board = None
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def go_on_alone() -> None:
+    """Ends what processes do together: the first goes on as if it were the only one, the others wait for its end.
+
+    They do not come back from here, and end as the first one does. Until then they keep the rendezvous, which may be
+    on their machine.
+    """
+    if _board is None or world_size() == 1:
+        return
+    barrier()
     dist.destroy_process_group()
+    if _board.rank > 0:
+        _board.wait_for_first()
+        _board.meet(None)
+        _leave()
+        raise SystemExit(0)
 
 
 def require_single(command: str) -> None:
@@ -197,13 +233,7 @@ def require_single(command: str) -> None:
 
 def all_gather_object(value: T) -> list[T]:
     """What each process brings, in their order, in all of them; where one has an error, all raise it."""
-    if _board is None:
-        return [value]
-    found = _board.exchange(value, None, TIMEOUT)
-    for _, error in found:
-        if error is not None:
-            raise error
-    return [each for each, _ in found]
+    return [value] if _board is None or world_size() == 1 else _board.meet(value)
 
 
 def barrier() -> None:
@@ -263,10 +293,27 @@ def gather_bytes(mine: bytes) -> list[bytes]:
     size = all_reduce_max([len(mine)])[0]
     padded = torch.zeros(size + 8, dtype=torch.uint8)
     padded[:8] = torch.tensor([len(mine)]).view(torch.uint8)
-    padded[8 : 8 + len(mine)] = torch.frombuffer(bytearray(mine), dtype=torch.uint8)
+    if mine:
+        padded[8 : 8 + len(mine)] = torch.frombuffer(bytearray(mine), dtype=torch.uint8)
     found = [torch.empty_like(padded) for _ in range(world_size())] if rank() == 0 else None
     dist.gather(padded, found)
     return [row[8 : 8 + int(row[:8].view(torch.int64))].numpy().tobytes() for row in found or []]
+
+
+def in_turn(mine: Iterator[Tensor], number: int, width: int) -> Iterator[Tensor]:
+    """``number`` pieces (n, width) float32 that processes make in turn, in order, in the first one; in others nothing.
+
+    ``mine`` are this process's: of the first round, the second ... A round is passed on before the next one is made.
+    """
+    if world_size() == 1:
+        yield from mine
+        return
+    for _ in range(0, number, world_size()):
+        piece = next(mine, None)
+        content = b"" if piece is None else piece.cpu().contiguous().view(torch.uint8).numpy().tobytes()
+        for each in filter(None, gather_bytes(content)):
+            yield torch.frombuffer(bytearray(each), dtype=torch.float32).view(-1, width)
+    next(mine, None)  # ends it
 
 
 def broadcast_bytes(content: bytes) -> bytes:

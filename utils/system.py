@@ -25,7 +25,7 @@ import torch
 
 from utils import signals
 from utils.console import show
-from utils.distributed import launcher, local_rank_and_size, world_size
+from utils.distributed import launched, launcher, local_rank_and_size, world_size
 from utils.errors import UsageError
 
 #: glibc's names of what mallopt sets, and values in bytes: what free memory stays, and from which size it never does.
@@ -328,7 +328,7 @@ def provenance(script: str, argv: Sequence[str], device: torch.device, seconds: 
         },
         "device": torch.cuda.get_device_name(device) if on_gpu else f"cpu ({platform.machine()})",
         "cpu": {"model": cpu_model(), "capability": torch.backends.cpu.get_cpu_capability()},
-        "processes": world_size(),
+        "processes": launched(),
         "threads": torch.get_num_threads(),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "environment": {name: os.environ[name] for name in KERNEL_VARIABLES if name in os.environ},
