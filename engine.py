@@ -20,6 +20,7 @@ from torch.optim import SGD, Optimizer
 
 from datasets.batches import Batch, Epochs
 from losses import total_weight
+from models import Network, fold
 from utils.distributed import all_reduce_sum, broadcast_model, gather_in_order, interruptible, world_size
 from utils.errors import Diverged, UsageError
 from utils.graphs import Graphed
@@ -317,8 +318,14 @@ def forward(network: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
 
 
 def for_evaluation(model: M) -> M:
-    """A copy in eval mode and in the memory format in which convolutions are fastest (up to 1.2x on a CPU)."""
-    return copy.deepcopy(model).eval().requires_grad_(False).to(memory_format=torch.channels_last)
+    """A copy in eval mode with BatchNorm in the convolutions and in the memory format in which these are fastest.
+
+    On a CPU the first saves 24 % of ResNet-32's time and 6 % of ResNet-34's, the second up to a sixth.
+    """
+    model = copy.deepcopy(model).eval().requires_grad_(False)
+    if isinstance(model, Network):
+        fold(model)
+    return model.to(memory_format=torch.channels_last)
 
 
 @torch.inference_mode()

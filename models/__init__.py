@@ -15,7 +15,7 @@ from torch import Tensor
 from models.given import GivenFeatures, PretrainedNetwork
 from models.heads import HEADS
 from models.imagenet import IMAGENET, TIMM, TimmNetwork, imagenet_weights, timm_constants
-from models.network import Network, trained_part
+from models.network import Network, fold, trained_part
 from models.resnet import SMALL
 from utils.errors import UsageError
 
@@ -27,6 +27,7 @@ __all__ = [
     "Network",
     "PretrainedNetwork",
     "build_model",
+    "fold",
     "imagenet_weights",
     "pick_stem",
     "recognise",

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 
 class Network(nn.Module):
     """Images (B, c, H, W) -> logits (B, C); a subclass has ``fc``, ``num_features`` D and :meth:`features`.
 
     ``fc`` may be any head of :mod:`models.heads`.
+
+    Attributes:
+        folds: each of its convolutions ``convN`` is seen by ``bnN`` alone, where there is one beside it.
     """
 
+    folds: ClassVar[bool] = False
     fc: nn.Module
     num_features: int
 
@@ -41,6 +48,20 @@ def trained_part(model: Network, scope: str) -> nn.Module:
         return model.requires_grad_(True)
     model.requires_grad_(False)
     return nn.ModuleList([model.last_block, model.fc]).requires_grad_(True)
+
+
+def fold(model: Network) -> None:
+    """Puts every BatchNorm of a network in eval mode into the convolution before it, where it ``folds``."""
+    for module in model.modules() if model.folds else ():
+        children = dict(module.named_children())
+        pairs = [(name, f"bn{name.removeprefix('conv')}") for name in children]
+        if isinstance(module, nn.Sequential):
+            pairs = [*zip(children, list(children)[1:])]
+        for name, following in pairs:
+            conv, norm = children[name], children.get(following)
+            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d | nn.SyncBatchNorm):
+                setattr(module, name, fuse_conv_bn_eval(conv, norm))
+                setattr(module, following, nn.Identity())
 
 
 def pooled(maps: Tensor) -> Tensor:

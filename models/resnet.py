@@ -91,6 +91,8 @@ class ResNet(Network):
             as Label Over-Smooth trains ResNet-34.
     """
 
+    folds = True
+
     def __init__(
         self,
         block: type[BasicBlock] | type[Bottleneck],

@@ -14,6 +14,7 @@ from models.network import Network, pooled
 class ImageNetResNet(Network, torchvision.models.ResNet):  # type: ignore[misc]
     """torchvision's ResNet (He et al., CVPR 2016; ResNeXt: Xie et al., CVPR 2017) as a :class:`Network`."""
 
+    folds = True
     parts = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4")
 
     def __init__(

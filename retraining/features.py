@@ -40,7 +40,7 @@ from utils.readers import Array, Unreadable, parse_tensors, read_bytes, seal, un
 from utils.system import free_memory
 
 #: Raise it when the way features are computed or kept changes, so that no old file is taken for a new one.
-FORMAT = 2
+FORMAT = 3
 #: Keeps the views' random numbers apart from the stages'.
 VIEWS_STREAM = 3
 #: The largest image side of which all crops and flips are kept.
@@ -135,12 +135,12 @@ class FeatureCache:
         nothing (0, D).
 
         Raises:
-            UsageError: their arrays are not the same.
+            UsageError: another process would make another array.
         """
         path = self.folder / f"{name}.npy"
         array = None if anew or rank() > 0 else self._mapped(path, shape)
-        firsts, is_new = on_main_process(lambda: (self._name(path), array is None))
-        if firsts != self._name(path):
+        wanted, is_new = on_main_process(lambda: (self._name(path), array is None))
+        if wanted != self._name(path):
             raise UsageError(
                 f"process {rank()} has another checkpoint, images or PyTorch than the first", "the same for all"
             )
@@ -216,6 +216,7 @@ class FeatureSource:
             are float32, so that figures are those of the network itself. Heads get float32 whatever is stored.
         check_cache: check all of an array of the cache when it is opened, of a large one too.
         standardize: key of ``STANDARDIZE``, what a pretrained network's features become.
+        amp: dtype of the backbone's arithmetic on training images, None for float32.
         images: how many images the backbone has looked at.
     """
 
@@ -232,6 +233,7 @@ class FeatureSource:
     dtype: str = "float32"
     check_cache: bool = False
     standardize: str = "none"
+    amp: torch.dtype | None = None
 
     def __post_init__(self) -> None:
         self.model = self.model.to(self.device).eval().requires_grad_(False)
@@ -323,6 +325,7 @@ class FeatureSource:
             "batchnorm": batchnorm,
             "torch": str(torch.__version__),
             "device": self.device.type,
+            **({"amp": str(self.amp)} if self.amp and part == "train" else {}),
             **more,
         }
         key = json.dumps(about, sort_keys=True)
@@ -339,7 +342,8 @@ class FeatureSource:
             steps = own_steps(images, self.data.spec, self.eval_batch, self.device)
             steps = ((pixels.flip(dims=(3,)) if mirrored else pixels, labels) for pixels, labels in steps)
             number = -(-len(images) // self.eval_batch)
-            return self.passes(network(), steps, number, f"features of {part} images")
+            amp = self.amp if part == "train" else None
+            return self.passes(network(), steps, number, f"features of {part} images", amp)
 
         key = f"{cache.folder}/{name}"
         if self._latest.get(part, ("", []))[0] != key:  # kept for the next classifier that asks
@@ -350,15 +354,22 @@ class FeatureSource:
             self._latest[part] = key, [resident(array, self.device) for array in found]
         return self._latest[part][1]
 
-    def passes(self, model: Network, steps: Iterable[Batch], number: int, what: str) -> Iterator[Tensor]:
+    def passes(
+        self, model: Network, steps: Iterable[Batch], number: int, what: str, amp: torch.dtype | None = None
+    ) -> Iterator[Tensor]:
         """The features (B, D) of the images of ``number`` steps, of which several processes have some each."""
 
         def mine() -> Iterator[Tensor]:
             for images, _ in self.progress(steps, len(range(rank(), number, world_size())), what):
-                yield features_of(model, images)
+                yield self.look(model, images, amp)
                 self.images += len(images)
 
         return in_turn(mine(), number, self.width)
+
+    def look(self, model: Network, images: Tensor, amp: torch.dtype | None) -> Tensor:
+        """The features (B, D) float32 of images, with the arithmetic of ``amp`` or float32."""
+        with torch.autocast(self.device.type, amp, enabled=amp is not None):
+            return features_of(model, images).float()
 
     def train_batches(self, stream: Stream) -> Batches:
         """The published batches of a stream: the sampler's order, each image newly cropped and flipped."""
@@ -428,7 +439,7 @@ class _EvalMode(FeatureSource):
 
         def compute() -> Iterator[Tensor]:
             steps = own_steps(train, self.data.spec, self.eval_batch, self.device, windows)
-            return self.passes(self.fast, steps, -(-len(train) // self.eval_batch), name.replace("_", " "))
+            return self.passes(self.fast, steps, -(-len(train) // self.eval_batch), name.replace("_", " "), self.amp)
 
         return cache.array(name, (len(train), self.width), compute)
 

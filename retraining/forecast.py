@@ -8,7 +8,6 @@ from collections.abc import Sequence
 
 from engine import TRAINING, for_evaluation
 from experiment.data import eval_batches
-from retraining.features import features_of
 from retraining.methods import Method, Trained
 from retraining.results import FrozenBackbone
 from retraining.settings import cached_streams
@@ -16,13 +15,13 @@ from utils.system import step_seconds
 
 
 def image_seconds(frozen: FrozenBackbone) -> float:
-    """Seconds that the backbone takes for an image, from ten steps."""
+    """Seconds that the backbone takes for a training image, from ten steps."""
     source, data = frozen.source, frozen.data
     model, (images, _) = for_evaluation(source.model), next(iter(eval_batches(data, data.test, source.device).epoch()))
 
     def steps(number: int) -> None:
         for _ in range(number):
-            features_of(model, images)
+            source.look(model, images, source.amp)
 
     return step_seconds(steps, source.device) / len(images)
 

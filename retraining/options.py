@@ -24,7 +24,7 @@ from utils.console import show
 from utils.distributed import world_size
 from utils.errors import UsageError
 from utils.options import Choice, Flag, Number, Resolved, Text, Value, Values, option, shown
-from utils.system import pick_device
+from utils.system import AMP, pick_device
 
 T = TypeVar("T", bound="Options")
 SCOPES = ("fc", "last_block", "all")
@@ -144,6 +144,12 @@ class Options(TrainOptions):
         "float32",
         Choice(DTYPES),
         "how the cache stores features of training images; heads compute in float32 anyway",
+        "machine",
+    )
+    amp: str = option(
+        "off",
+        Choice(AMP),
+        "mixed precision of the frozen backbone on training images; test and held-out images go in float32",
         "machine",
     )
     cache_dir: str = option(
@@ -273,7 +279,7 @@ def prepare_rows(cls: type[T], typed: Values, flag: str | None) -> Prepared[T]:
     if scopes:
         raise UsageError(f"--finetune_scope {shown(scopes)}: --dataset features has no backbone", "fc")
     refuse_continuing(resolved, "--dataset features")
-    for name in ("features", "views", "view_seed", "feature_dtype", "cache_dir", "check_cache", "cur_stage"):
+    for name in ("features", "views", "view_seed", "feature_dtype", "amp", "cache_dir", "check_cache", "cur_stage"):
         if name in typed:
             raise UsageError(f"--{name} {shown(typed[name])} with --dataset features, which are given", "without it")
     options = resolved.options
@@ -340,9 +346,12 @@ def refuse_unused(typed: Values, resolved: Resolved[T], methods: Sequence[Method
             raise UsageError(f"--{name} with --features {options.features}", "--features views")
         if name in typed and all(method.scope != "fc" for method in methods):
             raise UsageError(f"--{name} with --finetune_scope {scopes}", "fc too")
-    if "feature_dtype" in typed and not any(m.scope == "fc" and (m.stream or m.name == "ncm") for m in methods):
-        used = f"--method {names} --finetune_scope {scopes}"
-        raise UsageError(f"--feature_dtype with {used}", "a method that takes features of training images, scope fc")
+    if options.amp != "off" and options.features == "replay":
+        raise UsageError(f"--amp {options.amp} with --features replay, which is as published", "views, orbit")
+    for name in ("feature_dtype", "amp"):
+        if name in typed and not any(m.scope == "fc" and (m.stream or m.takes_features) for m in methods):
+            used = f"--method {names} --finetune_scope {scopes}"
+            raise UsageError(f"--{name} with {used}", "a method that takes features of training images, scope fc")
 
 
 def refuse_head(parent: Checkpoint, resolved: Resolved[T]) -> None:

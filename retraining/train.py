@@ -36,6 +36,7 @@ from utils.files import require_room
 from utils.options import Resolved
 from utils.resume import TrainState
 from utils.run import Run
+from utils.system import AMP, pick_amp
 
 T = TypeVar("T", bound=Options)
 #: What may help where every classifier diverges.
@@ -69,6 +70,7 @@ def freeze(parent: Checkpoint, data: LongTailed, device: torch.device, options: 
         options.feature_dtype,
         options.check_cache,
         options.standardize,
+        AMP[pick_amp(options.amp, device)],
     )
     return FrozenBackbone(source)
 
@@ -141,7 +143,8 @@ def fill_cache(methods: Sequence[Method], frozen: FrozenBackbone, options: Optio
         run.say(f"features of {len(frozen.data.train):,} training images: {passes} over the backbone{others}")
     if world_size() > 1:
         is_clean = any(m.takes_features or m.start not in ("stage1", "random") for m in methods)
-        source.fill(streams, is_clean)
+        if any(method.scope == "fc" for method in methods):
+            source.fill(streams, is_clean)
         run.say(f"the first of {world_size()} processes goes on alone")
         go_on_alone()
 

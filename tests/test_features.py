@@ -101,6 +101,15 @@ def test_features_are_the_networks_of_the_drawn_images(kind: str, tmp_path: Path
         assert not model.training
 
 
+def test_mixed_precision_is_for_training_images_alone(tmp_path: Path) -> None:
+    whole, half = make("views", tmp_path), make("views", tmp_path, amp=torch.bfloat16)
+    assert torch.equal(whole.evaluated("test")[0], half.evaluated("test")[0])
+    assert passes.seen == ["features of test images"]  # once
+    for find in (lambda source: collect(source, 0)[0], lambda source: source.evaluated("train")[0]):
+        exact, near = find(whole), find(half)
+        assert near.dtype == torch.float32 and 0 < (exact - near).abs().max() < 0.05 * exact.max()
+
+
 def test_no_view_is_the_image_as_it_is(tmp_path: Path) -> None:
     source = make("views", tmp_path, num_views=0)
     images = (source.data.train.images.float() / 255 - source.data.spec.mean[0]) / source.data.spec.std[0]

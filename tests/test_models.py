@@ -3,7 +3,9 @@ import sys
 import pytest
 import torch
 import torchvision
+from torch import nn
 
+from engine import for_evaluation
 from models import BACKBONES, build_model, pick_stem, recognise, trained_part
 from models.imagenet import IMAGENET
 from models.resnet import SMALL
@@ -100,6 +102,25 @@ def test_resnet34_has_the_published_names() -> None:
         *names
     }
     assert ours.conv1.weight.shape == (64, 3, 3, 3)
+
+
+@pytest.mark.parametrize(
+    "name, stem", [("resnet20", "small"), ("resnet34", "small"), ("resnet50", "small"), ("resnet50", "imagenet")]
+)
+def test_batchnorm_is_folded_into_the_convolutions(name: str, stem: str) -> None:
+    torch.manual_seed(0)
+    model = build_model(name, 10, 3, stem=stem).eval()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for value in (module.running_mean, module.running_var, module.weight.data, module.bias.data):
+                value.add_(0.3 * torch.rand_like(value))
+    images = torch.randn(8, 3, 32, 32)
+    fast = for_evaluation(model)
+    with torch.inference_mode():
+        expected, found = model(images), fast(images)
+    assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in fast.modules())
+    assert any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
 
 
 def test_resnet34_computes_what_torchvision_computes() -> None:
