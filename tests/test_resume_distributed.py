@@ -51,10 +51,32 @@ def cut_off_and_resumed(home: Path) -> Any:
     return found
 
 
+STAGE2 = (
+    "--pretrained_pth {}/checkpoints/digits_exp100_resnet8_stage1.pt --views 2 --finetune_epoch 3 --seed 0 "
+    "--device cpu --threads 1 --out"
+)
+
+
+def stage2_cut_off(home: Path) -> Any:
+    """The same of stage 2, cut off where the first process is alone."""
+    interrupt("0", 2, "SIGTERM")
+    return run(main_stage2.main, f"{STAGE2.format(home / 'of2/0')} cut")
+
+
 @pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Any]]:
+def found(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[Any]]]:
     home = tmp_path_factory.mktemp("home")
-    return home / "of2" / "0", crew(2, home, cut_off_and_resumed)["cut_off_and_resumed"]
+    return home / "of2" / "0", crew(2, home, cut_off_and_resumed, stage2_cut_off)
+
+
+@pytest.fixture(scope="module")
+def two(found) -> tuple[Path, list[Any]]:
+    return found[0], found[1]["cut_off_and_resumed"]
+
+
+@pytest.fixture(scope="module")
+def stage2(found) -> list[Any]:
+    return found[1]["stage2_cut_off"]
 
 
 @pytest.mark.parametrize("number, options", list(enumerate(OPTIONS)))
@@ -72,15 +94,17 @@ def test_two_processes_end_in_the_same_bits(two, number: int, options: str) -> N
     assert equal(outcome(home / f"cut{number}"), outcome(home / f"whole{number}"))
 
 
-def test_one_process_goes_on_with_stage_2_of_two(workdir) -> None:
-    main_stage1.main(["--dataset", "digits", "--epochs", "1", "--seed", "0"])
-    flags = "--dataset digits --views 2 --finetune_epoch 3 --seed 0 --device cpu --threads 1 --out"
-    main_stage2.main([*flags.split(), "whole"])
-    cut = torchrun(f"main_stage2.py {flags} cut --cache_dir other", "0 2 SIGTERM")
-    assert "ended by SIGTERM" in cut.stderr and cut.returncode == 1, cut.stderr
-    assert f"to continue: torchrun --nproc-per-node=2 {ROOT}/main_stage2.py --resume=cut/" in cut.stderr
-    main_stage2.main([*flags.split(), "cut", "--cache_dir", "other", "--resume", "auto"])
+def test_one_process_goes_on_with_stage_2_of_two(two, stage2, monkeypatch) -> None:
+    home, _ = two
+    first, second = stage2
+    assert (first["status"], second["status"]) == (143, 1) and not second["error"]
+    assert "ended by SIGTERM" in first["error"]
+    assert f"to continue: torchrun --nproc-per-node=2 {ROOT}/main_stage2.py --resume=cut/" in first["error"]
+    monkeypatch.chdir(home)
+    flags = STAGE2.format(home).split()
+    main_stage2.main([*flags, "cut", "--resume", "auto"])
     assert "resumed after step" in (run_folder("cut") / "log.txt").read_text()
+    main_stage2.main([*flags, "whole", "--cache_dir", "other"])
     assert equal(outcome(Path("cut")), outcome(Path("whole")))
 
 

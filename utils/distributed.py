@@ -92,13 +92,17 @@ class _Board:
 
     def exchange(self, value: T, error: Exception | None, patience: timedelta) -> list[tuple[T, Exception | None]]:
         """What every process brings to this meeting, in their order; DistError where one does not come in time."""
-        self.meetings += 1
+        self.post(value, error)
         keys = [f"{self.meetings}/{process}" for process in range(self.number)]
-        self.store.set(keys[self.rank], pack((value, error)))
         self.store.wait(keys, patience)
         found = [self._read(key) for key in keys]
         self.is_over = any(each is not None for _, each in found)
         return cast(list[tuple[T, Exception | None]], found)
+
+    def post(self, value: object, error: Exception | None) -> None:
+        """Brings something to the next meeting, and waits for nobody."""
+        self.meetings += 1
+        self.store.set(f"{self.meetings}/{self.rank}", pack((value, error)))
 
     def meet(self, value: T) -> list[T]:
         """What every process brings, in their order; where one has an error, all raise it."""
@@ -169,6 +173,8 @@ def process_group() -> Iterator[None]:
                 raise SystemExit(2 if isinstance(error, UsageError) else 1) from None
             raise
         except KeyboardInterrupt as error:
+            if board.rank == 0 and not dist.is_initialized():  # the others wait for it
+                board.post(None, Unsaved(str(error)))
             if isinstance(error, Interrupted) and error.between_steps:  # in all of them
                 _leave()
             if board.rank > 0:
