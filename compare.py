@@ -23,7 +23,17 @@ import torch
 from datasets import LongTailed
 from experiment.record import begin, check_places, place_of, wrapped_line
 from experiment.resuming import Resumed, find_run, say_complete
-from experiment.sweeps import MEASURES, Row, plus_minus, ranked_rows, score_of, varying, write_sweep
+from experiment.sweeps import (
+    MEASURES,
+    Row,
+    best_of_each,
+    held_out_measure,
+    plus_minus,
+    ranked_rows,
+    score_in_words,
+    varying,
+    write_sweep,
+)
 from retraining.dry_run import dry_run
 from retraining.measures import Measures, measure
 from retraining.methods import METHODS, Method
@@ -33,6 +43,7 @@ from retraining.options import (
     hash_of_stage1,
     origin,
     prepare,
+    recipe_values,
     refuse_unused,
     tunable_values,
 )
@@ -40,7 +51,7 @@ from retraining.options import (
     Options as Stage2Options,
 )
 from retraining.results import ClassifierResult
-from retraining.settings import TUNABLE, make_methods, settings_table
+from retraining.settings import TUNABLE, VAL, choices_of_val, kept_apart, make_methods, settings_table
 from retraining.train import HINT, freeze, retrain, state_bytes, with_threads
 from utils.command import command
 from utils.console import counted, duration, show
@@ -56,10 +67,8 @@ from utils.system import provenance
 #: The method that is also trained together with the backbone, which is the Decoupling paper's question.
 SCOPE_METHOD = "crt"
 
-#: What rows are sorted by, without held-out images and with them.
-SORTED_BY = ("test accuracy", "the class mean on held-out images")
-#: The columns that are printed, where there are such; the others are in the files.
-PRINTED = ("val class mean", *MEASURES, "ECE", "seconds")
+#: The columns that are in the files alone.
+UNPRINTED = ("LoMa", "LoMa spread", "RSD", "norm spread", "ECE scaled")
 
 #: What a column shows of a result, and how its mean and deviation over so many seeds are written.
 Column = tuple[Callable[[ClassifierResult], float | None], Callable[[tuple[float, float] | None, int], str]]
@@ -122,22 +131,23 @@ def main(argv: Sequence[str]) -> list[dict[str, Value]]:
         rows = ranked_rows(results, run, HINT)
         if len(results) > 1:
             write_sweep(results, run)
-        settings = [method.setting for method in methods] if options.tune else [row.setting for row in rows]
-        differing = varying(settings)
-        rows = best_of_each(rows) if options.tune else rows
+        differing = varying([result.setting for result in results])
+        rows = best_of_each(rows, ["finetune_scope"] if options.tune else kept_apart(resolved))
         measured = {id(result): measure(result, frozen) for row in rows for result in row.results}
-        columns = column_figures(data.val is not None, measured)
+        columns = column_figures(results, measured)
         numbers = write_table(rows, differing, columns, run)
         write_results(rows, measured, resolved, argv, device, run)
         figure = write_profiles(rows, differing, measured, resolved, data, run)
-        held_out = data.val is not None
-        run.say(f"{how(options, typed, methods)}; sorted by {SORTED_BY[held_out]}")
+        on_fc = [row for row in rows if row.results[0].method.scope == "fc"]
+        for line in choices_of_val(on_fc or rows, resolved, data.num_classes):
+            run.say(line)
+        run.say(f"{how(options, typed, methods)}; sorted by {score_in_words(results)}")
         run.say(
             f"magnitudes, calibration and all options: compare.csv, compare.md, results.jsonl{figure}: {run.folder}"
         )
         best = rows[0]
         accuracy = plus_minus(best.figures(MEASURES["all"]), len(best.results))
-        where = "held-out images" if held_out else "the TEST set, so not a result to report"
+        where = "held-out images" if data.val else "the TEST set, so not a result to report"
         run.say(f"best on {where}: {label(best, differing)}, test top-1 {accuracy} %, in {duration(run.seconds)}")
         run.say(f"next: {following(typed, best, differing)}")
         return complete(run, numbers)
@@ -154,7 +164,7 @@ def write_table(
     ]
     import pandas as pd  # here, since it is slow to import
 
-    printed = [name for name in ("method", "seeds", *PRINTED) if any(cell.get(name, "-") != "-" for cell in cells)]
+    printed = [name for name in cells[0] if name not in UNPRINTED and any(cell[name] != "-" for cell in cells)]
     run.say(f"\n{pd.DataFrame(cells)[printed].to_string(index=False)}\n")
     numbers = [numeric(row, differing, columns) for row in rows]
     with run.side_output("compare.csv") as path:
@@ -210,15 +220,18 @@ def choose_methods(resolved: Resolved[Options], typed: Values, num_classes: int)
     options, values = resolved.options, tunable_values(resolved)
     names, scopes = ([str(value) for value in resolved.values(name)] for name in ("method", "finetune_scope"))
     beyond = tuple(scope for scope in scopes if scope != "fc")
-    published = options.protocol == "published"
+    published, recipe = options.protocol == "published", recipe_values(options)
     methods: list[Method] = []
     if "fc" in scopes:
         frozen = {**values, "finetune_scope": ("fc",)}
         is_first = not options.has_stage1
-        methods += make_methods(names, frozen, typed, num_classes, published, options.tune, is_first)
+        methods += make_methods(names, frozen, typed, num_classes, published, options.tune, is_first, recipe)
     if beyond and SCOPE_METHOD in names:
         remaining: Values = {} if methods else typed
-        methods += make_methods([SCOPE_METHOD], {**values, "finetune_scope": beyond}, remaining, num_classes, published)
+        if methods:  # nothing is chosen with the backbone, which would be trained anew for every value
+            values |= {name: (recipe.get(name),) for name in VAL if "val" in values[name]}
+        values["finetune_scope"] = beyond
+        methods += make_methods([SCOPE_METHOD], values, remaining, num_classes, published, recipe=recipe)
     left_out = [name for name in names if name not in {method.name for method in methods}]
     if left_out:
         raise UsageError(
@@ -250,15 +263,7 @@ def how(options: Options, typed: Iterable[str], methods: Sequence[Method]) -> st
     return words
 
 
-def best_of_each(rows: Iterable[Row[ClassifierResult]]) -> list[Row[ClassifierResult]]:
-    """The first, and so best on held-out images, of each method and scope."""
-    best: dict[tuple[str, str], Row[ClassifierResult]] = {}
-    for row in rows:
-        best.setdefault((row.setting.method, row.results[0].method.scope), row)
-    return list(best.values())
-
-
-def column_figures(held_out: bool, measured: dict[int, Measures]) -> dict[str, Column]:
+def column_figures(results: Sequence[ClassifierResult], measured: dict[int, Measures]) -> dict[str, Column]:
     """The table's columns: what each shows of a result, and how a mean and deviation over seeds are written."""
 
     def over_classes(name: str, place: int) -> Callable[[ClassifierResult], float | None]:
@@ -268,8 +273,8 @@ def column_figures(held_out: bool, measured: dict[int, Measures]) -> dict[str, C
 
         return of
 
-    columns: dict[str, Column] = {"val class mean": (score_of, plus_minus)} if held_out else {}
-    columns |= {name: (of, plus_minus) for name, of in MEASURES.items()}
+    columns: dict[str, Column] = {}
+    columns |= {name: (of, plus_minus) for name, of in (held_out_measure(results) | MEASURES).items()}
     columns |= {
         "LoMa": (over_classes("logits_magnitude", 0), mean_as(".3g")),
         "LoMa spread": (over_classes("logits_magnitude", 1), mean_as(".3g")),

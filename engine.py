@@ -24,7 +24,7 @@ from models import Network, fold
 from utils.distributed import all_reduce_sum, broadcast_model, gather_in_order, interruptible, world_size
 from utils.errors import Diverged, UsageError
 from utils.graphs import Graphed
-from utils.metrics import Report, report
+from utils.metrics import Figure, Report, report
 from utils.proof import Proven, bound, compiled
 from utils.resume import TrainState
 from utils.typed import require
@@ -383,17 +383,16 @@ class Selection:
     """Keeps the weights that a rule selects among the evaluated epochs.
 
     last: the last epoch's. best_test: the highest top-1 on the test set, which LOS, Weight Balancing and LDAM-DRW
-    publish. best_val: the highest class mean on the held-out images. Of equals the later wins, as in LOS (of the
-    others' the earlier does). Of the settings of a sweep the best is chosen elsewhere, by
-    :func:`experiment.sweeps.score_of`.
+    publish. best_val: the highest ``by`` on the held-out images. Of equals the later wins, as in LOS (of the others'
+    the earlier does). Of the settings of a sweep the best is chosen elsewhere, by :func:`experiment.sweeps.score_of`.
 
     Attributes:
         epoch, test, val, state: of the selected epoch (from 1), its reports and weights (on the CPU).
         best_on_test: (epoch, test report) of the best epoch on the test set, for comparison with papers that select so.
     """
 
-    def __init__(self, rule: str) -> None:
-        self.rule = rule
+    def __init__(self, rule: str, by: Figure = "class_mean") -> None:
+        self.rule, self.by = rule, by
         self.epoch = 0
         self.test: Report = {}
         self.val: Report | None = None
@@ -405,7 +404,7 @@ class Selection:
         """Shows the rule an evaluated epoch (from 1)."""
         if not self.best_on_test[1] or test["top1"] >= self.best_on_test[1]["top1"]:
             self.best_on_test = (epoch, test)
-        scores = {"last": float(epoch), "best_test": test["top1"], "best_val": val["class_mean"] if val else -1.0}
+        scores = {"last": float(epoch), "best_test": test["top1"], "best_val": val[self.by] if val else -1.0}
         score = scores[self.rule]
         if score >= self._best:
             self._best, self.epoch, self.test, self.val = score, epoch, test, val

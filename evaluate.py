@@ -181,6 +181,7 @@ def main(argv: Sequence[str]) -> Json:
         "method": file.options.get("method"),
         "label_smooth": file.options.get("label_smooth"),
         "select": file.metrics.get("select"),
+        "select_by": file.metrics.get("select_by"),
         "epoch": file.metrics.get("epoch"),
         "flip_tta": flip_tta,
         **{key: value for key, value in report.items() if key not in ("per_class", "test_images")},
@@ -218,8 +219,8 @@ def main(argv: Sequence[str]) -> Json:
             end="",
         )
         write(f"accuracies, weighted by their shares; nothing is drawn\n{shifted_table(tests)}\n")
-    write(f"worst class {percent(report['worst_class'])}, harmonic mean {percent(report['harmonic_mean'])}, ", end="")
-    write(f"macro-F1 {percent(report['macro_f1'])}; ", end="")
+    write(f"class mean {percent(report['class_mean'])}, macro-F1 {percent(report['macro_f1'])}, ", end="")
+    write(f"worst class {percent(report['worst_class'])}, harmonic mean {percent(report['harmonic_mean'])}; ", end="")
     scaled = "" if calibrated is None or priors is not None else f", after temperature scaling {percent(calibrated)}"
     write(f"calibration error {percent(report['ece'])}{scaled}")
     words = ("-" if pair is None else f"{pair[0]:.3f} ± {pair[1]:.3f}" for pair in spreads.values())

@@ -82,7 +82,7 @@ class RunResult(Result):
     file: Checkpoint
 
     def __init__(self, run: Options, folder: Path) -> None:
-        super().__init__(run.setting, run.select)
+        super().__init__(run.setting, run.select, run.select_by)
         self.folder = folder
 
     def state_dict(self) -> StateDict:
@@ -120,7 +120,7 @@ def main(argv: Sequence[str]) -> Report:
     if len(runs) == 1 and not runs[0].deterministic:
         runs = [replace(runs[0], threads=measured_threads(runs[0], data, device))]
     options = runs[0]
-    require_val(data, options.select)
+    require_val(data, resolved)
     if options.pretrained_pth == "imagenet":
         start = imagenet_start(options.network)
     if start:
@@ -307,7 +307,7 @@ def conclude(results: Sequence[RunResult], options: Options, run: Run) -> Report
     ending = save_weights(chosen.file, run, final_path(options, "stage1"))
     show_sweep(results, rows, run, "wd", f"{options.dataset}, ratio {options.imb_ratio}, {options.network}", "loss")
     name = chosen.setting.describe(["seed", *varying([result.setting for result in results])])
-    run.say(f"{choice_in_words(sweep)}: {name}")
+    run.say(f"{choice_in_words(results)}: {name}")
     accuracy = percent(chosen.selection.test["top1"])
     run.say(f"test top-1 {accuracy} % of that run; {ending()}, in {duration(run.seconds)}; all runs in {run.folder}")
     run.say(f"next: {following(chosen.file)}")

@@ -17,7 +17,7 @@ from typing import cast
 
 from experiment.record import begin, calibrated, check_places, finish, make_checkpoint, model_size, wrapped_line
 from experiment.resuming import Resumed, find_run, say_complete
-from experiment.sweeps import choice_in_words, chosen_on, ranked_rows, show_sweep, varying
+from experiment.sweeps import best_of_each, choice_in_words, chosen_on, ranked_rows, show_sweep, varying
 from models.heads import head_name
 from retraining.dry_run import dry_run
 from retraining.methods import Method
@@ -27,11 +27,12 @@ from retraining.options import (
     hash_of_stage1,
     origin,
     prepare,
+    recipe_values,
     refuse_unused,
     tunable_values,
 )
 from retraining.results import ClassifierResult, FrozenBackbone
-from retraining.settings import TUNABLE, make_methods, settings_table
+from retraining.settings import TUNABLE, choices_of_val, kept_apart, make_methods, settings_table
 from retraining.train import HINT, freeze, retrain, state_bytes, with_threads
 from utils.checkpoints import Checkpoint
 from utils.command import command
@@ -77,35 +78,44 @@ def main(argv: Sequence[str]) -> Report:
         results = retrain(methods, frozen, resolved, run)
         if frozen.source.seconds > 1:
             run.say(frozen.source.size)
-        return complete(run, conclude(results, frozen, options, run, argv, parent))
+        return complete(run, conclude(results, frozen, resolved, run, argv, parent))
 
 
 def choose_methods(resolved: Resolved[Options], typed: Values, num_classes: int) -> list[Method]:
     """Every method with every setting that the options ask for."""
-    names = [str(name) for name in resolved.values("method")]
-    is_published = resolved.options.protocol == "published"
-    is_first = not resolved.options.has_stage1
-    return make_methods(names, tunable_values(resolved), typed, num_classes, is_published, is_first=is_first)
+    options, names = resolved.options, [str(name) for name in resolved.values("method")]
+    return make_methods(
+        names,
+        tunable_values(resolved),
+        typed,
+        num_classes,
+        published=options.protocol == "published",
+        is_first=not options.has_stage1,
+        recipe=recipe_values(options),
+    )
 
 
 def conclude(
     results: list[ClassifierResult],
     frozen: FrozenBackbone,
-    options: Options,
+    resolved: Resolved[Options],
     run: Run,
     argv: Sequence[str],
     parent: Checkpoint,
 ) -> Report:
     """Shows the sorted table of a sweep and saves the best classifier; returns its test report."""
-    rows, data, settings = ranked_rows(results, run, HINT), frozen.data, [result.setting for result in results]
+    options, data, settings = resolved.options, frozen.data, [result.setting for result in results]
+    rows = best_of_each(ranked_rows(results, run, HINT), kept_apart(resolved))
     chosen, sweep = rows[0].results[0], chosen_on(results)
 
     def table() -> None:
         if len(results) > 1:
             title = f"{data.spec.name}, ratio {options.imb_ratio}, {options.network}"
             show_sweep(results, rows, run, "label_smooth", title, "method")
+            for line in choices_of_val(rows, resolved, data.num_classes):
+                run.say(line)
             name = chosen.setting.describe(["seed", *varying(settings)])
-            run.say(f"{choice_in_words(sweep)}: {name}")
+            run.say(f"{choice_in_words(results)}: {name}")
 
     run.epochs = chosen.records
     chosen.selection.test = report(frozen.logits_of(chosen, "test"), data.test.labels, data.class_counts)

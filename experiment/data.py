@@ -10,12 +10,13 @@ import torch
 import datasets
 from datasets import Batches, ImageSet, LongTailed
 from datasets.rows import RowBatches, Rows
-from experiment.options import DataOptions, image_options_of
+from experiment.options import DataOptions, TrainOptions, image_options_of, needs_held_out
 from experiment.pretrained import shown_as
 from models.given import Preprocessing
 from utils.console import counted, show
 from utils.distributed import main_process_first, rank, world_size
 from utils.errors import UsageError
+from utils.options import Resolved
 
 #: Images per step of an evaluation, by device; constants, so that stored and later figures agree to the last digit.
 EVAL_BATCH = {"cpu": 50, "cuda": 500}
@@ -70,7 +71,8 @@ def eval_batches(data: LongTailed, part: ImageSet, device: torch.device) -> Batc
     return Batches(part.images, part.labels, size, data.spec.mean, data.spec.std, device, share=share)
 
 
-def require_val(data: LongTailed, select: str) -> None:
-    """Raises UsageError where epochs are to be chosen on held-out images and there are none."""
-    if select == "best_val" and data.val is None:
-        raise UsageError("--select best_val without held-out images", "--val_split F beside it, 0.1 for instance")
+def require_val(data: LongTailed, resolved: Resolved[TrainOptions]) -> None:
+    """Raises UsageError where something is to be chosen on held-out images and there are none."""
+    for flag in needs_held_out(resolved):
+        if data.val is None:
+            raise UsageError(f"{flag} without held-out images", "--val_split F beside it, 0.1 for instance")

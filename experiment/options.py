@@ -18,6 +18,7 @@ from utils.checkpoints import HOW_IT_RUNS, IDENTITY, SELECT, STAGES, Checkpoint
 from utils.console import show
 from utils.distributed import on_main_process
 from utils.errors import UsageError
+from utils.metrics import FIGURES, Figure
 from utils.options import (
     Choice,
     Flag,
@@ -181,6 +182,9 @@ class TrainOptions(DataOptions):
         "honest", Choice(("honest", "published")), "how epochs are chosen and averaged", "evaluation"
     )
     select: str = option("last", Choice(SELECT), "which evaluated epoch is kept", "evaluation", published="best_test")
+    select_by: Figure = option(
+        "class_mean", Choice(FIGURES), "the figure that choices on held-out images go by", "evaluation"
+    )
     flip_tta: bool = option(
         False, Flag(), "average the logits of an image and its mirror", "evaluation", published=True
     )
@@ -331,6 +335,13 @@ def recipe_layers(dataset: str, known: Values, stage: str = "") -> dict[str, Val
         looked = layout_of(known)
         layers["from its images"] = spec.suited(str(known.get("data_dir", "data/")), looked)
     return layers
+
+
+def needs_held_out(resolved: Resolved[TrainOptions]) -> list[str]:
+    """Those flags of both stages that choose on held-out images."""
+    by, is_best = resolved.options.select_by, resolved.options.select == "best_val"
+    is_typed = resolved.sources["select_by"] == "typed"
+    return ["--select best_val"] * is_best + [f"--select_by {by}"] * is_typed
 
 
 def layout_of(known: Values) -> ImageOptions:

@@ -21,12 +21,22 @@ from experiment.resuming import Resumed, processes_of
 from losses import balances
 from models import pick_stem, sketch
 from utils import checkpoints
-from utils.checkpoints import Checkpoint, Chosen, Metrics, Sweep
+from utils.checkpoints import HELD_OUT, Checkpoint, Chosen, Metrics, Sweep
 from utils.console import counted, duration
 from utils.distributed import barrier, launcher, on_main_process, rank, world_size
 from utils.errors import Unsaved, UsageError
 from utils.files import require_room, require_writable, write_text
-from utils.metrics import GROUPS, Logits, Report, fit_temperature, per_class_csv, per_class_rows, percent, report
+from utils.metrics import (
+    FIGURES,
+    GROUPS,
+    Logits,
+    Report,
+    fit_temperature,
+    per_class_csv,
+    per_class_rows,
+    percent,
+    report,
+)
 from utils.options import Resolved, Values, flags
 from utils.plots import learning_curves, per_class_accuracy
 from utils.resume import FINISHED, completed_run
@@ -174,7 +184,7 @@ class Evaluator:
         self.images = len(data.test) + (len(data.val) if data.val else 0)
         self.test = eval_batches(data, data.test, device)
         self.val = eval_batches(data, data.val, device) if data.val else None
-        self.selection = Selection(options.select)
+        self.selection = Selection(options.select, options.select_by)
 
     def as_steps(self, batch_size: int) -> float:
         """About how many training steps all evaluations take."""
@@ -205,7 +215,7 @@ class Evaluator:
             record |= {"test_top1": test["top1"], "test_top5": test["top5"]}
             record |= {f"test_{group}": test["groups"][group]["accuracy"] for group in GROUPS}
             if val is not None:
-                record["val_class_mean"] = val["class_mean"]
+                record[f"val_{self.selection.by}"] = val[self.selection.by]
         self.run.log(record)
         barrier()
 
@@ -234,7 +244,7 @@ def make_checkpoint(
     if sweep:
         metrics["sweep"] = sweep
     if selection.val is not None:
-        metrics["temperature"] = selection.val["temperature"]
+        metrics |= {"temperature": selection.val["temperature"], "select_by": selection.by}
     return Checkpoint(
         stage=stage,
         network=options.network,
@@ -357,10 +367,13 @@ def save_weights(file: Checkpoint, run: Run, final: Path | None) -> Callable[[],
 
 def selection_words(metrics: Metrics | Chosen) -> str:
     """How the stored epoch was chosen, in words: "epoch 200, the last; no flip averaging"."""
-    rule = {"last": "the last", "best_test": "the best on the TEST set", "best_val": "the best on held-out images"}
+    held_out = f"{HELD_OUT} by {FIGURES[metrics.get('select_by', 'class_mean')]}"
+    rule = {"last": "the last", "best_test": "the best on the TEST set", "best_val": f"the best on {held_out}"}
     flip = "with flip averaging" if metrics["flip_tta"] else "no flip averaging"
-    swept = metrics.get("sweep")
-    setting = f"; the best of {counted(swept['settings'], 'setting')} on {swept['chosen_on']}" if swept else ""
+    setting, swept = "", metrics.get("sweep")
+    if swept:
+        where = held_out if swept["chosen_on"] == HELD_OUT else swept["chosen_on"]
+        setting = f"; the best of {counted(swept['settings'], 'setting')} on {where}"
     return f"epoch {metrics['epoch']}, {rule[metrics['select']]}{setting}; {flip}"
 
 

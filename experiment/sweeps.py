@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from engine import Selection
-from utils.checkpoints import Sweep
+from utils.checkpoints import HELD_OUT, TEST_SET, Sweep
 from utils.errors import Diverged
-from utils.metrics import GROUPS, csv_text, percent
+from utils.metrics import FIGURES, GROUPS, Figure, csv_text, percent
 from utils.options import Value
 from utils.plots import Point, option_curves
 from utils.run import Run
@@ -44,8 +44,8 @@ class Result:
         diverged: the epoch (from 1) in which loss or logits were no longer finite; None where all is well.
     """
 
-    def __init__(self, setting: Setting, select: str) -> None:
-        self.setting, self.selection = setting, Selection(select)
+    def __init__(self, setting: Setting, select: str, by: Figure = "class_mean") -> None:
+        self.setting, self.selection = setting, Selection(select, by)
         self.seconds = 0.0
         self.diverged: int | None = None
 
@@ -75,7 +75,7 @@ def short(value: Value) -> str:
 class Row(Generic[R]):
     """All seeds of one setting, with means over them.
 
-    ``score`` is what rows are sorted by: the class mean on held-out images where there are any, else test top-1.
+    ``score`` is what rows are sorted by: --select_by's figure on held-out images where there are any, else test top-1.
     """
 
     results: list[R]
@@ -98,9 +98,26 @@ class Row(Generic[R]):
 
 
 def score_of(result: Result) -> float:
-    """Held-out class mean where there is one, else test top-1."""
+    """--select_by's figure on held-out images where there are any, else test top-1."""
     val = result.selection.val
-    return float(result.selection.test["top1"] if val is None else val["class_mean"])
+    return float(result.selection.test["top1"] if val is None else val[result.selection.by])
+
+
+def where_scored(results: Sequence[Result]) -> str:
+    """The images that :func:`score_of` is of; those that diverged have no figures."""
+    return HELD_OUT if any(result.selection.val is not None for result in results) else TEST_SET
+
+
+def score_in_words(results: Sequence[Result]) -> str:
+    """What :func:`score_of` is: "class mean on held-out images"."""
+    where = where_scored(results)
+    return f"{FIGURES[results[0].selection.by] if where == HELD_OUT else 'top-1'} on {where}"
+
+
+def held_out_measure(results: Sequence[Result]) -> dict[str, Callable[[Result], float | None]]:
+    """The table's column of :func:`score_of` where that is of held-out images; {} where it is not."""
+    name = f"val {results[0].selection.by.replace('_', ' ')}"
+    return {name: score_of} if where_scored(results) == HELD_OUT else {}
 
 
 def rows_of(results: Sequence[R]) -> list[Row[R]]:
@@ -110,6 +127,15 @@ def rows_of(results: Sequence[R]) -> list[Row[R]]:
         rows.setdefault(result.setting.key, []).append(result)
     whole = [Row(row) for row in rows.values() if all(result.diverged is None for result in row)]
     return sorted(whole, key=lambda row: -row.score)
+
+
+def best_of_each(rows: Iterable[Row[R]], names: Collection[str]) -> list[Row[R]]:
+    """The first, and so the best, of each method and each combination of the values of these options."""
+    best: dict[Hashable, Row[R]] = {}
+    for row in rows:
+        values = row.setting.values
+        best.setdefault((row.setting.method, *(values.get(name) for name in names)), row)
+    return list(best.values())
 
 
 MEASURES: dict[str, Callable[[Result], float | None]] = {
@@ -123,8 +149,7 @@ def table_cells(rows: Sequence[Row[R]], names: Sequence[str], heading: str = "me
 
     ``heading`` is what the column of the settings' methods is called.
     """
-    held_out = any(row.results[0].selection.val is not None for row in rows)
-    measures = ({"val class mean": score_of} if held_out else {}) | MEASURES
+    measures = held_out_measure([result for row in rows for result in row.results]) | MEASURES
     cells = []
     for row in rows:
         values = row.setting.values
@@ -149,7 +174,8 @@ def raw_rows(results: Sequence[Result], heading: str = "method") -> list[dict[st
         line = {heading: result.setting.method, **result.setting.values, "diverged": result.diverged}
         if result.diverged is None:
             val = result.selection.val
-            line |= {"epoch": result.selection.epoch, "val_class_mean": None if val is None else val["class_mean"]}
+            by = result.selection.by
+            line |= {"epoch": result.selection.epoch, f"val_{by}": None if val is None else val[by]}
             measures = {"test_top1" if name == "all" else f"test_{name}": of(result) for name, of in MEASURES.items()}
             line |= {**measures, "seconds": result.seconds}
         lines.append(line)
@@ -220,19 +246,18 @@ def show_sweep(
     write_sweep(results, run, heading)
     names = varying([result.setting for result in results])
     run.say(f"\n{pd.DataFrame(table_cells(rows, names, heading)).to_string(index=False)}\n")
-    curves = curves_over(option, rows)
+    curves = curves_over(option, rows_of(results))
     if curves:
         with run.side_output(f"{option}.png") as path:
             option_curves(curves, option, title, path)
 
 
-def choice_in_words(sweep: Sweep | None) -> str:
-    """How a sweep's result was chosen, from what :func:`chosen_on` says."""
-    return f"sorted and chosen by accuracy on {sweep['chosen_on']}" if sweep else "the first seed, nothing was chosen"
+def choice_in_words(results: Sequence[Result]) -> str:
+    """How the result of a sweep was chosen."""
+    is_chosen = chosen_on(results) is not None
+    return f"sorted and chosen by {score_in_words(results)}" if is_chosen else "the first seed, nothing was chosen"
 
 
 def chosen_on(results: Sequence[Result]) -> Sweep | None:
     """What a checkpoint says of the sweep that its setting was chosen from; None where only seeds differ."""
-    is_held_out = any(result.selection.val is not None for result in results)
-    where = "held-out images" if is_held_out else "the TEST set"
-    return {"settings": count(results), "chosen_on": where} if count(results) > 1 else None
+    return {"settings": count(results), "chosen_on": where_scored(results)} if count(results) > 1 else None

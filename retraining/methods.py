@@ -54,7 +54,7 @@ from models.heads import (
 from retraining.features import FeatureSource, Stream
 from retraining.generated import CHANGES_STREAM, TailSampler, fused
 from utils.errors import UsageError
-from utils.metrics import accuracies
+from utils.metrics import Figure, accuracies
 from utils.options import Axes, Value
 
 #: Images per step that the methods' learning rates are for; at other sizes they are scaled in proportion.
@@ -154,8 +154,8 @@ class Method:
         """Itself, with defaults that suit what was typed; UsageError where options do not go together."""
         return self
 
-    def chosen(self, stage1: Stage1) -> Self:
-        """Itself, with those options filled in that are found on held-out images."""
+    def chosen(self, stage1: Stage1, by: Figure = "class_mean") -> Self:
+        """Itself, with those options filled in that are found on held-out images, by a figure of their report."""
         return self
 
     def grid(self, num_classes: int) -> Axes:
@@ -166,8 +166,8 @@ class Method:
 M = TypeVar("M", bound=Method)
 
 
-def best_held_out(method: M, option: str, values: Iterable[float], otherwise: float, stage1: Stage1) -> M:
-    """A method whose option is ``val`` with the value of best class-mean accuracy on the held-out images.
+def best_held_out(method: M, option: str, values: Iterable[float], otherwise: float, stage1: Stage1, by: Figure) -> M:
+    """A method whose option is ``val`` with the value of the best ``by`` on the held-out images.
 
     ``otherwise`` where there are none.
     """
@@ -178,14 +178,13 @@ def best_held_out(method: M, option: str, values: Iterable[float], otherwise: fl
         return make(**{option: otherwise})
     held_out = stage1.held_out
 
-    def class_mean(value: float) -> float:
+    def score(value: float) -> float:
         head = make(**{option: value}).head(stage1)
         pairs = [(head(features).argmax(dim=1), labels) for features, labels in held_out()]
         predicted, labels = (torch.cat(part) for part in zip(*pairs))
-        score: float = accuracies(predicted, labels, stage1.class_counts)["class_mean"]
-        return score
+        return accuracies(predicted, labels, stage1.class_counts)[by]
 
-    return make(**{option: max(values, key=class_mean)})
+    return make(**{option: max(values, key=score)})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -341,9 +340,8 @@ class Joint(Method):
 class TauNorm(Method):
     """tau-normalisation (Kang et al., ICLR 2020): w_j / |w_j|^tau, the bias dropped; post-hoc.
 
-    tau ``val``: of 0, 0.1, ..., 2 the one of best class-mean accuracy on the held-out images, as published on
-    ImageNet-LT; 1 where there are none. Weight Balancing took 1.9 after a tuned weight decay on CIFAR-100-LT, and kept
-    the bias. Needs no class counts.
+    tau ``val``: of 0, 0.1, ..., 2 the best on the held-out images, as published on ImageNet-LT; 1 where there are none.
+    Weight Balancing took 1.9 after a tuned weight decay on CIFAR-100-LT, and kept the bias. Needs no class counts.
     """
 
     name = "tau-norm"
@@ -351,8 +349,8 @@ class TauNorm(Method):
 
     tau: float | Literal["val"] = "val"
 
-    def chosen(self, stage1: Stage1) -> Self:
-        return best_held_out(self, "tau", [i / 10 for i in range(21)], 1.0, stage1)
+    def chosen(self, stage1: Stage1, by: Figure = "class_mean") -> Self:
+        return best_held_out(self, "tau", [i / 10 for i in range(21)], 1.0, stage1, by)
 
     def head(self, stage1: Stage1) -> nn.Module:
         assert not isinstance(self.tau, str)
@@ -429,10 +427,9 @@ class LogitAdjustmentPostHoc(Method):
 class MultiplicativeLogitAdjustment(Method):
     """Multiplicative logit adjustment (MLA; Hasegawa and Sato, ICLR 2025): z_j pi_j^(-tau) of stage 1's z; post-hoc.
 
-    Weight and bias are scaled alike. tau ``val``: of 0, 0.05, ..., 1 the one of best class-mean accuracy on the
-    held-out images; where there are none 0.65, published on CIFAR-100-LT with a ResNet-34, weight decay 5e-3 and a
-    classifier fixed as an equiangular tight frame. All logits grow, so that probabilities need temperature scaling.
-    Needs class counts.
+    Weight and bias are scaled alike. tau ``val``: of 0, 0.05, ..., 1 the best on the held-out images; where there are
+    none 0.65, published on CIFAR-100-LT with a ResNet-34, weight decay 5e-3 and a classifier fixed as an equiangular
+    tight frame. All logits grow, so that probabilities need temperature scaling. Needs class counts.
     """
 
     name = "mla"
@@ -440,8 +437,8 @@ class MultiplicativeLogitAdjustment(Method):
 
     mla_tau: float | Literal["val"] = "val"
 
-    def chosen(self, stage1: Stage1) -> Self:
-        return best_held_out(self, "mla_tau", [i / 20 for i in range(21)], 0.65, stage1)
+    def chosen(self, stage1: Stage1, by: Figure = "class_mean") -> Self:
+        return best_held_out(self, "mla_tau", [i / 20 for i in range(21)], 0.65, stage1, by)
 
     def head(self, stage1: Stage1) -> nn.Module:
         assert not isinstance(self.mla_tau, str)

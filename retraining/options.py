@@ -10,14 +10,22 @@ import torch
 
 from datasets import DATASETS, SAMPLERS, LongTailed
 from experiment.data import load_data
-from experiment.options import HUGE, TrainOptions, checkpoint_option, fill_options, flags_of, stage_option
+from experiment.options import (
+    HUGE,
+    TrainOptions,
+    checkpoint_option,
+    fill_options,
+    flags_of,
+    needs_held_out,
+    stage_option,
+)
 from experiment.pretrained import OWN_WEIGHTS, for_images_of, open_pretrained, stored_as, without_size
 from experiment.restore import open_checkpoint
 from models import PretrainedNetwork
 from models.given import STANDARDIZE
 from retraining.features import DTYPES, FEATURES
 from retraining.methods import METHODS, Auto, Method
-from retraining.settings import TUNABLE, WITHOUT_STAGE1
+from retraining.settings import TUNABLE, VAL, WITHOUT_STAGE1
 from retraining.start import STARTS, without_stage1
 from utils.checkpoints import IDENTITY, Checkpoint
 from utils.console import show
@@ -47,8 +55,12 @@ class Options(TrainOptions):
         sweep=True,
     )
     finetune_epoch: int = option(20, Number(int, 1, 1_000_000), "epochs", "optimisation", sweep=True)
-    finetune_lr: float | None = option(
-        None, Number(float, 0, HUGE, above=True), "learning rate, cosine to 0", "optimisation", sweep=True
+    finetune_lr: float | Literal["val"] | None = option(
+        None,
+        Number(float, 0, HUGE, above=True, words=("val",)),
+        "learning rate, cosine to 0; val chooses it on held-out images",
+        "optimisation",
+        sweep=True,
     )
     finetune_wd: float | None = option(
         None, Number(float, 0, HUGE), "weight decay of the classifier", "optimisation", sweep=True
@@ -57,10 +69,11 @@ class Options(TrainOptions):
     finetune_scope: str = option(
         "fc", Choice(SCOPES), "what is trained: the classifier, or more with it", "network", sweep=True
     )
-    label_smooth: float | Auto | None = option(
+    label_smooth: float | Auto | Literal["val"] | None = option(
         None,
-        Number(float, 0, 1, words=("auto",)),
-        "label smoothing d: true class 1 - d + d/C, others d/C; auto is C/(C+2.04), which is 0.98 at C = 100",
+        Number(float, 0, 1, words=("auto", "val")),
+        "label smoothing d: true class 1 - d + d/C, others d/C; auto is C/(C+2.04), which is 0.98 at C = 100; val "
+        "chooses it on held-out images",
         "recipe",
         sweep=True,
     )
@@ -333,6 +346,13 @@ def tunable_values(resolved: Resolved[T]) -> dict[str, tuple[Value, ...]]:
     return {name: resolved.values(name) for name in TUNABLE}
 
 
+def recipe_values(options: Options) -> dict[str, Value]:
+    """What the data set's recipe says of the options that a classifier may take."""
+    recipes = DATASETS[options.dataset].recipes
+    recipe = recipes[options.recipe or next(iter(recipes))]
+    return {name: value for name, value in recipe.items() if name in TUNABLE}
+
+
 def refuse_unused(typed: Values, resolved: Resolved[T], methods: Sequence[Method]) -> None:
     """Raises UsageError where an option is typed that none of the methods has a use for."""
     options, names = resolved.options, shown(resolved.values("method"))
@@ -374,15 +394,14 @@ def require_held_out(parent: Checkpoint, resolved: Resolved[T], data: LongTailed
     Raises:
         UsageError: there are none.
     """
-    options = resolved.options
-    needed = {"--select best_val": options.select == "best_val"}
-    needed |= {f"--{name} val": "val" in resolved.values(name) for name in ("tau", "mla_tau")}
-    flags = [name for name, is_on in needed.items() if is_on] + ([f"--{flag}"] if flag else [])
+    options, flags = resolved.options, needs_held_out(resolved)
+    flags += [f"--{name} val" for name in VAL if "val" in resolved.values(name)]
+    flags += [f"--{flag}"] if flag else []
     if flags and data.val is None and not options.has_stage1:
         raise UsageError(f"{flags[0]}: nothing is held out", "--val_split 0.1 beside it, or data with a part for it")
     if flags and data.val is None:
         head = "" if parent.head == "linear" else f" --head {parent.head}"
         names = [name for name in IDENTITY if name not in ("image_size", "stem") or data.train.is_photos]
         again = f"python main_stage1.py{flags_of(options, *names)}{head} --val_split 0.1"
-        allowed = "last, best_test, or first" if flags[0].startswith("--select") else "without it, or first"
+        allowed = "last, best_test, or first" if flags[0] == "--select best_val" else "without it, or first"
         raise UsageError(f"{flags[0]}: {parent.path} was trained without held-out images", f"{allowed}: {again}")

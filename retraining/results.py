@@ -18,7 +18,7 @@ from retraining.features import FeatureSource, Stream, feature_blocks, head_logi
 from retraining.methods import Method, Stage1, Trained
 from retraining.solver import TrainableHead
 from retraining.start import make_start
-from utils.metrics import GROUPS, Logits, accuracies, predicted_classes
+from utils.metrics import GROUPS, Figure, Logits, accuracies, predicted_classes
 from utils.typed import require
 from utils.types import Record, StateDict
 
@@ -51,8 +51,8 @@ class ClassifierResult(Result):
         seconds: time spent on the classifier itself; on the whole network where that is trained.
     """
 
-    def __init__(self, method: Method, select: str) -> None:
-        super().__init__(method.setting, select)
+    def __init__(self, method: Method, select: str, by: Figure = "class_mean") -> None:
+        super().__init__(method.setting, select, by)
         self.method = method
         self.network = method.scope != "fc"
         self.head: nn.Module = nn.Identity()
@@ -119,7 +119,7 @@ class ClassifierResult(Result):
             groups = {f"test_{group}": test_report["groups"][group]["accuracy"] for group in GROUPS}
             self.records[-1] |= {"test_top1": test_report["top1"], **groups}
             if val_report is not None:
-                self.records[-1]["val_class_mean"] = val_report["class_mean"]
+                self.records[-1][f"val_{self.selection.by}"] = val_report[self.selection.by]
 
 
 class FrozenBackbone:
@@ -235,8 +235,8 @@ class Finished:
         fits: how many classifiers of a group were trained at a time; memory decides it once.
     """
 
-    def __init__(self, frozen: FrozenBackbone, select: str) -> None:
-        self.frozen, self.select = frozen, select
+    def __init__(self, frozen: FrozenBackbone, select: str, by: Figure = "class_mean") -> None:
+        self.frozen, self.select, self.by = frozen, select, by
         self.fits: dict[str, int] = {}
         self._states: dict[str, StateDict] = {}
 
@@ -254,7 +254,7 @@ class Finished:
         for method, state in zip(methods, states):
             if state is None:
                 return None
-            results.append(ClassifierResult(method, self.select))
+            results.append(ClassifierResult(method, self.select, self.by))
             results[-1].take_up(state, self.frozen.fresh(method))
         return results
 

@@ -99,7 +99,7 @@ def retrain(
     options, results = resolved.options, list[ClassifierResult]()
     run.is_sweep = len(methods) > 1
     fill_cache(methods, frozen, options, run)
-    finished = Finished(frozen, options.select)
+    finished = Finished(frozen, options.select, options.select_by)
     state = make_state(run, options, resolved.stored(), frozen.data, frozen.source.device, finished=finished)
     taught = [method for method in methods if isinstance(method, Trained)]
     losses = ((f"{m.name} with --sampler {m.sampler}", m.sampler, m.loss(frozen.stage1, 1.0)) for m in taught)
@@ -109,7 +109,7 @@ def retrain(
     for stream, group in by_stream(methods).items():
         trained = [method for method in group if isinstance(method, Trained)]
         if stream is None:
-            results += post_hoc(group, frozen, options.select)
+            results += post_hoc(group, frozen, options)
             continue
         heads = [method for method in trained if method.scope == "fc"]
         parts = in_memory(heads, stream, frozen, run, finished) + [[m] for m in trained if m.scope != "fc"]
@@ -149,15 +149,15 @@ def fill_cache(methods: Sequence[Method], frozen: FrozenBackbone, options: Optio
         go_on_alone()
 
 
-def post_hoc(methods: Sequence[Method], frozen: FrozenBackbone, select: str) -> list[ClassifierResult]:
+def post_hoc(methods: Sequence[Method], frozen: FrozenBackbone, options: Options) -> list[ClassifierResult]:
     """Methods that train nothing."""
     results = []
     for method in methods:
         began, passes = time.perf_counter(), frozen.source.seconds
         start = frozen.start(method)
-        method = method.chosen(start)
+        method = method.chosen(start, options.select_by)
         head = method.head(start)
-        result = ClassifierResult(method, select)
+        result = ClassifierResult(method, options.select, options.select_by)
         result.seconds = time.perf_counter() - began - (frozen.source.seconds - passes)
         frozen.measure(result, head, epoch=-1)
         results.append(result)
@@ -189,7 +189,7 @@ def in_memory(
 def train_heads(methods: Sequence[Trained], stream: Stream, work: Work) -> list[ClassifierResult]:
     """Trains classifiers on a frozen backbone, all on the same batches."""
     frozen, options, run, state, forecast = work
-    results = [ClassifierResult(method, options.select) for method in methods]
+    results = [ClassifierResult(method, options.select, options.select_by) for method in methods]
     heads = [frozen.trainable_head(method) for method in methods]
     solver = Solver(heads, options.momentum, options.nesterov, graph=options.graph, say=run.say)
 
@@ -222,7 +222,7 @@ def train_network(methods: Sequence[Trained], stream: Stream, work: Work) -> lis
     """Trains a classifier together with the backbone or its last block: the ordinary loop, for one method."""
     frozen, options, run, state, forecast = work
     (method,) = methods
-    result = ClassifierResult(method, options.select)
+    result = ClassifierResult(method, options.select, options.select_by)
     model = copy.deepcopy(frozen.source.model).to(memory_format=torch.channels_last)
     model.load_state_dict(frozen.source.backbone(None, -1))
     start = frozen.start(method)

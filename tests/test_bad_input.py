@@ -202,4 +202,4 @@ def test_data_that_cannot_be_downloaded(workdir: Path, monkeypatch, capsys) -> N
 def test_as_a_process(shell) -> None:
     process = shell("main_stage2.py", "--label_smooth", "1.5")
     assert process.returncode == 2 and not process.stdout
-    assert process.stderr == "error: --label_smooth 1.5\nallowed: a number in [0, 1] or auto; each value once\n"
+    assert process.stderr == "error: --label_smooth 1.5\nallowed: a number in [0, 1] or auto or val; each value once\n"

@@ -50,6 +50,7 @@ RESULT_KEYS = {
         "method",
         "label_smooth",
         "select",
+        "select_by",
         "epoch",
         "flip_tta",
         "top1",

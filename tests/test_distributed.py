@@ -460,7 +460,7 @@ def test_recipes_and_sweeps_run_and_the_first_process_alone_writes(two) -> None:
         assert (first[name]["status"], second[name]["status"]) == (0, 0), first[name]["error"]
         assert first[name]["result"] == second[name]["result"] and first[name]["result"]["top1"] > 0
         assert not second[name]["out"]
-    assert "sorted and chosen by accuracy on the TEST set" in first["sweep"]["out"]
+    assert "sorted and chosen by top-1 on the TEST set" in first["sweep"]["out"]
     assert first["sweep"]["out"].count("diverged in epoch 1") == 1
     assert any(name.endswith("sweep.csv") for name in first["files"])
     assert [name for name in second["files"] if not name.endswith(".pkl")] == []

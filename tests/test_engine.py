@@ -21,6 +21,7 @@ from training.recipe import constraint
 from utils import proof
 from utils.errors import Diverged
 from utils.graphs import Graphed
+from utils.metrics import accuracies
 from utils.system import cpu_has_bf16
 
 CPU = torch.device("cpu")
@@ -317,3 +318,13 @@ def test_selection(rule: str, chosen: int) -> None:
         selection.offer(epoch, model, {"top1": test}, {"class_mean": val})
     assert selection.epoch == chosen and selection.state["weight"].item() == chosen
     assert selection.best_on_test == (3, {"top1": 0.7})
+
+
+@pytest.mark.parametrize("by, chosen", [("class_mean", 1), ("top1", 2), ("macro_f1", 3)])
+def test_selection_goes_by_the_figure_that_is_asked_for(by: str, chosen: int) -> None:
+    """Held-out images of two classes, 12 and 3, of which an epoch has so many right: each figure has its own best."""
+    model, selection, labels = nn.Linear(1, 1), Selection("best_val", by), torch.tensor([0] * 12 + [1] * 3)
+    for epoch, (first, second) in enumerate([(0, 3), (8, 0), (6, 1), (0, 0)], start=1):
+        predicted = torch.tensor([0] * first + [1] * (12 - first) + [1] * second + [0] * (3 - second))
+        selection.offer(epoch, model, {"top1": 0.5}, accuracies(predicted, labels, [12, 3]))
+    assert selection.epoch == chosen

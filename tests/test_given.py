@@ -263,6 +263,7 @@ def test_what_is_wrong_is_said_in_two_lines(words: str, how: str, workdir, capsy
         ("--fit pad", "which has no images"),
         ("--flip_tta", "not mirrored"),
         ("--select best_val", "--val_split 0.1"),
+        ("--label_smooth val", "--val_split 0.1"),
         ("--test_split 0.2", "which has no images"),
     ],
 )

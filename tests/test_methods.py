@@ -335,6 +335,22 @@ def test_a_sweep_is_the_product_of_what_each_method_takes() -> None:
     assert {stream.batch_size for stream in groups if stream} == {32, 64}
 
 
+def test_val_is_a_grid_around_what_would_stand_without_it() -> None:
+    wanted = COMMON | {"batch_size": (32, 64), "finetune_lr": ("val", 0.3), "label_smooth": ("val",)}
+    settings = make_methods(["los", "lade", "tau-norm"], wanted, wanted, 100)
+    assert [s.setting.method for s in settings].count("los") == 2 * 6 * 7 and len(settings) == 2 * 6 * (7 + 1) + 1
+    rates = [s.finetune_lr for s in settings if s.name == "lade" and s.batch_size == 32]
+    assert rates == pytest.approx([2.5e-4, 1e-5, 5e-5, 1.25e-3, 6.25e-3, 0.3])  # the default first; typed ones as typed
+    smooths = list(dict.fromkeys(s.label_smooth for s in settings if s.name == "los"))
+    assert smooths[0] == 100 / 102.04
+    assert sorted(smooths) == pytest.approx([0, *(100 / (100 + 2.04 * 4**k) for k in (4, 3, 2, 1, 0, -1))])
+    recipe = make_methods(["lade"], wanted | {"label_smooth": (None,)}, [], 100, recipe={"finetune_lr": 0.02})
+    rates = [s.finetune_lr for s in recipe if s.batch_size == 32]
+    assert rates == pytest.approx([0.02, 8e-4, 4e-3, 0.1, 0.5, 0.3])
+    tuned = make_methods(["los"], COMMON | {"label_smooth": ("val",)}, ["label_smooth"], 100, tune=True)
+    assert len(tuned) == 3 * 7  # a grid for the learning rate, times that of val
+
+
 @pytest.mark.parametrize(
     "methods, flags, words",
     [
@@ -491,6 +507,8 @@ def test_tau_goes_by_class_mean_where_the_held_out_images_are_unbalanced(start) 
             break
     lopsided = dataclasses.replace(start, held_out=lambda: [(features, torch.tensor(labels))])
     assert only("tau-norm").chosen(lopsided).tau == pytest.approx(np.argmax(by_class) / 10)
+    by_image = np.argmax([hit.mean() for hit in hits]) / 10
+    assert only("tau-norm").chosen(lopsided, "top1").tau == pytest.approx(by_image)
 
 
 @pytest.mark.parametrize("name", ["maxnorm", "weight-decay"])

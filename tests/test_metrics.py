@@ -7,6 +7,7 @@ import torch
 
 from utils import metrics
 from utils.metrics import (
+    accuracies,
     calibration_error,
     fit_temperature,
     logit_statistics,
@@ -76,6 +77,14 @@ def test_class_measures_against_scikit_learn() -> None:
     assert rep["worst_class"] == pytest.approx(recalls.min())
     assert rep["harmonic_mean"] == pytest.approx(6 / (1 / recalls).sum())
     assert rep["class_mean"] == pytest.approx(recalls.mean())
+
+
+def test_macro_f1_longhand() -> None:
+    predicted, labels = torch.tensor([0, 0, 1, 2, 3, 0]), torch.tensor([0, 0, 0, 1, 1, 1])
+    found = accuracies(predicted, labels, [9] * 4)["macro_f1"]  # class 0: TP 2, FP 1, FN 1; class 1: TP 0; others none
+    assert found == pytest.approx((4 / (4 + 1 + 1) + 0) / 2)
+    theirs = sklearn.metrics.f1_score(labels, predicted, average="macro", labels=[0, 1], zero_division=0)
+    assert found == pytest.approx(theirs)
 
 
 def test_harmonic_mean_is_zero_where_a_class_is() -> None:

@@ -161,13 +161,28 @@ def test_a_sweep_is_the_runs_one_by_one(workdir, capsys) -> None:
     assert means[final.options["wd"]] == means.max() and final.options["seed"] == 0  # another may be as good
     assert report["top1"] == final.metrics["top1"]
     assert final.metrics["sweep"] == {"settings": 2, "chosen_on": "the TEST set"}
-    assert "sorted and chosen by accuracy on the TEST set" in said and "±" in said
+    assert "sorted and chosen by top-1 on the TEST set" in said and "±" in said
     assert said.count("saved checkpoints/") == 1 and not list(workdir.glob("checkpoints/*.prev"))
     evaluate.main(["--dataset", "digits"])
     assert "the best of 2 settings on the TEST set" in capsys.readouterr().out
     main_stage1.main([*SHORT, "--seed", "1", "--wd", "0.1"])
     alone, together = checkpoints.read(STAGE1).model, checkpoints.read(folders["seed1_wd0.1"]).model
     assert all(torch.equal(alone[name], together[name]) for name in alone)
+
+
+@pytest.mark.parametrize("by", ["class_mean", "top1", "macro_f1"])
+def test_the_epoch_and_the_run_are_chosen_by_the_same_figure(workdir, by: str, capsys) -> None:
+    flags = f"--val_split 0.3 --select best_val --select_by {by} --eval_every 1 --lr 0.01 0.3 --seed 0"
+    main_stage1.main([*SHORT, *flags.split()])
+    final, best = checkpoints.read(STAGE1), {}
+    for path in workdir.glob("output/*/*/*/metrics.jsonl"):
+        scores = [json.loads(line)[f"val_{by}"] for line in path.read_text().splitlines()]
+        best[checkpoints.read(path.with_name("checkpoint.pt")).options["lr"]] = max(scores)
+        assert scores[checkpoints.read(path.with_name("checkpoint.pt")).metrics["epoch"] - 1] == max(scores)
+    assert best[final.options["lr"]] == max(best.values())
+    assert (final.metrics["select"], final.metrics["select_by"]) == ("best_val", by)
+    words = {"class_mean": "class mean", "top1": "top-1", "macro_f1": "macro-F1"}[by]
+    assert f"sorted and chosen by {words} on held-out images" in capsys.readouterr().out
 
 
 def test_seeds_alone_choose_nothing_and_hold_out_their_own(workdir, capsys) -> None:

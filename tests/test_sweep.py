@@ -84,7 +84,7 @@ def test_a_sweep_trains_the_product_on_one_pass(chain, capsys, monkeypatch) -> N
     means = table.groupby(["finetune_lr", "label_smooth"])["test_top1"].agg(["mean", "std"]).reset_index()
     means = means.sort_values("mean", ascending=False)
     assert [float(row[4]) for row in rows] == pytest.approx((100 * means["mean"]).round(2).tolist(), abs=0.011)
-    assert "chosen by accuracy on the TEST set" in printed
+    assert "chosen by top-1 on the TEST set" in printed
     file = checkpoints.read(STAGE2)
     options = [file.options[name] for name in ("finetune_lr", "label_smooth")]
     [chosen] = (row for row in means.itertuples() if [row.finetune_lr, row.label_smooth] == options)
@@ -152,11 +152,69 @@ def test_the_winner_is_chosen_on_held_out_images_where_there_are_any(held_out, c
     main_stage2.main(f"{QUICK} --method los crt tau-norm --label_smooth 0 0.9".split())
     printed = capsys.readouterr().out
     table = pd.read_csv(run_folder("stage2") / "sweep.csv")
-    assert "chosen by accuracy on held-out images" in printed and "TEST" not in printed
+    assert "chosen by class mean on held-out images" in printed and "TEST" not in printed
     file = checkpoints.read(STAGE2)
     best = table[table["val_class_mean"] == table["val_class_mean"].max()]  # several may be as good
     assert (file.options["method"], file.metrics["top1"]) in set(zip(best["method"], best["test_top1"]))
     assert [line for line in printed.splitlines() if " val " in line]
+
+
+def test_val_chooses_what_a_sweep_of_its_grid_does(held_out, capsys) -> None:
+    flags = f"{QUICK} --seed 0 1 --method los crt --sampler class --select_by macro_f1"
+    main_stage2.main(f"{flags} --label_smooth val --finetune_lr val".split())
+    said, chosen = capsys.readouterr().out, checkpoints.read(STAGE2)
+    grid, tables = pd.read_csv(run_folder("stage2") / "sweep.csv"), []
+    assert grid.groupby("method").size().to_dict() == {"los": 2 * 5 * 7, "crt": 2 * 5 * 7}
+    for name in ("finetune_lr", "label_smooth"):
+        values = sorted(set(grid[name]))
+        tables.append(" ".join(map(str, values)))
+        assert [line for line in said.splitlines() if line.startswith(f"--{name} val: ") and "by macro-F1" in line]
+    assert len([line for line in said.splitlines() if line.strip().startswith(("los ", "crt "))]) == 2
+    main_stage2.main(f"{flags} --finetune_lr {tables[0]} --label_smooth {tables[1]}".split())
+    explicit, means = (
+        checkpoints.read(STAGE2),
+        grid.groupby(["method", "finetune_lr", "label_smooth"]).val_macro_f1.mean(),
+    )
+    picked = [
+        tuple(file.options[name] for name in ("method", "finetune_lr", "label_smooth")) for file in (chosen, explicit)
+    ]
+    assert [means[each] for each in picked] == [means.max()] * 2  # several may be as good
+    assert isinstance(chosen.options["label_smooth"], float) and chosen.options["seed"] == 0
+    assert chosen.metrics["sweep"] == explicit.metrics["sweep"] == {"settings": 70, "chosen_on": "held-out images"}
+    evaluate.main(["--dataset", "digits"])
+    assert "the best of 70 settings on held-out images by macro-F1" in capsys.readouterr().out
+
+
+def test_val_keeps_what_else_is_swept_apart(held_out) -> None:
+    main_stage2.main(f"{QUICK} --method maxnorm --label_smooth val 0.3 --finetune_wd 0 0.1".split())
+    log, table = (run_folder("stage2") / "log.txt").read_text(), pd.read_csv(run_folder("stage2") / "sweep.csv")
+    assert len(table) == 2 * 8 and set(table["cb_form"]) == {"bce", "ce"}  # d = 0 keeps the form that maxnorm has
+    rows = [line.split() for line in log.splitlines() if line.startswith("maxnorm ")]
+    assert len(rows) == 2 and {row[1] for row in rows} == {"0", "0.1"}
+    best = table.groupby("finetune_wd").val_class_mean.max()
+    assert [row[5] for row in rows] == [f"{100 * best[float(row[1])]:.2f}" for row in rows]
+
+
+def test_compare_chooses_by_val_with_the_backbone_frozen(held_out, capsys) -> None:
+    rows = compare.main(f"{QUICK} --seed 0 1 --method los crt joint --label_smooth val --select_by top1".split())
+    printed, folder = capsys.readouterr().out, run_folder("compare")
+    assert sorted(row["row"].split(" label")[0] for row in rows) == ["crt", "crt", "crt", "joint", "los"]
+    assert [row["val_top1"] for row in rows] == sorted((row["val_top1"] for row in rows), reverse=True)
+    table = pd.read_csv(folder / "sweep.csv")
+    means = table[table["finetune_scope"] != "all"].groupby(["method", "label_smooth"]).val_top1.mean()
+    lines = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()[1:]]
+    [los] = [row for row in rows if row["method"] == "los"]
+    assert los["val_top1"] == means["los", los["label_smooth"]] == means["los"].max()
+    assert {line["label_smooth"] for line in lines if line["method"] == "los"} == {los["label_smooth"]}
+    beyond = table[table["finetune_scope"].isin(["last_block", "all"])]
+    assert len(beyond) == 4 and set(beyond["label_smooth"]) == {0}
+    assert "sorted by top-1 on held-out images" in printed and f"--label_smooth {rows[0]['label_smooth']}" in printed
+
+
+@pytest.mark.parametrize("script", [main_stage2, compare])
+def test_val_shows_its_settings_beforehand(chain, script, capsys) -> None:
+    script.main("--dataset digits --method los --label_smooth val --print_options".split())
+    assert len([line for line in capsys.readouterr().out.splitlines() if line.startswith("  los ")]) == 7
 
 
 @pytest.mark.parametrize("source", ["views", "replay"])
@@ -390,6 +448,10 @@ def test_a_setting_that_diverges_does_not_stop_the_others(chain, capsys) -> None
         (main_stage2, "--method joint --feature_dtype float16", "--feature_dtype --method joint"),
         (main_stage2, "--feature_dtype float64", "--feature_dtype float64 float16 bfloat16"),
         (main_stage2, "--select best_val", "--select best_val --val_split"),
+        (main_stage2, "--select_by top1", "--select_by top1 without it --val_split"),
+        (main_stage2, "--label_smooth val 0.9", "--label_smooth val --val_split"),
+        (main_stage2, "--finetune_lr val", "--finetune_lr val --val_split"),
+        (compare, "--finetune_lr val", "--finetune_lr val --val_split"),
         (main_stage2, "--cache_dir /proc/none", "--cache_dir /proc/none"),
         (compare, "--tune", "--tune --val_split"),
         (compare, "--method los --finetune_scope all", "--finetune_scope crt"),

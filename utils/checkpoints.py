@@ -27,7 +27,7 @@ from torch import Tensor
 
 from utils.errors import UsageError
 from utils.files import atomic, lock, second_name
-from utils.metrics import Report
+from utils.metrics import FIGURES, Figure, Report
 from utils.readers import MOST_NUMBERS, HoldsCode, Unreadable, parse_tensors, read_bytes
 from utils.system import Provenance, free_memory
 
@@ -35,6 +35,8 @@ FORMAT = 4  # 1 had no head: it was linear; 1 and 2 had no stem: it was small; 1
 FOLDER = Path("checkpoints")
 STAGES = ("stage1", "stage2")
 SELECT = ("last", "best_test", "best_val")
+#: What a sweep's setting is chosen on, see :class:`Sweep`.
+HELD_OUT, TEST_SET = "held-out images", "the TEST set"
 #: Replaced files that are kept beside a final one.
 KEPT = 5
 IDENTITY = ("dataset", "imb_type", "imb_ratio", "subset", "subset_seed", "image_size", "network", "stem")
@@ -89,10 +91,11 @@ class Sweep(TypedDict):
 
 
 class Chosen(TypedDict, total=False):
-    """How the stored weights were chosen."""
+    """How the stored weights were chosen; ``select_by`` of held-out images, where there were any."""
 
     epoch: int
     select: str
+    select_by: Figure
     flip_tta: bool
     sweep: Sweep
 
@@ -292,6 +295,8 @@ def _is_shown(shown: object) -> bool:
 def _is_choice(chosen: object) -> bool:
     """Whether this says how weights were chosen, see :class:`Chosen`."""
     if not isinstance(chosen, dict) or type(chosen.get("epoch")) is not int or chosen.get("select") not in SELECT:
+        return False
+    if chosen.get("select_by", "class_mean") not in [*FIGURES]:
         return False
     sweep = chosen.get("sweep", {"settings": 1, "chosen_on": ""})
     is_sweep = (

@@ -1,4 +1,4 @@
-"""Accuracy of a long-tailed classifier: top-1, top-5, class mean, many/medium/few, per class. Fractions throughout."""
+"""Accuracy of a classifier: top-1, top-5, class mean, macro-F1, many/medium/few, per class. Fractions throughout."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import math
 import statistics
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TypedDict
+from typing import Literal, TypedDict
 
 import torch
 from torch import Tensor
@@ -18,6 +18,10 @@ from utils.types import Json
 GROUPS = ("many", "medium", "few")
 #: Training images per class: many above the first, few below the second (Liu et al., OLTR, CVPR 2019).
 MANY_ABOVE, FEW_BELOW = 100, 20
+#: A figure of a report that something is chosen by on held-out images.
+Figure = Literal["class_mean", "top1", "macro_f1"]
+#: Those figures in words.
+FIGURES: dict[Figure, str] = {"class_mean": "class mean", "top1": "top-1", "macro_f1": "macro-F1"}
 
 
 class GroupScore(TypedDict):
@@ -31,8 +35,8 @@ class GroupScore(TypedDict):
 class Report(TypedDict, total=False):
     """What was measured on a set of predictions, as fractions.
 
-    :func:`accuracies` gives top1, class_mean, groups and per_class (C,), :func:`report` all but ``temperature``, which
-    is that of held-out images, see :func:`fit_temperature`. ``test_images`` is (C,).
+    :func:`accuracies` gives top1, class_mean, macro_f1, groups and per_class (C,), :func:`report` all but
+    ``temperature``, which is that of held-out images, see :func:`fit_temperature`. ``test_images`` is (C,).
     """
 
     top1: float
@@ -92,7 +96,7 @@ def report(logits: Logits, labels: Tensor, class_counts: Sequence[int]) -> Repor
     """All measures of a set of predictions: those of :func:`accuracies`, and others.
 
     ``top5``, 1 with fewer than five classes; ``harmonic_mean`` and ``worst_class`` over the per-class accuracies;
-    ``macro_f1``, the mean over classes that are present or predicted; ``ece``, see :func:`calibration_error`.
+    ``ece``, see :func:`calibration_error`.
 
     logits (N, C) float, labels (N,) int64, class_counts (C,) training images -> Report.
     """
@@ -101,38 +105,36 @@ def report(logits: Logits, labels: Tensor, class_counts: Sequence[int]) -> Repor
     top, confidence, surest = map(torch.cat, zip(*found))
     scored = accuracies(top[:, 0], labels, class_counts)
     present = [accuracy for accuracy in scored["per_class"] if accuracy is not None]
-    images = torch.bincount(labels, minlength=num_classes)
-    correct = torch.bincount(labels[top[:, 0] == labels], minlength=num_classes)
-    predicted = torch.bincount(top[:, 0], minlength=num_classes)
-    seen = images + predicted > 0
     return {
         "top1": scored["top1"],
         "top5": int((top == labels[:, None]).sum()) / len(labels),
         "class_mean": scored["class_mean"],
         "worst_class": min(present),
         "harmonic_mean": statistics.harmonic_mean(present),
-        "macro_f1": float((2 * correct[seen] / (images + predicted)[seen]).double().mean()),
+        "macro_f1": scored["macro_f1"],
         "ece": binned_gap(confidence, surest == labels),
         "groups": scored["groups"],
         "per_class": scored["per_class"],
-        "test_images": images.tolist(),
+        "test_images": torch.bincount(labels, minlength=num_classes).tolist(),
     }
 
 
 def accuracies(predicted: Tensor, labels: Tensor, class_counts: Sequence[int]) -> Report:
-    """top1, class_mean, groups and per_class of predicted classes.
+    """top1, class_mean, macro_f1, groups and per_class of predicted classes.
 
-    Group accuracies and ``class_mean`` are means over classes, of which those without an image are left out; on the
-    balanced test sets ``class_mean`` equals ``top1``. An empty group's accuracy is None.
+    Group accuracies, ``class_mean`` and ``macro_f1``, the mean of 2 TP / (2 TP + FP + FN), are means over classes, of
+    which those without an image are left out; on the balanced test sets ``class_mean`` equals ``top1``. An empty
+    group's accuracy is None.
 
     predicted (N,) int64, labels (N,) int64, class_counts (C,) training images -> Report.
     """
     num_classes = len(class_counts)
-    images = torch.bincount(labels, minlength=num_classes).tolist()
-    correct = torch.bincount(labels[predicted == labels], minlength=num_classes).tolist()
+    counted = (labels, predicted, labels[predicted == labels])
+    images, guesses, correct = (torch.bincount(classes, minlength=num_classes).tolist() for classes in counted)
     per_class = [c / n if n else None for c, n in zip(correct, images)]
     class_mean = _mean(per_class)
-    assert class_mean is not None  # there are images
+    macro_f1 = _mean([2 * c / (n + g) if n else None for c, n, g in zip(correct, images, guesses)])
+    assert class_mean is not None and macro_f1 is not None  # there are images
     groups: dict[str, GroupScore] = {}
     for group in GROUPS:
         members = [i for i, count in enumerate(class_counts) if group_of(count) == group]
@@ -144,6 +146,7 @@ def accuracies(predicted: Tensor, labels: Tensor, class_counts: Sequence[int]) -
     return {
         "top1": sum(correct) / len(labels),
         "class_mean": class_mean,
+        "macro_f1": macro_f1,
         "groups": groups,
         "per_class": per_class,
     }

@@ -8,7 +8,7 @@ import os
 import textwrap
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from itertools import count
 from pathlib import Path
@@ -20,7 +20,7 @@ from utils.console import counted, duration, plain, show, take_early
 from utils.distributed import interruptible
 from utils.errors import Unsaved, UsageError, disk_words
 from utils.files import AppendedFile, atomic, lock, require_writable, sweep
-from utils.metrics import percent
+from utils.metrics import FIGURES, percent
 from utils.pace import Pace
 from utils.typed import require
 from utils.types import Record, StateDict, epoch_of
@@ -33,7 +33,7 @@ COLUMNS: tuple[tuple[str, str, str], ...] = (
     ("lr", "lr", ".2e"),
     ("train_loss", "loss", ".4f"),
     ("train_top1", "train %", "%"),
-    ("val_class_mean", "val class mean %", "%"),
+    *((f"val_{key}", f"val {words} %", "%") for key, words in FIGURES.items()),
     ("test_top1", "test %", "%"),
     ("test_many", "many %", "%"),
     ("test_medium", "medium %", "%"),
@@ -43,11 +43,14 @@ COLUMNS: tuple[tuple[str, str, str], ...] = (
 )
 
 
-def table_row(record: Record | None, held_out: bool = True) -> str:
-    """One line of the epoch table; without a record, its heading. Missing values print as "-"."""
+def table_row(record: Record | None, measured: Collection[str]) -> str:
+    """One line of the epoch table; without a record, its heading. Missing values print as "-".
+
+    Of the figures of held-out images it has those that are ``measured``.
+    """
     cells = []
     for key, heading, form in COLUMNS:
-        if key == "val_class_mean" and not held_out:
+        if key.startswith("val_") and key not in measured:
             continue
         value = None if record is None else record.get(key)
         if record is None:
@@ -264,8 +267,8 @@ class Run:
         if "test_top1" in record and self._has_row(record):  # on a terminal the bar shows the others
             if not self._has_heading:
                 self._has_heading = True
-                self.say(table_row(None, "val_class_mean" in record))
-            self.say(table_row({**record, "left": self.pace.left}, "val_class_mean" in record))
+                self.say(table_row(None, record))
+            self.say(table_row({**record, "left": self.pace.left}, record))
         self._measured(record)
         if self._board:
             known = {key: value for key, value in record.items() if key != "epoch" and value is not None}
