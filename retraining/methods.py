@@ -21,6 +21,7 @@ from typing import ClassVar, Literal, Self, TypeVar
 import torch
 from torch import Tensor, nn
 
+from datasets import SAMPLERS
 from datasets.batches import Batch, seeded
 from engine import cosine
 from experiment.sweeps import Setting
@@ -864,8 +865,9 @@ class HeadToTail(Trained):
         return super().stream._replace(change=f"fused by {self.h2t_rho:g}", second="instance")
 
     def checked(self, typed: Collection[str]) -> Self:
-        if self.sampler == self.stream.second:
-            raise UsageError(f"--sampler {self.sampler} with --method h2t, whose other batch has it", "class, sqrt")
+        if self.sampler == self.stream.second and "method" in typed:  # both batches would be the same
+            allowed = ", ".join(name for name in SAMPLERS if name != self.sampler)
+            raise UsageError(f"--sampler {self.sampler} with --method h2t, whose other batch has it", allowed)
         return self
 
     def batches(self, source: FeatureSource, stage1: Stage1) -> Callable[[int], Iterator[Batch]]:
