@@ -182,7 +182,7 @@ def stage2(home: Path) -> Any:
     found["again"] = run(main_stage2.main, STAGE2["orbit"][1].format(home / STAGE1))
     files = [path for path in sorted(Path().rglob("*")) if path.is_file() and path.suffix != ".pkl"]
     found["cache"] = {str(path): path.read_bytes() for path in files if path.parts[0] == "cache"}
-    found["heads"] = {str(path): checkpoints.read(path).model for path in files if path.parts[0] == "checkpoints"}
+    found["heads"] = {str(path): checkpoints.read(path).model for path in files if path.match("checkpoints/*stage2.pt")}
     lines = [line for path in files if path.name == "results.jsonl" for line in path.read_text().splitlines()[1:]]
     found["lines"] = [{name: v for name, v in json.loads(line).items() if name != "seconds"} for line in lines]
     return found
