@@ -36,6 +36,7 @@ from torch import nn
 from benchmarks import append_line
 from benchmarks.inat_bench import anonymous, sampled
 from utils.command import command
+from utils.readers import map_array
 from utils.system import ROOT, pick_device, provenance
 from utils.types import Json
 
@@ -77,7 +78,7 @@ def heads(folder: Path, epochs: int) -> Json:
 
 def loop(folder: Path, epochs: int) -> Json:
     """One head, one epoch, by hand."""
-    rows, labels = np.load(folder / "train_features.npy", mmap_mode="r"), np.load(folder / "train_labels.npy")
+    rows, labels = map_array(folder / "train_features.npy"), map_array(folder / "train_labels.npy")
     head = nn.Linear(WIDTH, CLASSES)
     optimizer = torch.optim.SGD(head.parameters(), lr=5e-4, momentum=0.9)
     began = time.perf_counter()
@@ -94,12 +95,12 @@ def logistic(folder: Path, epochs: int) -> Json:
     """scikit-learn's logistic regression, balanced, one head."""
     from sklearn.linear_model import LogisticRegression
 
-    rows, labels = np.load(folder / "train_features.npy", mmap_mode="r"), np.load(folder / "train_labels.npy")
+    rows, labels = map_array(folder / "train_features.npy"), map_array(folder / "train_labels.npy")
     model = LogisticRegression(class_weight="balanced", max_iter=100)
     began = time.perf_counter()
     model.fit(rows, labels)
     seconds = time.perf_counter() - began
-    right = model.predict(np.load(folder / "test_features.npy")) == np.load(folder / "test_labels.npy")
+    right = model.predict(map_array(folder / "test_features.npy")) == map_array(folder / "test_labels.npy")
     return {"heads": 1, "iterations": int(model.n_iter_[0]), "seconds": seconds, "test_top1": float(right.mean())}
 
 

@@ -77,7 +77,8 @@ def find_run(
         if name not in MAY_MOVE and stored.get(name) != value:
             was = f"with --{name} {shown(stored[name])}" if name in stored else "without it"
             raise UsageError(f"--{name} {shown(value)}: {wanted} was begun {was}", "the same, or a new run")
-    kept: Values = {name: begun["options"][name] for name in ("amp", "compile") if name in begun["options"]}
+    of_machine = {name: begun["options"][name] for name in ("amp", "compile") if name in begun["options"]}
+    kept: Values = {name: value for name, value in of_machine.items() if value != getattr(cls, name)}
     threads = begun["options"].get("threads")
     if isinstance(threads, int) and threads <= available_cpus():
         kept = {**kept, "threads": threads}  # which decides the last bits
