@@ -175,3 +175,17 @@ CUDA = pytest.param(
 def device(request: pytest.FixtureRequest) -> torch.device:
     """Every device that a test's equality must hold on."""
     return torch.device(request.param)
+
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory) -> Path:
+    """A file of weights that are not the initial ones, as timm saves them."""
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(3)
+    model = timm.create_model("resnet10t", num_classes=7)
+    for name, buffer in model.named_buffers():
+        if name.endswith("running_mean"):
+            buffer.copy_(0.1 * torch.randn_like(buffer))
+    path = tmp_path_factory.mktemp("weights") / "resnet10t.pth"
+    torch.save(model.state_dict(), path)
+    return path

@@ -34,19 +34,6 @@ NAME = "timm:resnet10t"
 DIGITS = ["--dataset", "digits", "--imb_ratio", "10", "--seed", "0"]
 
 
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory) -> Path:
-    """A file of weights that are not the initial ones, as timm saves them."""
-    torch.manual_seed(3)
-    model = timm.create_model("resnet10t", num_classes=7)
-    for name, buffer in model.named_buffers():
-        if name.endswith("running_mean"):
-            buffer.copy_(0.1 * torch.randn_like(buffer))
-    path = tmp_path_factory.mktemp("weights") / "resnet10t.pth"
-    torch.save(model.state_dict(), path)
-    return path
-
-
 def stage1(*more: str) -> Path:
     main_stage1.main([*DIGITS, "--epochs", "1", *more])
     return Path("checkpoints/digits_exp10_resnet8_stage1.pt")

@@ -26,19 +26,6 @@ NAME = "timm:resnet10t"
 FINAL = Path("checkpoints/folder-d_natural_timm-resnet10t_stage2.pt")
 
 
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory) -> Path:
-    """A file of weights that are not the initial ones, as timm saves them."""
-    torch.manual_seed(3)
-    model = timm.create_model("resnet10t", num_classes=7)
-    for name, buffer in model.named_buffers():
-        if name.endswith("running_mean"):
-            buffer.copy_(0.1 * torch.randn_like(buffer))
-    path = tmp_path_factory.mktemp("weights") / "resnet10t.pth"
-    torch.save(model.state_dict(), path)
-    return path
-
-
 @pytest.fixture
 def command(weights: Path, workdir) -> list[str]:
     make_folder(Path("d"), side=90)
