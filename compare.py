@@ -132,7 +132,7 @@ def main(argv: Sequence[str]) -> list[dict[str, Value]]:
         if len(results) > 1:
             write_sweep(results, run)
         differing = varying([result.setting for result in results])
-        rows = best_of_each(rows, ["finetune_scope"] if options.tune else kept_apart(resolved))
+        rows = best_of_each(rows, ["finetune_scope", "start"] if options.tune else kept_apart(resolved))
         measured = {id(result): measure(result, frozen) for row in rows for result in row.results}
         columns = column_figures(results, measured)
         numbers = write_table(rows, differing, columns, run)
@@ -149,7 +149,10 @@ def main(argv: Sequence[str]) -> list[dict[str, Value]]:
         accuracy = plus_minus(best.figures(MEASURES["all"]), len(best.results))
         where = "held-out images" if data.val else "the TEST set, so not a result to report"
         run.say(f"best on {where}: {label(best, differing)}, test top-1 {accuracy} %, in {duration(run.seconds)}")
-        run.say(f"next: {following(typed, best, differing)}")
+        begun = (
+            typed if options.has_stage1 else {"seed": resolved.values("seed"), **typed}
+        )  # which parts what is held out
+        run.say(f"next: {following(begun, best, differing)}")
         return complete(run, numbers)
 
 

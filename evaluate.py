@@ -18,9 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict
 
+import torch
 from torch import Tensor
 
-from datasets import DATASETS, NATURAL
+from datasets import DATASETS, NATURAL, ImageSet
 from engine import predict
 from experiment.data import eval_batches, load_data
 from experiment.options import (
@@ -69,6 +70,8 @@ from utils.types import Json
 class ByGroup(TypedDict):
     """Accuracy of the groups of test rows, and the interval of all where groups are drawn anew."""
 
+    names: list[str]
+    rows: list[int]
     top1: list[float]
     interval: list[float]
 
@@ -169,7 +172,7 @@ def main(argv: Sequence[str]) -> Json:
         for row in per_class_rows(report, data.class_names, data.class_counts)
     ]
     spreads = {name: spread(values) for name, values in statistics.items()}
-    by_group = None if data.test.groups is None else of_groups(logits, labels, data.test.groups)
+    by_group = None if data.test.groups is None else of_groups(logits, labels, data.test)
 
     result: Json = {
         "checkpoint": str(file.path),
@@ -218,7 +221,10 @@ def main(argv: Sequence[str]) -> Json:
             f"expected on other test sets{', each with its own prior' if is_known else ''}: means of the classes' ",
             end="",
         )
-        write(f"accuracies, weighted by their shares; nothing is drawn\n{shifted_table(tests)}\n")
+        write(
+            "accuracies, weighted by their shares; nothing is drawn. Ratios are of the largest to the smallest class;"
+        )
+        write(f"forward: in training's order, backward: training's smallest is the largest\n{shifted_table(tests)}\n")
     write(f"class mean {percent(report['class_mean'])}, macro-F1 {percent(report['macro_f1'])}, ", end="")
     write(f"worst class {percent(report['worst_class'])}, harmonic mean {percent(report['harmonic_mean'])}; ", end="")
     scaled = "" if calibrated is None or priors is not None else f", after temperature scaling {percent(calibrated)}"
@@ -241,18 +247,22 @@ def main(argv: Sequence[str]) -> Json:
     return result
 
 
-def of_groups(logits: Tensor, labels: Tensor, groups: Tensor) -> ByGroup:
-    """Top-1 accuracy in each group: logits (N, C), labels (N,), groups (N,) from 0."""
+def of_groups(logits: Tensor, labels: Tensor, test: ImageSet) -> ByGroup:
+    """Top-1 accuracy in each group of test rows: logits (N, C), labels (N,)."""
+    groups = test.groups
+    assert groups is not None
     hits = logits.argmax(dim=1) == labels
     low, high = bootstrap_interval(hits, groups)
-    return {"top1": group_accuracies(hits, groups).tolist(), "interval": [low, high]}
+    top1, rows = group_accuracies(hits, groups).tolist(), torch.bincount(groups).tolist()
+    return {"names": list(test.group_names), "rows": rows, "top1": top1, "interval": [low, high]}
 
 
 def group_words(by_group: ByGroup) -> str:
     """What was measured of groups, in a line."""
     every, (low, high) = by_group["top1"], by_group["interval"]
     mean = percent(sum(every) / len(every))
-    span = f"mean {mean}, {percent(min(every))} to {percent(max(every))}"
+    worst, best = (by_group["names"][every.index(value)] for value in (min(every), max(every)))
+    span = f"mean {mean}, {percent(min(every))} ({worst}) to {percent(max(every))} ({best})"
     return (
         f"{counted(len(every), 'group')}: {span}; top-1 where groups are drawn anew: {percent(low)} to {percent(high)} "
         "(95 %, cluster bootstrap)"

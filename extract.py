@@ -129,7 +129,8 @@ def main(argv: Sequence[str]) -> Json:
     barrier()
     spent = duration(time.perf_counter() - began)
     write(f"{out}: {counted(work.network.num_features, 'number')} of each image, in {spent}")
-    write(f"next: python compare.py --dataset features --data_dir {out} --val_split 0.1 --tune")
+    held_out = "" if data.val else " --val_split 0.1"
+    write(f"next: python compare.py --dataset features --data_dir {out}{held_out} --tune")
     return about
 
 
@@ -170,7 +171,7 @@ def of_timm(typed: Values) -> Extractor:
         raise UsageError("--dataset features: they are there already", "a data set of images")
     known: Values = {"imb_ratio": NATURAL, **typed}
     given = resolve(Options, known, images_of(known)).options
-    opened = open_pretrained(name, given.pretrained or OWN_WEIGHTS, given.image_size)
+    opened = open_pretrained(name, given.pretrained or OWN_WEIGHTS, given)
     options = for_images_of(given, opened.shown)
     check_data_flags(given, without_size(typed))
     device = pick_device(options.device, options.gpu, options.threads)

@@ -136,7 +136,9 @@ def main(argv: Sequence[str]) -> list[Predicted]:
     write(f"{file.path}: {file.stage or 'of another program'}, {file.network}, {number}")
     refuse_unused(typed, file)
     if place is not None and is_rows != (file.network == "features"):
-        wanted = "a .npy or .npz of features" if file.network == "features" else "images"
+        wanted = "images"
+        if file.network == "features":
+            wanted = "a .npy or .npz of features; of images a file of main_stage2.py --network timm:NAME --pretrained"
         raise UsageError(f"predict.py {place}: {file.path} is of the network {file.network}", wanted)
     if is_rows and options.plot:
         raise UsageError(f"--plot {options.plot}: there are no images", "--csv, --json")
@@ -307,14 +309,19 @@ class View:
 
     def metadata(self) -> dict[str, str]:
         """What a program must know to show a network its images."""
-        shorter = self.resize if self.is_photo else self.side
+        shorter = str(self.resize if self.is_photo else self.side)
         return {
+            "input": "RGB" if self.channels == 3 else "grey levels",
+            "range": "0 to 1; mean and std are applied in the graph",
             "side": str(self.side),
+            "shorter_side": shorter,
             "channels": str(self.channels),
             "mean": json.dumps(self.mean),
             "std": json.dumps(self.std),
             "fit": self.fit,
-            "resize": f"shorter side to {shorter}, centre cut out" if self.fit == "crop" else "all of the image",
+            "resize": f"shorter side to {shorter}, antialiased, centre cut out"
+            if self.fit == "crop"
+            else "all of the image",
             "interpolation": self.mode,
             "levels_of_16_bit": json.dumps(self.levels),
         }

@@ -33,6 +33,8 @@ LAYOUT = (
 )
 #: Bytes of features that are looked at together.
 BLOCK_BYTES = 2**26
+#: The largest number of a feature: squares of larger ones do not fit into float32.
+LARGEST = 1e15
 PARTS = ("features", "labels", "groups")
 #: Augmented views of the training images, at most.
 MOST_VIEWS = 1000
@@ -57,9 +59,10 @@ def read_features(data_dir: str, image_options: ImageOptions) -> Source:
         labels = as_labels(arrays[f"{split}_labels"], len(features), f"{place}: {split}_labels")
         digest = checked_digest(features, f"{place}: {split}_features", stamps.get(f"{split}_features", ""))
         every, named = torch.arange(len(features)), arrays.get(f"{split}_groups")
-        groups = None if named is None else as_groups(named, len(features), f"{place}: {split}_groups")
+        what = f"{place}: {split}_groups"
+        groups, origins = (None, ()) if named is None else as_groups(named, len(features), what)
         views = read_views(arrays, place, features, stamps) if split == "train" else ()
-        sets[split] = ImageSet(Rows(features, every, digest), labels, every, groups, views)
+        sets[split] = ImageSet(Rows(features, every, digest), labels, every, groups, origins, views)
     widths = {split: part.channels for split, part in sets.items()}
     if len(set(widths.values())) > 1:
         words = ", ".join(f"{width:,} in {split}" for split, width in widths.items())
@@ -125,11 +128,12 @@ def as_labels(array: Array, rows: int, what: str) -> Tensor:
     return torch.from_numpy(labels.astype(np.int64))
 
 
-def as_groups(array: Array, rows: int, what: str) -> Tensor:
-    """Numbers (N,) int64 from 0 of the groups, which an array (N,) of whole numbers or texts tells apart."""
+def as_groups(array: Array, rows: int, what: str) -> tuple[Tensor, tuple[str, ...]]:
+    """(N,) int64 positions among the groups' names, which an array (N,) of whole numbers or texts has; and these."""
     if array.ndim != 1 or array.dtype.kind not in "iuU" or len(array) != rows:
         raise UsageError(f"{what} is {array.dtype} {array.shape}", f"a number or a text for each of {rows:,} rows")
-    return torch.from_numpy(np.unique(array, return_inverse=True)[1].astype(np.int64))
+    names, places = np.unique(array, return_inverse=True)
+    return torch.from_numpy(places.astype(np.int64)), tuple(map(str, names.tolist()))
 
 
 def checked_digest(features: Tensor, what: str, stamp: str) -> str:
@@ -149,9 +153,12 @@ def checked_digest(features: Tensor, what: str, stamp: str) -> str:
             return found[1]
     digest, first = hashlib.sha256(f"{tuple(features.shape)} {features.dtype}".encode()), 0
     for block in features.split(max(1, BLOCK_BYTES // (features.element_size() * features.shape[1]))):
-        bad = torch.nonzero(~block.isfinite().all(dim=1)).flatten()
+        bad = torch.nonzero(~(block.abs() <= LARGEST).all(dim=1)).flatten()
         if len(bad):
-            raise UsageError(f"{what}: row {first + int(bad[0]):,} is not finite", "finite numbers")
+            raise UsageError(
+                f"{what}: row {first + int(bad[0]):,} is not finite, or too large",
+                f"numbers up to {LARGEST:g}",
+            )
         digest.update(block.contiguous().view(torch.uint8).numpy().tobytes())
         first += len(block)
     if kept is not None:

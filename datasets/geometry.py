@@ -26,7 +26,7 @@ def centre(image: Tensor, size: int, fit: str = "crop", resize: int = 0, mode: s
     """
     if fit == "crop":
         return cropped(scaled(shortened(image), [resize or resized(size)], mode), size, size)
-    return whole(image, size, fit)
+    return whole(image, size, fit, mode)
 
 
 def square(images: Tensor, side: int, fit: str = "crop") -> Tensor:
@@ -38,11 +38,11 @@ def square(images: Tensor, side: int, fit: str = "crop") -> Tensor:
     return whole(images, side, fit)
 
 
-def whole(images: Tensor, side: int, fit: str) -> Tensor:
+def whole(images: Tensor, side: int, fit: str, mode: str = "bilinear") -> Tensor:
     """All of images (..., H, W), squashed or padded to (..., side, side)."""
     sizes = torch.tensor([images.shape[-2:]])
     boxes, places = placed(whole_boxes(sizes, fit), sizes, side)
-    return cut(images, boxes[0].tolist(), side, places[0].tolist())
+    return cut(images, boxes[0].tolist(), side, places[0].tolist(), mode)
 
 
 def whole_boxes(sizes: Tensor, fit: str) -> Tensor:

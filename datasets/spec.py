@@ -35,13 +35,15 @@ class ImageSet:
     """A split: images, labels (N,) int64, indices (N,) int64 (positions in the source).
 
     The images are (N, c, H, W) uint8 in memory, photos that are decoded when they are wanted, or rows of features.
-    ``groups`` (N,) int64 say what each came from, where that is known; ``views`` are other rows of features of each.
+    ``groups`` (N,) int64, positions in ``group_names``, say what each came from, where that is known. ``views`` are
+    other rows of features of each.
     """
 
     images: Tensor | Photos | Rows
     labels: Tensor
     indices: Tensor
     groups: Tensor | None = None
+    group_names: tuple[str, ...] = ()
     views: tuple[Rows, ...] = ()
 
     @classmethod
@@ -79,7 +81,8 @@ class ImageSet:
         """The images at these positions (n,) int64."""
         groups = None if self.groups is None else self.groups[positions]
         views = tuple(view[positions] for view in self.views)
-        return ImageSet(self.images[positions], self.labels[positions], self.indices[positions], groups, views)
+        own = self.images[positions], self.labels[positions], self.indices[positions]
+        return ImageSet(*own, groups, self.group_names, views)
 
     def summary(self) -> str:
         """A hash of what the images are, wherever they lie: of pixels in memory, of photos their names and sizes."""

@@ -16,7 +16,7 @@ from experiment.options import DataOptions
 from models import TIMM
 from models.given import INTERPOLATIONS, Preprocessing
 from models.imagenet import TimmNetwork
-from models.pretrained import pretrained_network
+from models.pretrained import crop_mode, pretrained_network
 from utils import checkpoints
 from utils.checkpoints import Checkpoint, short
 from utils.console import counted
@@ -45,8 +45,10 @@ class Opened(NamedTuple):
     sha256: str
 
 
-def open_pretrained(network: str, weights: str, image_size: int | None) -> Opened:
-    """The network that ``timm:NAME`` names, with timm's own weights or those of a file, for images of ``image_size``.
+def open_pretrained(network: str, weights: str, options: DataOptions) -> Opened:
+    """The network that ``timm:NAME`` names, with timm's own weights or those of a file.
+
+    ``options`` may have another image_size, mean or std than timm's data config.
 
     Raises:
         UsageError: see :func:`models.pretrained.pretrained_network`; a network or file that is not of timm's.
@@ -54,13 +56,20 @@ def open_pretrained(network: str, weights: str, image_size: int | None) -> Opene
     if not network.startswith(TIMM):
         raise UsageError(f"--network {network} with pretrained weights", "timm:NAME")
     path = None if weights == OWN_WEIGHTS else Path(weights)
+    if path is not None and not path.is_file():
+        raise UsageError(f"--pretrained {path}: there is no such file", f"{OWN_WEIGHTS}, or a file of weights")
     file = None if path is None else checkpoints.read(path)
     if file is not None and file.stage is not None:
         raise UsageError(f"{path}: a checkpoint of this project", f"--from {path}")
     content = None if file is None else file.foreign
-    opened, shown, licence = pretrained_network(network.removeprefix(TIMM), content, weights, image_size)
+    opened, shown, licence = pretrained_network(network.removeprefix(TIMM), content, weights, options.image_size)
+    shown = replace(shown, mean=options.mean or shown.mean, std=options.std or shown.std)
     about = f"{network}, weights of {weights} (timm states for its own: {licence}); images: {shown.describe()}"
     digest = hash_of(opened.state_dict()) if file is None else str(file.sha256)
+    mode = crop_mode(opened)
+    if mode not in ("center", {"crop": "center", "pad": "border"}.get(options.fit, options.fit)):
+        about += f"\nnote: of images that are not square timm shows it more than the centre ({mode})"
+        about += ": --fit squash, --fit pad" if DATASETS[options.dataset].own else ""
     return Opened(opened, shown, about, path, digest)
 
 
@@ -74,11 +83,14 @@ def hash_of(weights: Mapping[str, Tensor]) -> str:
 
 
 def for_images_of(options: T, shown: Preprocessing) -> T:
-    """Options by which images are read as they are to be shown; UsageError where they say something else of them."""
+    """Options by which images are read as they are to be shown; UsageError where they say something else of them.
+
+    Small images of one's own stay as they are: they are enlarged before the network, as in prediction.
+    """
     if options.input != "files" or options.flip is not None or options.jitter is not None:
         raise UsageError("--input, --flip, --jitter with a network of timm's", "without, which reads files")
     spec = DATASETS[options.dataset]
-    options = replace(options, image_size=shown.size if spec.photos else None)
+    options = replace(options, image_size=shown.size if spec.photos and not spec.own else None)
     return replace(options, mean=shown.mean, std=shown.std) if spec.own else options
 
 

@@ -17,7 +17,7 @@ from utils.types import Json
 
 #: Losses of stage 1 and methods of stage 2 that look at no class counts: their classifier has the prior of what is
 #: drawn for it.
-PLAIN = ("ce", "focal", "cosine", "crt", "lws", "tail-sampling", "h2t")
+PLAIN = ("ce", "los", "focal", "cosine", "crt", "lws", "tail-sampling", "h2t")
 #: The prior of what samplers draw, at the end of training; what the square-root sampler draws is neither.
 DRAWN = {"instance": "train", "class": "balanced", "progressive": "balanced"}
 #: Classes of an estimate that are named, of the largest and of the smallest.
@@ -42,7 +42,7 @@ class Priors:
 
     Attributes:
         wanted: what --test_prior says.
-        source_name: "train" or "balanced".
+        source_name: "train" or "balanced", or in words what of "train" smoothed labels have left.
         why: how that is known, in words.
         source: the prior that the classifier was made for, (C,).
         given: the test prior, (C,); None where it is estimated.
@@ -93,7 +93,7 @@ def priors_of(
         if source is not None:
             raise UsageError(f"--source_prior {source} without --test_prior", "both, or neither")
         return None
-    stated, why = (source, "--source_prior") if source else made_for(file)
+    stated, why, smooth = (source, "--source_prior", 0.0) if source else made_for(file)
     if stated is None:
         problem = f"--test_prior {wanted}: {file.path} does not say which prior its classifier was made for ({why})"
         raise UsageError(problem, "--source_prior balanced or train beside it")
@@ -104,35 +104,45 @@ def priors_of(
     given = None if wanted == "em" else known.get(wanted)
     if given is None and wanted != "em":
         given = read_prior("--test_prior", wanted, names)
-    return Priors(wanted, stated, why, known[stated], given)
+    own, name = known[stated], stated
+    if smooth and stated == "train":
+        own, name = (1 - smooth) * own + smooth * known["balanced"], f"train, smoothed by {smooth:g}"
+    return Priors(wanted, name, why, own, given)
 
 
-def made_for(file: Checkpoint) -> tuple[str | None, str]:
-    """The prior that a checkpoint's classifier was made for, and by what that is known; None: it does not say.
+def made_for(file: Checkpoint) -> tuple[str | None, str, float]:
+    """The prior that a checkpoint's classifier was made for, by what that is known, and d of its smoothed labels.
+
+    None: it does not say.
 
     ``train`` where a loss that looks at no class counts was trained on images as they are. ``balanced`` where such a
     one was trained on images drawn evenly, or with deferred weights; and of every other loss and method, which are
-    made for balanced test sets. Stage 1's own classifier (``joint``) has stage 1's.
+    made for balanced test sets. Stage 1's own classifier (``joint``) has stage 1's, class means and logistic regression
+    in its place are balanced. Labels that are smoothed by d have the shares (1 - d) pi + d / C, to which a classifier's
+    mean probabilities go: nearly balanced ones with Label Over-Smooth's d of 0.98 at C 100.
     """
     options = file.options
     what = "method" if "method" in options else "loss"
+    if options.get("method") == "joint" and options.get("start") in ("class_mean", "logistic"):
+        return "balanced", f"start {options['start']}", 0.0
     if options.get("method") == "joint":
         return _of_parent(file)
     if what not in options:
-        return None, "no loss or method"
+        return None, "no loss or method", 0.0
     tau, sampler, words = options.get("la_tau"), options.get("sampler"), f"{what} {options[what]}"
     if options[what] not in PLAIN:
-        return ("balanced" if tau in (None, 1) else None), words if tau is None else f"{words}, la_tau {tau}"
+        return ("balanced" if tau in (None, 1) else None), words if tau is None else f"{words}, la_tau {tau}", 0.0
     if options.get("drw_epoch") is not None:
-        return "balanced", f"{words}, drw_epoch {options['drw_epoch']}"
-    return DRAWN.get(str(sampler)), f"{words}, sampler {sampler}"
+        return "balanced", f"{words}, drw_epoch {options['drw_epoch']}", 0.0
+    smooth = options.get("label_smooth")
+    return DRAWN.get(str(sampler)), f"{words}, sampler {sampler}", smooth if isinstance(smooth, float) else 0.0
 
 
-def _of_parent(file: Checkpoint) -> tuple[str | None, str]:
+def _of_parent(file: Checkpoint) -> tuple[str | None, str, float]:
     """The same of the file that training began from, if it is still there."""
     with suppress(UsageError):
         parent = read(file.parent["path"]) if file.parent else None
         if parent and file.parent and parent.sha256 == file.parent["sha256"] and parent.stage == "stage1":
-            stated, why = made_for(parent)
-            return stated, f"stage 1's {why}"
-    return None, "method joint, whose stage-1 file is not there"
+            stated, why, smooth = made_for(parent)
+            return stated, f"stage 1's {why}", smooth
+    return None, "method joint, whose stage-1 file is not there", 0.0

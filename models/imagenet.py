@@ -35,7 +35,9 @@ class TimmNetwork(Network):
         try:
             import timm
         except ImportError:
-            raise UsageError(f"--network {TIMM}{name}: timm is not installed", "pip install timm") from None
+            raise UsageError(
+                f"--network {TIMM}{name}: timm is not installed", "first: python -m pip install timm"
+            ) from None
         if re.fullmatch(r"\w[\w.-]*", name) is None:  # others stand for downloads, and for folders
             raise UsageError(f"--network {TIMM}{name}: no name of timm's", "one of timm.list_models()")
         try:
@@ -46,7 +48,8 @@ class TimmNetwork(Network):
             if pretrained and timm.is_model(name.split(".")[0]):  # whatever a download raises
                 reason = (str(error).strip() or repr(error)).splitlines()[0]
                 raise UsageError(
-                    f"--network {TIMM}{name}: its weights cannot be had ({reason})", "a file of them"
+                    f"--network {TIMM}{name}: its weights cannot be had ({reason})",
+                    "--pretrained FILE, a file of them, .pth or .safetensors",
                 ) from None
             near = ", ".join(timm.list_models(f"*{name.split('.')[0]}*")[:5]) or "a name of timm.list_models()"
             reason = " ".join(str(error).split())

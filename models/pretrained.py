@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import cast
 
+import torch
 from torch import Tensor
 
 from models.foreign import plain_weights
@@ -33,6 +34,13 @@ def pretrained_network(
 
     config = resolve_model_data_config(network.body)  # type: ignore[no-untyped-call]
     size = image_size or int(config["input_size"][-1])
+    try:
+        with torch.inference_mode():
+            network.eval().features(torch.zeros(1, 3, size, size))
+    except (AssertionError, RuntimeError, ValueError) as error:
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        usual = int(config["input_size"][-1])
+        raise UsageError(f"--image_size {size} with --network {TIMM}{name}: {reason}", f"{usual}, its own") from None
     kind = str(config["interpolation"])
     how = Preprocessing(
         size,
@@ -43,6 +51,11 @@ def pretrained_network(
     )
     licence = cast(Mapping[str, object], network.body.pretrained_cfg).get("license")
     return network, how, str(licence or "not stated")
+
+
+def crop_mode(network: TimmNetwork) -> str:
+    """What timm shows of images that are not square: their "center", all of them ("squash"), or more ("border")."""
+    return str(cast(Mapping[str, object], network.body.pretrained_cfg).get("crop_mode") or "center")
 
 
 def load_body(network: TimmNetwork, content: Mapping[object, object], name: str, source: str) -> None:

@@ -108,6 +108,7 @@ class Method:
         tuned: {option: values} that the grid multiplies out.
         projects: whether :meth:`project` does anything.
         takes_scope: whether its head can also be trained together with the backbone.
+        adjusts: whether it corrects a classifier for the training set's prior, which a balanced start does not have.
         needs_linear: whether it continues from stage 1's classifier as a linear one; others take a cosine head too.
         takes_features: whether its head is made from the features of training images.
         start: the head that it starts from, see :data:`retraining.start.STARTS`.
@@ -118,6 +119,7 @@ class Method:
     tuned: ClassVar[Axes] = {}
     projects: ClassVar[bool] = False
     takes_scope: ClassVar[bool] = False
+    adjusts: ClassVar[bool] = False
     needs_linear: ClassVar[bool] = True
     takes_features: ClassVar[bool] = False
 
@@ -415,6 +417,7 @@ class LogitAdjustmentPostHoc(Method):
     """
 
     name = "logit-adjustment-posthoc"
+    adjusts = True
     tuned = {"la_tau": (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0, 2.5)}
 
     la_tau: float = 1.0
@@ -434,6 +437,7 @@ class MultiplicativeLogitAdjustment(Method):
     """
 
     name = "mla"
+    adjusts = True
     tuned = {"mla_tau": (0.05, 0.2, 0.35, 0.5, 0.65, 0.8, 0.95, 1.1, 1.25)}
 
     mla_tau: float | Literal["val"] = "val"

@@ -36,6 +36,8 @@ from utils.system import AMP, pick_device
 
 T = TypeVar("T", bound="Options")
 SCOPES = ("fc", "last_block", "all")
+#: Points of the class mean on held-out images that one image may make up without a word.
+COARSE = 4.0
 
 
 @dataclass(frozen=True)
@@ -251,16 +253,25 @@ def prepare_pretrained(cls: type[T], typed: Values, flag: str | None) -> Prepare
     refuse_continuing(resolved, "--pretrained")
     if "finetune_scope" not in typed:
         resolved = resolved.swept("finetune_scope", ("fc",))
-    options, size = resolved.options, typed.get("image_size", resolved.options.image_size)
-    opened = open_pretrained(options.network, str(options.pretrained), size if isinstance(size, int) else None)
-    resolved = resolved.settled(replace(for_images_of(options, opened.shown), stem="pretrained"))
-    options = resolved.options
+    size = typed.get("image_size")
+    wanted = replace(resolved.options, image_size=size) if isinstance(size, int) else resolved.options
+    opened = open_pretrained(wanted.network, str(wanted.pretrained), wanted)
+    options = replace(for_images_of(wanted, opened.shown), stem="pretrained")
+    resolved = resolved.settled(options)
     device = pick_device(*options.place)
     data = load_data(options, val_fraction=options.val_split, val_seed=options.drawn_seed, shown=opened.shown)
     show(opened.about)
-    state = PretrainedNetwork(opened.network, data.num_classes).state_dict()
-    parent = Checkpoint(None, options.network, data.num_classes, 3, state, stem="pretrained", path=opened.path)
-    parent.sha256, parent.data = opened.sha256, stored_as(opened.shown)
+    parent = Checkpoint(
+        None,
+        options.network,
+        data.num_classes,
+        data.channels,
+        PretrainedNetwork(opened.network, data.num_classes).state_dict(),
+        data=stored_as(opened.shown),
+        stem="pretrained",
+        path=opened.path,
+        sha256=opened.sha256,
+    )
     return begun_without_stage1(Prepared(parent, resolved, device, data), typed, flag)
 
 
@@ -337,7 +348,8 @@ def hash_of_stage1(typed: Values) -> str | None:
     if on_rows(typed):
         return None
     if "pretrained" in typed:
-        return open_pretrained(str(typed.get("network")), str(typed["pretrained"]), None).sha256
+        options = Options(network=str(typed.get("network")))
+        return open_pretrained(options.network, str(typed["pretrained"]), options).sha256
     return open_checkpoint(typed, "stage1", Options).sha256
 
 
@@ -397,6 +409,13 @@ def require_held_out(parent: Checkpoint, resolved: Resolved[T], data: LongTailed
     options, flags = resolved.options, needs_held_out(resolved)
     flags += [f"--{name} val" for name in VAL if "val" in resolved.values(name)]
     flags += [f"--{flag}"] if flag else []
+    if data.val is not None:
+        counts = torch.bincount(data.val.labels)
+        fewest, most = int(counts[counts > 0].min()), int(counts.max())
+        step = 100 / (int((counts > 0).sum()) * fewest)
+        if step >= COARSE:
+            words = f"{fewest} to {most} images of a class are held out: one of the smallest moves the class mean"
+            show(f"note: {words} by {step:.0f} points, so that what is chosen on them may be chance")
     if flags and data.val is None and not options.has_stage1:
         raise UsageError(f"{flags[0]}: nothing is held out", "--val_split 0.1 beside it, or data with a part for it")
     if flags and data.val is None:

@@ -16,6 +16,7 @@ import torch
 from datasets import LongTailed
 from engine import TrainStep, is_due, make_sgd, set_lr, train_epoch
 from experiment.data import EVAL_BATCH
+from experiment.pretrained import shown_of
 from experiment.record import STATE, note_balance
 from experiment.restore import restore
 from experiment.resuming import make_state
@@ -61,7 +62,7 @@ def freeze(parent: Checkpoint, data: LongTailed, device: torch.device, options: 
         data,
         device,
         options.cache_dir,
-        str(parent.sha256),
+        f"{parent.sha256} {parent.network} {parent.stem} {shown_of(parent)}",
         options.flip_tta,
         unseen,
         EVAL_BATCH[device.type],
@@ -104,6 +105,10 @@ def retrain(
     taught = [method for method in methods if isinstance(method, Trained)]
     losses = ((f"{m.name} with --sampler {m.sampler}", m.sampler, m.loss(frozen.stage1, 1.0)) for m in taught)
     note_balance(run, losses)
+    afterwards = [m.name for m in methods if m.adjusts and m.start in ("class_mean", "logistic")]
+    if afterwards:
+        names = ", ".join(dict.fromkeys(afterwards))
+        run.say(f"note: classes are balanced twice, by the start and afterwards: {names}")
     waiting = [method for method in methods if method not in finished]
     work = Work(frozen, options, run, state, Forecast(waiting, frozen, options.eval_every))
     for stream, group in by_stream(methods).items():

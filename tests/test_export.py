@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -32,6 +33,18 @@ def onnx():
     for name in ("onnxscript", "onnxruntime"):
         pytest.importorskip(name, reason="onnx, onnxscript and onnxruntime are optional")
     return pytest.importorskip("onnx", reason="onnx, onnxscript and onnxruntime are optional")
+
+
+def test_the_program_in_the_docs_gives_the_same_answer(onnx, workdir, capsys) -> None:
+    make_folder(Path("d"), side=90)
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (120, 150, 3), dtype=np.uint8)).save("photo.jpg")
+    main_stage1.main([*"--dataset folder --data_dir d --network resnet10 --epochs 1 --seed 0 --image_size 64".split()])
+    found = predict.main(["photo.jpg", "--export", "model.onnx"])
+    capsys.readouterr()
+    [program] = re.findall("```python\n(.*?)```", (ROOT / "docs/files.md").read_text(), re.DOTALL)
+    exec(program, {})
+    top = found[0]["top"][0]
+    assert capsys.readouterr().out == f"{top['name']} {100 * top['probability']:.2f} %\n"
 
 
 def run(blob: bytes, images: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:

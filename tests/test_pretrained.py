@@ -8,9 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from test_own import make_folder
 
 import compare
+import datasets
 import evaluate
 import extract
 import main_stage1
@@ -20,6 +22,7 @@ from datasets.files import read_image
 from experiment.restore import built
 from models.pretrained import pretrained_network
 from utils import checkpoints
+from utils.arrays import open_array
 
 timm = pytest.importorskip("timm")
 NAME = "timm:resnet10t"
@@ -86,7 +89,6 @@ def test_features_get_the_norm_that_learning_rates_are_for(command: list[str]) -
     main_stage2.main([*command, *SHORT, "--method", "crt"])
     file = checkpoints.read(FINAL)
     assert file.stem == "pretrained" and file.data["shown"]["interpolation"] == "bicubic"
-    import datasets
     from experiment.pretrained import shown_as, shown_of
 
     data = shown_as(datasets.load("folder", "d", imb_ratio="natural"), shown_of(file))
@@ -159,3 +161,43 @@ def test_stage_1_does_not_train_on(command: list[str], capsys) -> None:
         with pytest.raises(SystemExit):
             main_stage1.main([*more, "--dataset", "folder", "--data_dir", "d", "--network", NAME])
         assert told in capsys.readouterr().err
+
+
+def test_the_cache_tells_networks_and_sizes_apart(weights: Path, workdir, capsys) -> None:
+    make_folder(Path("d"), side=12)
+    command = ["--network", NAME, "--pretrained", str(weights), "--dataset", "folder", "--data_dir", "d", "--seed", "0"]
+    for size in ("64", "32"):
+        report = main_stage2.main([*command, *SHORT, "--method", "crt", "--image_size", size])
+        assert "1 pass over the backbone\n" in capsys.readouterr().out
+        assert evaluate.main(["--from", str(FINAL)])["top1"] == report["top1"]
+
+
+@pytest.mark.parametrize("fit", ["crop", "squash", "pad"])
+def test_predict_shows_images_that_are_not_square_as_training_does(fit: str, command: list[str]) -> None:
+    for path in Path("d").rglob("*.png"):
+        image = Image.open(path)
+        image.resize((image.width + 31, image.height)).save(path)
+    main_stage2.main([*command, "--method", "ncm", "--fit", fit])
+    folders = [path.parent for path in Path("cache").glob("*/features.npy")]
+    [test] = [path for path in folders if json.loads((path / "about.json").read_text())["part"] == "test"]
+    cached = open_array(test / "features.npy", f"{test.name}/features.npy")
+    file, images = checkpoints.read(FINAL), datasets.load("folder", "d", imb_ratio="natural").test.images
+    paths = [images.path(position) for position in range(len(images))]
+    view = predict.View(file, predict.Options(), False, paths)
+    with torch.inference_mode():
+        rows = built(file).eval().raw_features(view.normalised([view.of(path) for path in paths]))
+    assert np.abs(rows.numpy() - cached).max() < 1e-5
+
+
+def test_constants_that_are_typed_win(command: list[str]) -> None:
+    main_stage2.main([*command, "--method", "ncm", "--mean", "0.1", "0.2", "0.3", "--std", "1", "1", "1"])
+    assert checkpoints.read(FINAL).data["mean"] == [0.1, 0.2, 0.3]
+
+
+def test_an_image_size_that_a_network_does_not_take(command: list[str], capsys) -> None:
+    path = "vit.pth"
+    torch.save(timm.create_model("vit_tiny_patch16_224").state_dict(), path)
+    with pytest.raises(SystemExit) as ended:
+        main_stage2.main(["--network", "timm:vit_tiny_patch16_224", "--pretrained", path, "--image_size", "160"])
+    lines = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 2 and len(lines) == 2 and "--image_size 160" in lines[0]

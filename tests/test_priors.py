@@ -19,7 +19,7 @@ import main_stage2
 import predict
 from datasets.readers import DIGITS, read_digits
 from datasets.spec import ImageOptions
-from experiment.priors import DRAWN, PLAIN, made_for
+from experiment.priors import DRAWN, PLAIN, made_for, priors_of
 from losses import LOSSES
 from retraining.methods import METHODS
 from utils import checkpoints, metrics
@@ -176,10 +176,20 @@ def test_the_prior_that_a_classifier_was_made_for() -> None:
     assert made(loss="logit-adjustment", sampler="instance", la_tau=1.0) == "balanced"
     assert made(loss="logit-adjustment", sampler="instance", la_tau=0.5) is None
     for method in set(METHODS) - {"joint"}:
-        expected = "train" if method in ("ce", "focal", "cosine") else "balanced"
+        expected = "train" if method in ("ce", "los", "focal", "cosine") else "balanced"
         assert made(method=method, sampler=getattr(METHODS[method], "sampler", None)) == expected, method
     assert made(method="crt", sampler="instance") == "train" and made(method="joint", sampler=None) is None
     assert set(PLAIN) <= {*LOSSES, *METHODS} and set(DRAWN) == {"instance", "class", "progressive"}
+
+
+def test_smoothed_labels_have_a_prior_between() -> None:
+    """The mean of the labels that cross-entropy sees, of 2 classes with 3 and 1 images."""
+    options = {"method": "los", "sampler": "instance", "label_smooth": 0.4}
+    file = Checkpoint("stage2", "resnet8", 2, 1, {}, options)
+    priors = priors_of("balanced", None, file, ["a", "b"], [3, 1])
+    labels = torch.tensor([[0.8, 0.2]] * 3 + [[0.2, 0.8]])
+    assert torch.allclose(priors.source.float(), labels.mean(dim=0)) and "smoothed by 0.4" in priors.source_name
+    assert priors_of("balanced", "train", file, ["a", "b"], [3, 1]).source.tolist() == [0.75, 0.25]
 
 
 def test_joint_has_the_prior_of_the_loss_of_stage_1(workdir, capsys) -> None:
