@@ -13,23 +13,18 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, zip_longest
 from pathlib import Path
-from typing import TypedDict
+from typing import NamedTuple, TypedDict
 
 import torch
 from torch import Tensor, nn
 
-from datasets import DATASETS, known_class_names
-from datasets.features import as_floats
-from datasets.files import FULL_RANGE, read_image
-from datasets.found import LeftOut, images_below
-from datasets.geometry import centre, resized, square
-from datasets.own import SMALL_SIDE, normal
+from datasets import known_class_names
+from datasets.own import normal
 from engine import for_evaluation
 from experiment import export
 from experiment.export import Deployed
@@ -37,14 +32,13 @@ from experiment.options import (
     LAYOUT,
     DataOptions,
     checkpoint_option,
-    constants_of,
     file_identity,
     image_options_of,
     refuse_contradictions,
 )
-from experiment.pretrained import shown_of
 from experiment.priors import priors_of, source_prior_option, test_prior_option
 from experiment.restore import built, files_read, only_file, open_latest, require_same_data
+from experiment.views import Prediction, RowView, View, images_in
 from utils.bar import bar
 from utils.checkpoints import Checkpoint
 from utils.command import command
@@ -56,8 +50,7 @@ from utils.metrics import csv_text
 from utils.options import Choice, Flag, Number, Text, Values, option, parse_typed, resolve, shown
 from utils.plots import Pictured, contact_sheet
 from utils.priors import log_ratio
-from utils.readers import Unreadable, map_array, read_arrays
-from utils.system import available_cpus, pick_device
+from utils.system import pick_device
 from utils.types import Json
 
 #: Options that choose a checkpoint.
@@ -114,10 +107,78 @@ class Options(DataOptions):
     )
 
 
+class Request(NamedTuple):
+    """What is to be predicted, by which checkpoint.
+
+    Attributes:
+        options: of the command.
+        typed: those that were typed.
+        place: IMAGE_OR_FOLDER, None where there is none.
+        paths: the images there, or the file of rows.
+        file: the checkpoint.
+    """
+
+    options: Options
+    typed: Values
+    place: str | None
+    paths: list[Path]
+    file: Checkpoint
+
+
 @command
 def main(argv: Sequence[str]) -> list[Predicted]:
     """Runs the command; returns what --json writes."""
     require_single("predict.py")
+    request = requested(argv)
+    options, file, is_known = request.options, request.file, "dataset" in request.typed
+    device = pick_device(options.device, options.gpu, options.threads)
+    model, names = for_evaluation(built(file).to(device)), class_names(file, options, is_known)
+    if options.temperature is None and not file.metrics.get("temperature"):
+        write(f"{file.path} has no temperature, for which images are held out: probabilities are as trained")
+    temperature = options.temperature or file.metrics.get("temperature") or 1.0
+    flip = file.metrics.get("flip_tta", False) if options.flip_tta is None else options.flip_tta
+    priors = priors_of(options.test_prior, options.source_prior, file, names, file.data.get("class_counts"))
+    shift = torch.zeros(file.num_classes, device=device)
+
+    def forward(inputs: Tensor) -> Tensor:
+        return probabilities(model, inputs.to(device), temperature, flip, shift)
+
+    view: View | RowView
+    if file.network == "features":
+        view = RowView(file, request.paths)
+        predicted = partial(view.predictions, forward, options.batch_size)
+    else:
+        view = View(file, options, is_known, request.paths)
+        predicted = partial(view.predictions, forward, options.batch_size, options.workers)
+    prior = None
+    if priors is not None:
+        test = priors.test(lambda: probabilities_of(predicted, len(view)))
+        shift = log_ratio(test, priors.source).to(device)
+        write(priors.describe(test, names))
+        prior = priors.report(test)
+    if options.export is not None:
+        deployed = Deployed(built(file), view.mean, view.std, temperature, flip, shift.cpu())
+        write_onnx(options.export, deployed, file, view, names, prior)
+    if request.place is None:
+        return []
+    found, sheet = tops(bar(predicted(), len(view), "predicting"), names, options)
+    failed = [each for each in found if each["error"]]
+    is_written = bool(options.csv or options.json)
+    for each in failed[:SAID] if is_written else found:
+        words = ", ".join(f"{top['name']} {100 * top['probability']:.2f} %" for top in each["top"])
+        write((each["error"] or f"{each['path']}: {words}").replace("\n", "\\n"))
+    write(f"{file.path}: temperature {temperature:.3g}, flip averaging {'on' if flip else 'off'}")
+    if is_written:
+        places = ", ".join(path for path in (options.csv, options.json) if path)
+        write(f"{counted(len(found) - len(failed), 'image')} predicted, {len(failed)} not read: {places}")
+    write_reports(found, sheet, options, prior)
+    if len(failed) == len(found):
+        raise UsageError(f"none of {len(found)} images could be read", "undamaged images")
+    return found
+
+
+def requested(argv: Sequence[str]) -> Request:
+    """What a command line asks for, of which it says what was found; UsageError where that cannot be."""
     place, flags = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else (None, argv)
     typed = parse_typed(Options, flags, "predict.py IMAGE_OR_FOLDER", __doc__)
     options = resolve(Options, typed, {}).options
@@ -153,40 +214,16 @@ def main(argv: Sequence[str]) -> list[Predicted]:
     targets = [Target(flag, path, *marks) for flag, path, marks in asked if path is not None] + exports
     read = [*files_read(file, options), *([Path(options.test_prior)] if options.test_prior else [])]
     require_targets(targets, [*paths, *read])
-    device = pick_device(options.device, options.gpu, options.threads)
-    model, names = for_evaluation(built(file).to(device)), class_names(file, options, "dataset" in typed)
-    if options.temperature is None and not file.metrics.get("temperature"):
-        write(f"{file.path} has no temperature, for which images are held out: probabilities are as trained")
-    temperature = options.temperature or file.metrics.get("temperature") or 1.0
-    flip = file.metrics.get("flip_tta", False) if options.flip_tta is None else options.flip_tta
-    priors = priors_of(options.test_prior, options.source_prior, file, names, file.data.get("class_counts"))
-    shift = torch.zeros(file.num_classes, device=device)
+    return Request(options, typed, place, paths, file)
 
-    def forward(inputs: Tensor) -> Tensor:
-        return probabilities(model, inputs.to(device), temperature, flip, shift)
 
-    view: View | RowView
-    if file.network == "features":
-        view = RowView(file, paths)
-        predicted = partial(view.predictions, forward, options.batch_size)
-    else:
-        view = View(file, options, "dataset" in typed, paths)
-        predicted = partial(view.predictions, forward, options.batch_size, options.workers)
-    images = len(view)
-    prior = None
-    if priors is not None:
-        test = priors.test(lambda: probabilities_of(predicted, images))
-        shift = log_ratio(test, priors.source).to(device)
-        write(priors.describe(test, names))
-        prior = priors.report(test)
-    if options.export is not None:
-        deployed = Deployed(built(file), view.mean, view.std, temperature, flip, shift.cpu())
-        write_onnx(options.export, deployed, file, view, names, prior)
-    if place is None:
-        return []
+def tops(
+    predicted: Iterable[Prediction], names: Sequence[str], options: Options
+) -> tuple[list[Predicted], dict[str, list[Pictured]]]:
+    """The likeliest classes of every image, and of --plot's sheet the images of each answer."""
     found: list[Predicted] = []
     sheet: dict[str, list[Pictured]] = {}
-    for path, image, row in bar(predicted(), images, "predicting"):
+    for path, image, row in predicted:
         if isinstance(image, UsageError):
             found.append({"path": str(path), "error": image.args[0], "top": []})
             continue
@@ -200,20 +237,7 @@ def main(argv: Sequence[str]) -> list[Predicted]:
             of_class = sheet.setdefault(top[0]["name"], [])
             if len(of_class) < SHOWN_OF_CLASS:
                 of_class.append(pictured(path, image, top[0], names))
-
-    failed = [each for each in found if each["error"]]
-    is_written = bool(options.csv or options.json)
-    for each in failed[:SAID] if is_written else found:
-        words = ", ".join(f"{top['name']} {100 * top['probability']:.2f} %" for top in each["top"])
-        write((each["error"] or f"{each['path']}: {words}").replace("\n", "\\n"))
-    write(f"{file.path}: temperature {temperature:.3g}, flip averaging {'on' if flip else 'off'}")
-    if is_written:
-        places = ", ".join(path for path in (options.csv, options.json) if path)
-        write(f"{counted(len(found) - len(failed), 'image')} predicted, {len(failed)} not read: {places}")
-    write_reports(found, sheet, options, prior)
-    if len(failed) == len(found):
-        raise UsageError(f"none of {len(found)} images could be read", "undamaged images")
-    return found
+    return found, sheet
 
 
 def pictured(path: Path, image: Tensor, top: Top, names: Sequence[str]) -> Pictured:
@@ -234,152 +258,6 @@ def refuse_unused(typed: Values, file: Checkpoint) -> None:
     for name in ("recipe", "jitter", "flip", "input"):
         if name in typed:
             raise UsageError(f"--{name} {shown(typed[name])}: predict.py trains nothing", "without it")
-
-
-Prediction = tuple[Path, Tensor | UsageError, Tensor]
-
-
-class View:
-    """How the network of a checkpoint is shown images: their size, their channels, their normalisation."""
-
-    def __init__(self, file: Checkpoint, options: Options, is_typed: bool, paths: Sequence[Path]) -> None:
-        self.paths = paths
-        spec = DATASETS[file.data.get("dataset", options.dataset)]
-        own = constants_of(file) if file.data or not is_typed or spec.own else {}
-        usual = 224 if file.stem == "imagenet" else 8 if spec.name == "digits" else 32
-        self.side, self.channels = options.image_size or file.data.get("image_size") or usual, file.in_channels
-        mean, std = options.mean or own.get("mean", spec.mean), options.std or own.get("std", spec.std)
-        if len(mean) != self.channels or len(std) != self.channels:
-            raise UsageError(
-                f"{file.path} does not say how pixels are normalised", "--dataset NAME, or --mean and --std"
-            )
-        self.mean, self.std = list(mean), list(std)
-        low, high = file.data.get("levels") or options.range or FULL_RANGE
-        self.levels = low, high
-        self.is_photo = self.side > SMALL_SIDE or (spec.photos and not spec.own)
-        self.fit = file.data.get("fit") or options.fit
-        how = shown_of(file)
-        self.resize, self.mode = (how.resize, how.interpolation) if how else (resized(self.side), "bilinear")
-        fit = "" if self.fit == "crop" else f" ({self.fit})"
-        write(f"input: {self.side} x {self.side} pixels{fit}, mean {shown(self.mean)}, std {shown(self.std)}")
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def of(self, path: Path) -> Tensor | UsageError:
-        """The pixels (c, side, side) uint8 of a file, or why there are none."""
-        try:
-            image = read_image(path, self.levels)
-        except UsageError as error:
-            return error
-        from torchvision.transforms.v2 import functional as F  # here, since it is slow to import
-
-        if self.channels != 3:  # the weights of the three do not add up to 1: grey would become darker
-            image = image[:1] if bool((image == image[:1]).all()) else F.rgb_to_grayscale(image)
-        if self.is_photo:
-            return centre(image, self.side, self.fit, self.resize, self.mode)
-        return square(image, self.side, self.fit)
-
-    def normalised(self, images: Sequence[Tensor]) -> Tensor:
-        """What the network takes: (B, c, side, side) float."""
-        from torchvision.transforms.v2 import functional as F
-
-        pixels: Tensor = F.normalize(torch.stack(list(images)).float() / 255, self.mean, self.std)
-        return pixels.contiguous(memory_format=torch.channels_last)
-
-    def predictions(self, forward: Callable[[Tensor], Tensor], batch_size: int, workers: int) -> Iterator[Prediction]:
-        """(path, its pixels or why there are none, what ``forward`` makes of them) of every image, in order."""
-        with ThreadPoolExecutor(max(1, min(workers, available_cpus()))) as pool:
-            for start in range(0, len(self.paths), batch_size):
-                chunk = self.paths[start : start + batch_size]
-                images = list(pool.map(self.of, chunk))
-                good = [image for image in images if isinstance(image, Tensor)]
-                rows = iter(forward(self.normalised(good)) if good else ())
-                for path, image in zip(chunk, images):
-                    yield path, image, next(rows) if isinstance(image, Tensor) else torch.empty(0)
-
-    def some(self, number: int) -> Tensor:
-        """At most so many of the images, (n, c, side, side) in [0, 1]."""
-        found = [image for image in map(self.of, self.paths[:number]) if isinstance(image, Tensor)]
-        return torch.stack(found).float() / 255 if found else torch.empty(0)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.channels, self.side, self.side
-
-    def metadata(self) -> dict[str, str]:
-        """What a program must know to show a network its images."""
-        shorter = str(self.resize if self.is_photo else self.side)
-        return {
-            "input": "RGB" if self.channels == 3 else "grey levels",
-            "range": "0 to 1; mean and std are applied in the graph",
-            "side": str(self.side),
-            "shorter_side": shorter,
-            "channels": str(self.channels),
-            "mean": json.dumps(self.mean),
-            "std": json.dumps(self.std),
-            "fit": self.fit,
-            "resize": f"shorter side to {shorter}, antialiased, centre cut out"
-            if self.fit == "crop"
-            else "all of the image",
-            "interpolation": self.mode,
-            "levels_of_16_bit": json.dumps(self.levels),
-        }
-
-
-class RowView:
-    """The rows (N, D) of features of a .npy, or of an .npz as ``features`` or ``test_features``; there may be none."""
-
-    mean: Sequence[float] = ()
-    std: Sequence[float] = ()
-
-    def __init__(self, file: Checkpoint, paths: Sequence[Path]) -> None:
-        self.shape = (file.in_channels,)
-        self.place = paths[0] if paths else Path()
-        self.rows = rows_of(self.place, file) if paths else torch.empty(0, file.in_channels)
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def predictions(self, forward: Callable[[Tensor], Tensor], batch_size: int) -> Iterator[Prediction]:
-        """(a row's name, no pixels or why it is none, what ``forward`` makes of it) of every row, in order."""
-        for start in range(0, len(self.rows), batch_size):
-            chunk = self.rows[start : start + batch_size].float()
-            is_good = chunk.isfinite().all(dim=1)
-            made = iter(forward(chunk[is_good]) if bool(is_good.any()) else ())
-            for number, good in enumerate(is_good.tolist(), start=start):
-                name = Path(f"{self.place}[{number}]")
-                problem = UsageError(f"{name}: not finite", "finite numbers")
-                yield name, chunk[:0] if good else problem, next(made) if good else torch.empty(0)
-
-    def some(self, number: int) -> Tensor:
-        """At most so many of the rows, (n, D)."""
-        found = self.rows[:number].float()
-        return found[found.isfinite().all(dim=1)]
-
-    def metadata(self) -> dict[str, str]:
-        """What a program must know to give a network its rows."""
-        return {"features": str(self.shape[0])}
-
-
-def rows_of(place: Path, file: Checkpoint) -> Tensor:
-    """The rows (N, D) of a file; UsageError where there are none, or of another width than a checkpoint's."""
-    names = ("features", "test_features")
-    try:
-        if place.suffix == ".npz":
-            found = read_arrays(place, names, others="V")
-            array = next((found[name] for name in names if name in found), None)
-        else:
-            array = map_array(place, others="V")
-    except Unreadable as error:
-        raise UsageError(f"predict.py {place}: {error}", "a .npy or .npz of features") from None
-    if array is None:
-        raise UsageError(f"predict.py {place}: there are no {' or '.join(names)} in it", "rows of features")
-    rows = as_floats(array, str(place))
-    if rows.shape[1] != file.in_channels:
-        raise UsageError(f"predict.py {place}: rows of {rows.shape[1]:,} numbers", f"{file.in_channels:,}")
-    write(f"found {place}: {counted(len(rows), 'row')} of {rows.shape[1]:,}")
-    return rows
 
 
 def probabilities_of(predicted: Callable[[], Iterator[Prediction]], images: int) -> Tensor:
@@ -403,21 +281,6 @@ def probabilities(model: nn.Module, images: Tensor, temperature: float, flip: bo
     if not bool(rows.isfinite().all()):
         raise UsageError("the network's logits are not finite", "a checkpoint of weights that are fit for these images")
     return rows
-
-
-def images_in(place: Path) -> list[Path]:
-    """The image itself, or all images of a folder and those inside it, in the order of their paths."""
-    if place.is_file():
-        return [place]
-    if not place.is_dir():
-        raise UsageError(f"predict.py {place}: there is no such file or folder", "an image, or a folder of some")
-    left_out = LeftOut()
-    paths = [place / name for name in images_below(place, left_out)]
-    words = left_out.describe() or "nothing"
-    if not paths:
-        raise UsageError(f"predict.py {place}: there is no image in it; left out: {words}", "images that Pillow reads")
-    write(f"found {place}: {counted(len(paths), 'image')}; left out: {words}")
-    return paths
 
 
 def class_names(file: Checkpoint, options: Options, is_typed: bool) -> list[str]:

@@ -20,6 +20,7 @@ import main_stage2
 import predict
 from datasets.files import read_image
 from experiment.restore import built
+from experiment.views import View
 from models.pretrained import pretrained_network
 from utils import checkpoints
 from utils.arrays import open_array
@@ -183,7 +184,7 @@ def test_predict_shows_images_that_are_not_square_as_training_does(fit: str, com
     cached = open_array(test / "features.npy", f"{test.name}/features.npy")
     file, images = checkpoints.read(FINAL), datasets.load("folder", "d", imb_ratio="natural").test.images
     paths = [images.path(position) for position in range(len(images))]
-    view = predict.View(file, predict.Options(), False, paths)
+    view = View(file, predict.Options(), False, paths)
     with torch.inference_mode():
         rows = built(file).eval().raw_features(view.normalised([view.of(path) for path in paths]))
     assert np.abs(rows.numpy() - cached).max() < 1e-5
