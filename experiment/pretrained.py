@@ -20,6 +20,7 @@ from models.pretrained import crop_mode, pretrained_network
 from utils import checkpoints
 from utils.checkpoints import Checkpoint, short
 from utils.console import counted
+from utils.distributed import main_process_first
 from utils.errors import UsageError
 from utils.options import Values
 
@@ -62,7 +63,8 @@ def open_pretrained(network: str, weights: str, options: DataOptions) -> Opened:
     if file is not None and file.stage is not None:
         raise UsageError(f"{path}: a checkpoint of this project", f"--from {path}")
     content = None if file is None else file.foreign
-    opened, shown, licence = pretrained_network(network.removeprefix(TIMM), content, weights, options.image_size)
+    with main_process_first():  # it may be a download
+        opened, shown, licence = pretrained_network(network.removeprefix(TIMM), content, weights, options.image_size)
     shown = replace(shown, mean=options.mean or shown.mean, std=options.std or shown.std)
     about = f"{network}, weights of {weights} (timm states for its own: {licence}); images: {shown.describe()}"
     digest = hash_of(opened.state_dict()) if file is None else str(file.sha256)

@@ -8,7 +8,7 @@ from typing import Generic, Literal, NamedTuple, TypeVar
 
 import torch
 
-from datasets import DATASETS, SAMPLERS, LongTailed
+from datasets import DATASETS, SAMPLERS, ImageSet, LongTailed
 from experiment.data import load_data
 from experiment.options import (
     HUGE,
@@ -400,6 +400,16 @@ def methods_for_head(head: str) -> tuple[str, ...]:
     return tuple(name for name, method in METHODS.items() if head == "linear" or not method.needs_linear)
 
 
+def note_few(val: ImageSet) -> None:
+    """Says where so few images are held out that one of them moves their class mean by points."""
+    counts = torch.bincount(val.labels)
+    fewest, most = int(counts[counts > 0].min()), int(counts.max())
+    step = 100 / (int((counts > 0).sum()) * fewest)
+    if step >= COARSE:
+        words = f"{fewest} to {most} images of a class are held out: one of the smallest moves the class mean"
+        show(f"note: {words} by {step:.0f} points, so that what is chosen on them may be chance")
+
+
 def require_held_out(parent: Checkpoint, resolved: Resolved[T], data: LongTailed, flag: str | None = None) -> None:
     """Checks that there are held-out images, stage 1's or the data set's, where ``flag`` or another option needs them.
 
@@ -410,12 +420,7 @@ def require_held_out(parent: Checkpoint, resolved: Resolved[T], data: LongTailed
     flags += [f"--{name} val" for name in VAL if "val" in resolved.values(name)]
     flags += [f"--{flag}"] if flag else []
     if data.val is not None:
-        counts = torch.bincount(data.val.labels)
-        fewest, most = int(counts[counts > 0].min()), int(counts.max())
-        step = 100 / (int((counts > 0).sum()) * fewest)
-        if step >= COARSE:
-            words = f"{fewest} to {most} images of a class are held out: one of the smallest moves the class mean"
-            show(f"note: {words} by {step:.0f} points, so that what is chosen on them may be chance")
+        note_few(data.val)
     if flags and data.val is None and not options.has_stage1:
         raise UsageError(f"{flags[0]}: nothing is held out", "--val_split 0.1 beside it, or data with a part for it")
     if flags and data.val is None:

@@ -202,3 +202,16 @@ def test_an_image_size_that_a_network_does_not_take(command: list[str], capsys) 
         main_stage2.main(["--network", "timm:vit_tiny_patch16_224", "--pretrained", path, "--image_size", "160"])
     lines = capsys.readouterr().err.splitlines()
     assert ended.value.code == 2 and len(lines) == 2 and "--image_size 160" in lines[0]
+
+
+def test_few_held_out_images_are_said(command: list[str], capsys) -> None:
+    compare.main([*command, *SHORT, "--method", "crt", "ncm", "--val_split", "0.3"])
+    assert "note: 1 to 2 images of a class are held out: one of the smallest moves the class mean by 33 points" in (
+        capsys.readouterr().out
+    )
+
+
+def test_post_hoc_on_a_balanced_start_is_said(command: list[str], capsys) -> None:
+    compare.main([*command, "--method", "logit-adjustment-posthoc", "joint", "mla"])
+    out = capsys.readouterr().out
+    assert "balanced twice, by the start and afterwards: logit-adjustment-posthoc, mla\n" in out
