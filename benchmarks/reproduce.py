@@ -129,6 +129,12 @@ ROWS: tuple[Row, ...] = (
     Row("resnet32_wd1e-3", "cifar100", "resnet32", f"{RESNET32} --wd 1e-3", weights=True),
     Row("resnet32_wd2e-3", "cifar100", "resnet32", f"{RESNET32} --wd 2e-3", weights=True),
     Row("resnet32_wd5e-4_strong", "cifar100", "resnet32", f"{RESNET32} --wd 5e-4 {STRONG}", weights=True),
+    Row("resnet32_wd1e-3_held_out", "cifar100", "resnet32", f"{RESNET32} --wd 1e-3 --val_split 0.1", weights=True),
+    Row("resnet34_wd5e-4", "cifar100", "resnet34", f"{RESNET34} --wd 5e-4"),
+    Row("resnet32_wd1e-3_ratio50", "cifar100", "resnet32", RESNET32.replace("100", "50") + " --wd 1e-3", weights=True),
+    Row("resnet32_wd1e-3_ratio10", "cifar100", "resnet32", RESNET32.replace("100", "10") + " --wd 1e-3", weights=True),
+    Row("resnet32_wd1e-3_seed1", "cifar100", "resnet32", f"{RESNET32} --wd 1e-3", seed=1, weights=True),
+    Row("resnet32_wd1e-3_seed2", "cifar100", "resnet32", f"{RESNET32} --wd 1e-3", seed=2, weights=True),
 )
 
 

@@ -158,14 +158,16 @@ def lives(pid: int) -> bool:
 def test_rows_are_the_commands_that_they_should_be() -> None:
     rows = reproduce.ROWS
     assert len({row.name for row in rows}) == len(rows)
-    first, second, *others, strong = (vars(row.options) for row in rows)
+    first, second, third, fourth, strong, held_out, plain, *ratios, last, _ = (vars(row.options) for row in rows)
     assert (first["network"], first["epochs"], first["lr"], first["batch_size"], first["wd"], first["seed"]) == (
         ("resnet32", 200, 0.1, 128, 5e-4, 0)
     )
     assert (second["network"], second["epochs"], second["lr"], second["batch_size"], second["wd"], second["seed"]) == (
         ("resnet34", 48, 0.04, 64, 5e-3, 0)
     )
-    assert list(others) == [first | {"wd": 1e-3}, first | {"wd": 2e-3}]
+    assert third == first | {"wd": 1e-3} and fourth == first | {"wd": 2e-3}
+    assert held_out == third | {"val_split": 0.1} and plain == second | {"wd": 5e-4} and last == third | {"seed": 1}
+    assert [each["imb_ratio"] for each in ratios] == [50, 10] and all(each["epochs"] == 200 for each in ratios)
     assert strong == first | {"aug": "autoaugment+cutout", "mixup": 0.2, "cutmix": 1.0}
     assert all(
         (row["dataset"], row["imb_ratio"], row["select"]) == ("cifar100", 100, "last") for row in (first, second)
