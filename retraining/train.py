@@ -105,7 +105,7 @@ def retrain(
     taught = [method for method in methods if isinstance(method, Trained)]
     losses = ((f"{m.name} with --sampler {m.sampler}", m.sampler, m.loss(frozen.stage1, 1.0)) for m in taught)
     note_balance(run, losses)
-    afterwards = [m.name for m in methods if m.adjusts and m.start in ("class_mean", "logistic")]
+    afterwards = [m.name for m in methods if m.adjusts and m.start == "class_mean"]
     if afterwards:
         names = ", ".join(dict.fromkeys(afterwards))
         run.say(f"note: classes are balanced twice, by the start and afterwards: {names}")

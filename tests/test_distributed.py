@@ -406,7 +406,8 @@ def test_torchrun_trains_writes_once_and_prints_once(home: Path) -> None:
     assert len((folder / "metrics.jsonl").read_text().splitlines()) == 2
     assert len(list(folder.glob("events*"))) == 1
     made = checkpoints.read(home / STAGE1).provenance
-    assert made["processes"] == 2 and made["command"].startswith("torchrun --nproc-per-node=2 main_stage1.py --dataset")
+    assert made["processes"] == 2
+    assert made["command"].startswith("torchrun --nproc-per-node=2 -- main_stage1.py --dataset")
 
 
 def test_every_number_of_processes_evaluates_alike(home: Path, two, three, monkeypatch, tmp_path) -> None:
@@ -488,7 +489,7 @@ def test_every_number_of_processes_makes_the_same_classifiers(home: Path, two, t
             assert not other["cache"] and not other["heads"] and not other["lines"]
         number = len(crew["stage2"])
         assert f"the first of {number} processes goes on alone" in first["views"]["out"]
-        assert f"torchrun --nproc-per-node={number} compare.py" in first["views"]["out"]
+        assert f"torchrun --nproc-per-node={number} -- compare.py" in first["views"]["out"]
         assert "9 passes over the backbone" in first["orbit"]["out"]
         assert "9 passes over the backbone" not in first["again"]["out"]
 

@@ -89,7 +89,7 @@ def test_two_processes_end_in_the_same_bits(two, number: int, options: str) -> N
         assert ended["status"] == other["status"] == 128 + signal.Signals[name]
         assert ended["error"].count(f"ended by {name}") == 1 and "Traceback" not in ended["error"] + other["error"]
         again = f"main_stage1.py --resume=cut{number}/"
-        assert f"to continue: torchrun --nproc-per-node=2 {ROOT}/{again}" in ended["error"]
+        assert f"to continue: torchrun --nproc-per-node=2 -- {ROOT}/{again}" in ended["error"]
     assert last["out"].count("resumed after step") == 1, last
     assert equal(outcome(home / f"cut{number}"), outcome(home / f"whole{number}"))
 
@@ -99,7 +99,7 @@ def test_one_process_goes_on_with_stage_2_of_two(two, stage2, monkeypatch) -> No
     first, second = stage2
     assert (first["status"], second["status"]) == (143, 1) and not second["error"]
     assert "ended by SIGTERM" in first["error"]
-    assert f"to continue: torchrun --nproc-per-node=2 {ROOT}/main_stage2.py --resume=cut/" in first["error"]
+    assert f"to continue: torchrun --nproc-per-node=2 -- {ROOT}/main_stage2.py --resume=cut/" in first["error"]
     monkeypatch.chdir(home)
     flags = STAGE2.format(home).split()
     main_stage2.main([*flags, "cut", "--resume", "auto"])

@@ -66,7 +66,7 @@ def launcher() -> list[str]:
         return ["python"]
     here = int(os.environ["LOCAL_WORLD_SIZE"])
     nodes = [f"--nnodes={launched() // here}"] if launched() > here else []
-    return ["torchrun", *nodes, f"--nproc-per-node={here}"]
+    return ["torchrun", *nodes, f"--nproc-per-node={here}", "--"]  # else it takes --start for its own --start-method
 
 
 class Store(Protocol):
