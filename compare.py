@@ -149,10 +149,8 @@ def main(argv: Sequence[str]) -> list[dict[str, Value]]:
         accuracy = plus_minus(best.figures(MEASURES["all"]), len(best.results))
         where = "held-out images" if data.val else "the TEST set, so not a result to report"
         run.say(f"best on {where}: {label(best, differing)}, test top-1 {accuracy} %, in {duration(run.seconds)}")
-        begun = (
-            typed if options.has_stage1 else {"seed": resolved.values("seed"), **typed}
-        )  # which parts what is held out
-        run.say(f"next: {following(begun, best, differing)}")
+        seeds: Values = {} if options.has_stage1 else {"seed": resolved.values("seed")}  # which part what is held out
+        run.say(f"next: {following({**seeds, **typed}, best, differing)}")
         return complete(run, numbers)
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from datasets import DATASETS, NATURAL, ImageSet
 from engine import predict
-from experiment.data import eval_batches, load_data
+from experiment.data import eval_batches, load_data_of
 from experiment.options import (
     DataOptions,
     check_data_flags,
@@ -34,7 +34,6 @@ from experiment.options import (
     recipe_layers,
     refuse_contradictions,
 )
-from experiment.pretrained import shown_of
 from experiment.priors import priors_of, source_prior_option, test_prior_option
 from experiment.record import ancestors, selection_words
 from experiment.restore import files_read, open_latest, restore
@@ -133,9 +132,7 @@ def main(argv: Sequence[str]) -> Json:
     on_main_process(lambda: require_targets(targets, read))
 
     device = pick_device(options.device, options.gpu, options.threads)
-    kept = file.data
-    tested = kept.get("test_files", ())
-    data = load_data(options, val_indices=kept.get("val_indices"), test_files=tested, shown=shown_of(file))
+    data = load_data_of(file, options)
     is_known = options.test_prior == "known"
     wanted = "balanced" if is_known else options.test_prior
     priors = priors_of(wanted, options.source_prior, file, data.class_names, data.class_counts)

@@ -30,7 +30,7 @@ from torch import Tensor
 from datasets import DATASETS, NATURAL, ImageSet, LongTailed, ResizedCrop
 from datasets.batches import seeded
 from engine import for_evaluation
-from experiment.data import EVAL_BATCH, load_data
+from experiment.data import EVAL_BATCH, load_data, load_data_of
 from experiment.options import (
     DataOptions,
     check_data_flags,
@@ -40,7 +40,7 @@ from experiment.options import (
     recipe_layers,
     refuse_contradictions,
 )
-from experiment.pretrained import OWN_WEIGHTS, for_images_of, open_pretrained, shown_of, without_size
+from experiment.pretrained import OWN_WEIGHTS, for_images_of, open_pretrained, without_size
 from experiment.restore import open_checkpoint, restore
 from models import TIMM, Network, PretrainedNetwork
 from retraining.features import DTYPES, VIEWS_STREAM, features_of, own_steps
@@ -154,8 +154,7 @@ def of_checkpoint(typed: Values) -> Extractor:
     known = {**file_defaults(file), **stored, **typed}
     options = resolve(Options, known, images_of(known)).options
     device = pick_device(options.device, options.gpu, options.threads)
-    kept, tested = file.data.get("val_indices"), file.data.get("test_files", ())
-    data = load_data(options, val_indices=kept, test_files=tested, shown=shown_of(file))
+    data = load_data_of(file, options)
     network = restore(file, data)
     about: dict[str, object] = {"network": file.network, "checkpoint": str(file.path), "sha256": file.sha256}
     write(f"{file.path}: {file.network}")

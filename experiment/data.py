@@ -11,8 +11,9 @@ import datasets
 from datasets import Batches, ImageSet, LongTailed
 from datasets.rows import RowBatches, Rows
 from experiment.options import DataOptions, TrainOptions, image_options_of, needs_held_out
-from experiment.pretrained import shown_as
+from experiment.pretrained import shown_as, shown_of
 from models.given import Preprocessing
+from utils.checkpoints import Checkpoint
 from utils.console import counted, show
 from utils.distributed import main_process_first, rank, world_size
 from utils.errors import UsageError
@@ -61,6 +62,13 @@ def load_data(
     if options.num_class not in (None, data.num_classes):
         raise UsageError(f"--num_class {options.num_class}", f"{data.num_classes}, as {options.dataset} has")
     return data
+
+
+def load_data_of(file: Checkpoint, options: DataOptions) -> LongTailed:
+    """The data set of a checkpoint: its held-out and test images, as they are shown to its network."""
+    kept = file.data
+    tested, shown = kept.get("test_files", ()), shown_of(file)
+    return load_data(options, val_indices=kept.get("val_indices"), test_files=tested, shown=shown)
 
 
 def eval_batches(data: LongTailed, part: ImageSet, device: torch.device) -> Batches | RowBatches:

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple, TypeVar
-
-from torch import Tensor
 
 from datasets import DATASETS, ImageSet, LongTailed
 from datasets.photos import Photos
@@ -56,32 +53,37 @@ def open_pretrained(network: str, weights: str, options: DataOptions) -> Opened:
     """
     if not network.startswith(TIMM):
         raise UsageError(f"--network {network} with pretrained weights", "timm:NAME")
-    path = None if weights == OWN_WEIGHTS else Path(weights)
-    if path is not None and not path.is_file():
-        raise UsageError(f"--pretrained {path}: there is no such file", f"{OWN_WEIGHTS}, or a file of weights")
-    file = None if path is None else checkpoints.read(path)
-    if file is not None and file.stage is not None:
-        raise UsageError(f"{path}: a checkpoint of this project", f"--from {path}")
+    file = read_weights(weights)
     content = None if file is None else file.foreign
     with main_process_first():  # it may be a download
         opened, shown, licence = pretrained_network(network.removeprefix(TIMM), content, weights, options.image_size)
     shown = replace(shown, mean=options.mean or shown.mean, std=options.std or shown.std)
     about = f"{network}, weights of {weights} (timm states for its own: {licence}); images: {shown.describe()}"
-    digest = hash_of(opened.state_dict()) if file is None else str(file.sha256)
     mode = crop_mode(opened)
     if mode not in ("center", {"crop": "center", "pad": "border"}.get(options.fit, options.fit)):
         about += f"\nnote: of images that are not square timm shows it more than the centre ({mode})"
         about += ": --fit squash, --fit pad" if DATASETS[options.dataset].own else ""
-    return Opened(opened, shown, about, path, digest)
-
-
-def hash_of(weights: Mapping[str, Tensor]) -> str:
-    """A hash of weights and their names."""
+    if file is not None:
+        return Opened(opened, shown, about, file.path, str(file.sha256))
     digest = hashlib.sha256()
-    for name, value in weights.items():
-        digest.update(name.encode())
-        digest.update(value.contiguous().numpy().tobytes())
-    return digest.hexdigest()
+    checkpoints.add_weights(digest, opened.state_dict())
+    return Opened(opened, shown, about, None, digest.hexdigest())
+
+
+def read_weights(weights: str) -> Checkpoint | None:
+    """The file of weights that --pretrained names; None for timm's own.
+
+    Raises:
+        UsageError: see :func:`utils.checkpoints.read`; no file, or a checkpoint of this project.
+    """
+    if weights == OWN_WEIGHTS:
+        return None
+    if not Path(weights).is_file():
+        raise UsageError(f"--pretrained {weights}: there is no such file", f"{OWN_WEIGHTS}, or a file of weights")
+    file = checkpoints.read(weights)
+    if file.stage is not None:
+        raise UsageError(f"{weights}: a checkpoint of this project", f"--from {weights}")
+    return file
 
 
 def for_images_of(options: T, shown: Preprocessing) -> T:

@@ -49,7 +49,9 @@ class GivenFeatures(Network):
     def standardized(self, rows: Tensor) -> Tensor:
         """Rows f (B, D) -> f' (B, D)."""
         rows = (rows - self.center) / self.spread
-        return self.scale * torch.where(self.unit, F.normalize(rows), rows)
+        if torch.compiler.is_exporting():  # a graph cannot ask a tensor which way to go
+            return self.scale * torch.where(self.unit, F.normalize(rows), rows)
+        return self.scale * (F.normalize(rows) if self.unit else rows)
 
     def fit(self, blocks: Iterable[Tensor], standardize: str) -> None:
         """Takes the statistics of the training rows, blocks (n, D) float32 that make up (N, D).

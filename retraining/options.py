@@ -9,7 +9,7 @@ from typing import Generic, Literal, NamedTuple, TypeVar
 import torch
 
 from datasets import DATASETS, SAMPLERS, ImageSet, LongTailed
-from experiment.data import load_data
+from experiment.data import load_data, load_data_of
 from experiment.options import (
     HUGE,
     TrainOptions,
@@ -19,7 +19,7 @@ from experiment.options import (
     needs_held_out,
     stage_option,
 )
-from experiment.pretrained import OWN_WEIGHTS, for_images_of, open_pretrained, stored_as, without_size
+from experiment.pretrained import OWN_WEIGHTS, for_images_of, open_pretrained, read_weights, stored_as, without_size
 from experiment.restore import open_checkpoint
 from models import PretrainedNetwork
 from models.given import STANDARDIZE
@@ -249,10 +249,7 @@ def prepare_pretrained(cls: type[T], typed: Values, flag: str | None) -> Prepare
         raise UsageError("--pretrained with --dataset features, which are given", "one of the two")
     if typed.get("features", "views") != "views":
         raise UsageError(f"--features {typed['features']} with --pretrained", "views")
-    resolved = fill_options(cls, without_size(typed), "stage2")
-    refuse_continuing(resolved, "--pretrained")
-    if "finetune_scope" not in typed:
-        resolved = resolved.swept("finetune_scope", ("fc",))
+    resolved = filled_without_stage1(cls, without_size(typed), "--pretrained")
     size = typed.get("image_size")
     wanted = replace(resolved.options, image_size=size) if isinstance(size, int) else resolved.options
     opened = open_pretrained(wanted.network, str(wanted.pretrained), wanted)
@@ -275,11 +272,13 @@ def prepare_pretrained(cls: type[T], typed: Values, flag: str | None) -> Prepare
     return begun_without_stage1(Prepared(parent, resolved, device, data), typed, flag)
 
 
-def refuse_continuing(resolved: Resolved[T], what: str) -> None:
-    """Raises UsageError where heads are to continue a classifier of stage 1, which there is none of."""
+def filled_without_stage1(cls: type[T], typed: Values, what: str) -> Resolved[T]:
+    """All options where ``what`` stands for stage 1; UsageError where heads are to continue its classifier."""
+    resolved = fill_options(cls, typed, "stage2")
     if "stage1" in resolved.values("start"):
         others = ", ".join(start for start in STARTS if start != "stage1")
         raise UsageError(f"--start stage1: {what} has no stage 1", f"{others}, or a file of rows")
+    return resolved if "finetune_scope" in typed else resolved.swept("finetune_scope", ("fc",))
 
 
 def begun_without_stage1(prepared: Prepared[T], typed: Values, flag: str | None) -> Prepared[T]:
@@ -296,13 +295,10 @@ def prepare_rows(cls: type[T], typed: Values, flag: str | None) -> Prepared[T]:
     Raises:
         UsageError: an option that has to do with images, or with stage 1's classifier.
     """
-    resolved = fill_options(cls, typed, "stage2")
-    if "finetune_scope" not in typed:
-        resolved = resolved.swept("finetune_scope", ("fc",))
+    resolved = filled_without_stage1(cls, typed, "--dataset features")
     scopes = [scope for scope in resolved.values("finetune_scope") if scope != "fc"]
     if scopes:
         raise UsageError(f"--finetune_scope {shown(scopes)}: --dataset features has no backbone", "fc")
-    refuse_continuing(resolved, "--dataset features")
     for name in ("features", "views", "view_seed", "feature_dtype", "amp", "cache_dir", "check_cache", "cur_stage"):
         if name in typed:
             raise UsageError(f"--{name} {shown(typed[name])} with --dataset features, which are given", "without it")
@@ -330,8 +326,7 @@ def prepare(cls: type[T], typed: Values, flag: str | None = None) -> Prepared[T]
         problem = f"--features replay with {world_size()} processes: its batches follow from each other"
         raise UsageError(problem, "views, orbit, or one process: without torchrun")
     device = pick_device(*resolved.options.place)
-    kept = parent.data
-    data = load_data(resolved.options, val_indices=kept.get("val_indices", []), test_files=kept.get("test_files", ()))
+    data = load_data_of(parent, resolved.options)
     require_held_out(parent, resolved, data, flag if flag and typed.get(flag) else None)
     return Prepared(parent, resolved, device, data)
 
@@ -348,8 +343,9 @@ def hash_of_stage1(typed: Values) -> str | None:
     if on_rows(typed):
         return None
     if "pretrained" in typed:
-        options = Options(network=str(typed.get("network")))
-        return open_pretrained(options.network, str(typed["pretrained"]), options).sha256
+        weights, options = str(typed["pretrained"]), Options(network=str(typed.get("network")))
+        file = read_weights(weights)
+        return file.sha256 if file else open_pretrained(options.network, weights, options).sha256
     return open_checkpoint(typed, "stage1", Options).sha256
 
 

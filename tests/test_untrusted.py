@@ -271,6 +271,7 @@ FORGED: dict[str, tuple[dict[str, object], str]] = {
     "ratio": ({"data__imb_ratio": float("nan")}, "data.imb_ratio nan"),
     "held out": ({"data__val_indices": [-1]}, "data.val_indices are no positions"),
     "side": ({"data__image_size": 10**6}, "data.image_size 1000000"),
+    "not shown": ({"stem": "pretrained", "data__stem": "pretrained", "data__shown": {}}, "data.shown {}"),
     "top1": ({"metrics__top1": float("nan")}, "metrics.top1 nan"),
     "per class": ({"metrics__per_class": [2.0] * 10}, "metrics.per_class [2.0"),
     "temperature": ({"metrics__temperature": -1.0}, "metrics.temperature -1.0"),

@@ -237,7 +237,8 @@ def contradictions(content: Mapping[str, Any]) -> Iterator[str]:
         yield f"data.levels {short(levels)}"
     if not isinstance(data.get("fit", ""), str):
         yield f"data.fit {short(data['fit'])}"
-    if ("shown" in data) != (content["stem"] == "pretrained") or not _is_shown(data.get("shown", {})):
+    is_pretrained = content["stem"] == "pretrained"
+    if ("shown" in data) != is_pretrained or (is_pretrained and not _is_shown(data["shown"])):
         yield f"data.shown {short(data.get('shown'))}, stem {short(content['stem'])}"
     if not (_is_number(metrics["top1"]) and 0 <= metrics["top1"] <= 1):
         yield f"metrics.top1 {short(metrics['top1'])}"
@@ -283,9 +284,7 @@ def _is_text(text: str) -> bool:
 
 
 def _is_shown(shown: object) -> bool:
-    """Whether this says how images are shown, see :class:`Shown`, or nothing."""
-    if shown == {}:
-        return True
+    """Whether this says how images are shown, see :class:`Shown`."""
     if not isinstance(shown, dict) or not isinstance(shown.get("interpolation"), str):
         return False
     sizes = [shown.get("size"), shown.get("resize")]
@@ -467,12 +466,17 @@ def checksum(content: Mapping[str, object]) -> str:
     digest = hashlib.sha256()
     model = cast(Mapping[str, Tensor], content["model"])
     with suppress(AttributeError, RuntimeError, TypeError):  # no tensors: other checks say so
-        for name, value in model.items():
-            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode(errors="surrogateescape"))
-            digest.update(value.contiguous().flatten().view(torch.uint8).numpy().data if value.numel() else b"")
+        add_weights(digest, model)
     rest = {name: content[name] for name in _STORED if name != "model"}
     digest.update(json.dumps(rest, sort_keys=True).encode())
     return digest.hexdigest()
+
+
+def add_weights(digest: hashlib._Hash, model: Mapping[str, Tensor]) -> None:
+    """Adds every weight's name, type, shape and bytes to a hash."""
+    for name, value in model.items():
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode(errors="surrogateescape"))
+        digest.update(value.contiguous().flatten().view(torch.uint8).numpy().data if value.numel() else b"")
 
 
 def not_plain(content: Mapping[str, object]) -> str:
